@@ -1,0 +1,233 @@
+"""What every intervention is: a context that is entered and left, or attached and removed, and never silent."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nicehooks import sessions
+from nicehooks.errors import ContextMisuse, NotCalledWarning, NotReachedWarning, SiteNotReached
+from nicehooks.parameters import stand_in, step_back
+from nicehooks.ports import Action, AttributeRule, ParameterRule, SiteRule, StepRule, When, rules_for, slow_path_rules
+from nicehooks.rebinding import Rule, bind, unbind
+from nicehooks.selection import Site, Where, select_groups, unwrap
+from nicehooks.sessions import Session
+
+Pairs = list[tuple[nn.Module, Rule]]
+
+
+class _Group(NamedTuple):
+    """The rules for one item of a `where`, and whether it was a wildcard."""
+
+    where: Where
+    rules: list[SiteRule]
+    wild: bool
+
+
+class Plan(NamedTuple):
+    """What entering does: made at the first entry, used again by the next ones."""
+
+    pairs: Pairs
+    groups: list[_Group]
+    holders: list[nn.Module]
+
+
+class Intervention:
+    """A context that acts on a model while it is entered; also a handle.
+
+    Making one does nothing. `with` scopes it to the thread or task that entered it; `attach` makes it persistent and
+    process-wide, until `remove`.
+    """
+
+    verb = ""
+
+    def __init__(self, model: nn.Module, steps: Any = None, calls: Any = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{self.verb}(model, …) takes a torch.nn.Module as model, not {type(model).__name__}")
+        self.model = model
+        self.steps = steps
+        self.calls = calls
+        self._plan: Plan | None = None
+        self._session: Session | None = None
+
+    # what the interventions say
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        """What to do where."""
+        raise NotImplementedError  # abstract: every intervention has its own
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        return rules_for(site, action, When(self.steps, self.calls, site.path.call), unwrap(self.model))
+
+    def _entered(self, session: Session) -> Any:
+        """What `with … as` gives."""
+        return self
+
+    def _left(self, session: Session) -> None:
+        """Lets go of what only an active context needs."""
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.key in session.reached
+
+    # entering and leaving
+
+    def __enter__(self) -> Any:
+        return self._entered(self._start(attached=False))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        session, plan = self._session, self._plan
+        self._stop()
+        if session is None or plan is None:
+            return
+        try:
+            if kind is None:
+                self._check(session, plan)
+        finally:
+            self._left(session)
+
+    def attach(self) -> Any:
+        """Makes the intervention persistent and process-wide; once attached, does nothing. Returns the handle."""
+        if self._session is None or not self._session.attached:
+            self._entered(self._start(attached=True))
+        return self
+
+    def remove(self) -> None:
+        """Ends the intervention, attached or entered; once ended, does nothing."""
+        session, plan = self._session, self._plan
+        self._stop()
+        if session is None or plan is None:
+            return
+        try:
+            for message in self._unreached(session, plan) if session.called else ():
+                warnings.warn(message, NotReachedWarning, stacklevel=2)
+        finally:
+            self._left(session)
+
+    @property
+    def active(self) -> bool:
+        """Whether it is entered or attached now."""
+        return self._session is not None
+
+    def _start(self, attached: bool) -> Session:
+        with sessions.LOCK:
+            if self._session is not None:
+                raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
+            if self._plan is None:
+                self._plan = self._make_plan()
+            session = self._session = Session(repr(self), attached)
+        plan = self._plan
+        for _, rule in plan.pairs:
+            rule.session = session
+        done = 0
+        try:
+            for module in plan.holders:
+                done += 1
+                stand_in(module)
+            sessions.begin(session)
+            bind(plan.pairs)
+        except BaseException:
+            self._stop(done)
+            raise
+        return session
+
+    def _stop(self, holders: int | None = None) -> None:
+        """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
+        session, plan = self._session, self._plan
+        if session is None or plan is None:
+            return
+        try:
+            unbind(plan.pairs)
+        finally:
+            sessions.end(session)
+            self._session = None
+            for module in plan.holders[:holders]:
+                step_back(module)
+            unbind(plan.pairs)
+
+    def _make_plan(self) -> Plan:
+        groups: list[_Group] = []
+        pairs: Pairs = [(unwrap(self.model), StepRule())]
+        sites: list[Site] = []
+        for where, action in self._actions():
+            for group in select_groups(self.model, where, self.verb):
+                made = [self._rules(site, action) for site in group.sites]
+                pairs += [pair for of_site in made for pair in of_site]
+                groups.append(_Group(group.where, [of_site[0][1] for of_site in made], group.wild))  # pyright: ignore
+                sites += group.sites
+        pairs += slow_path_rules(sites)
+        holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
+        return Plan(pairs, groups, list(holders.values()))
+
+    # never silent
+
+    def _check(self, session: Session, plan: Plan) -> None:
+        missed = self._unreached(session, plan)
+        if missed and not session.called and not self._acted(session, plan):
+            warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
+        elif missed:
+            raise SiteNotReached(missed[0])
+
+    def _acted(self, session: Session, plan: Plan) -> bool:
+        return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)
+
+    def _unreached(self, session: Session, plan: Plan) -> list[str]:
+        messages: list[str] = []
+        for group in plan.groups:
+            missed = [rule for rule in group.rules if not self._was_reached(session, rule) and not rule.when.optional]
+            if missed and (not group.wild or len(missed) == len(group.rules)):
+                messages.append(self._not_reached(session, missed[0]))
+        return messages
+
+    def _not_called(self, session: Session) -> str:
+        text = f"{self!r} was left, but the model was not called in it."
+        if session.elsewhere:
+            text += (
+                " It was called in another thread or task meanwhile, where this context does not act: enter it there,"
+                " carry it along with contextvars.copy_context(), or use .attach()."
+            )
+        if session.suspended:
+            text += " It was called inside suspend(model) only."
+        return text
+
+    def _not_reached(self, session: Session, rule: SiteRule) -> str:
+        text = f"{rule.key!r} was never reached in {type(unwrap(self.model)).__name__}: {_reason(rule, session)}"
+        return f"{text}\n  while {self!r} was active"
+
+
+ACTIVE_ALREADY = (
+    "this {verb}(…) is active already: one object is one intervention.\n"
+    "  To have it twice, make a second one: with {verb}(…), {verb}(…):\n"
+    "  To use it again, leave it first."
+)
+
+
+def _reason(rule: SiteRule, session: Session) -> str:
+    site = rule.site
+    parent = _parent(site)
+    if isinstance(parent, nn.MultiheadAttention):
+        name = site.name.rpartition(".")[0]
+        return (
+            "nn.MultiheadAttention hands the weights of its out_proj to a fused function and never calls it. "
+            f"What comes out of it is the output of the attention: {name + '[0]'!r}."
+        )
+    if isinstance(rule, AttributeRule):
+        return f"the module that owns it was not called, and {site.path.port.name!r} is there only while it runs."
+    if rule.when.counts and session.called:
+        return f"the model ran, but not once with {rule.when.shown}."
+    if session.suspended:
+        return "it was called inside suspend(model) only."
+    return (
+        "nothing called this module. Its parent may use the weights without calling it, may call it only in another mode "
+        "or for other inputs, or may hold another module under this name by now."
+    )
+
+
+def _parent(site: Site) -> nn.Module | None:
+    model: Any = site._model()  # pyright: ignore[reportPrivateUsage]
+    name = site.name.rpartition(".")[0]
+    try:
+        return model.get_submodule(name) if site.name else None
+    except AttributeError:
+        return None

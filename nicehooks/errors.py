@@ -1,0 +1,53 @@
+"""The tree of exceptions, and of warnings: what happened, where, and the line to write instead."""
+
+from __future__ import annotations
+
+
+class NiceHooksError(Exception):
+    """The base of every error that this library raises."""
+
+
+class PathError(NiceHooksError, ValueError):
+    """A path is not written in the path language; the message has a caret under the place."""
+
+
+class SiteNotFound(NiceHooksError, LookupError):
+    """A path is well written but selects nothing in this model; the message has the nearest names."""
+
+
+class NotCaptured(SiteNotFound, KeyError):
+    """A cache was asked for a site that it does not hold."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
+
+
+class SiteNotReached(NiceHooksError):
+    """A site was selected, but no forward call came by while the context was active."""
+
+
+class TreeMismatch(NiceHooksError, TypeError):
+    """A value does not fit the place that it was meant for: another structure, shape or index."""
+
+
+class UnsupportedModule(NiceHooksError):
+    """A module (or a port of it) that this library cannot reach."""
+
+
+class StaleActivation(NiceHooksError):
+    """A captured value is no longer what was captured: something overwrote it in place."""
+
+
+class ContextMisuse(NiceHooksError, RuntimeError):
+    """An intervention was entered or attached while it was active already."""
+
+
+class NiceHooksWarning(UserWarning):
+    """The base of every warning that this library gives."""
+
+
+class NotCalledWarning(NiceHooksWarning):
+    """A context was left in which the model was not called at all."""
+
+
+class NotReachedWarning(NiceHooksWarning):
+    """A handle was removed, and one of its sites was never reached."""

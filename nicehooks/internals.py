@@ -1,0 +1,110 @@
+"""Every touch of a private torch API, each dated with the torch version that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import optree.registry
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+# --- torch.func levels (torch 2.2 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
+
+innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
+"""The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
+
+
+def transform_level() -> int:
+    """How many `torch.func` transforms are running around this line."""
+    transform = innermost_transform()
+    return 0 if transform is None else transform.level()
+
+
+def lift(value: Tensor, level: int) -> Tensor:
+    """`value` as seen from outside of every transform above `level`: the full batch, mapped dimensions in front.
+
+    Each transform is popped before the next step, because an operation that runs under `grad` wraps its result again.
+    """
+    transform = innermost_transform()
+    if transform is None or transform.level() <= level:
+        return value
+    own = functorch.is_functorch_wrapped_tensor(value) and functorch.maybe_get_level(value) == transform.level()
+    dim = functorch.maybe_get_bdim(value) if own else -1
+    size = transform_size(transform)
+    with temporarily_pop_interpreter_stack():
+        if own:
+            value = functorch.get_unwrapped(value)
+        if size is not None:  # a value that is the same for every example still has one row per example outside
+            value = value.movedim(dim, 0) if own else value.expand(size, *value.shape)
+        return lift(value, level)
+
+
+def transform_size(transform: Any) -> int | None:
+    """The number of examples that a `vmap` maps over; None for the other transforms."""
+    if transform.key() != functorch.TransformType.Vmap:
+        return None
+    return functorch.CVmapInterpreterPtr(transform).batchSize()
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------------
+
+
+def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
+    """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
+
+    Importing Dynamo takes about a second, so this library never imports it by itself.
+    """
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "substitute_in_graph"):
+        return False
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
+    return True
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+no_forward = nn.Module.forward
+"""What `type(module).forward` is for containers that define none (torch 2.2 … 2.13)."""
+
+WRAPPED_CHILD = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""Wrappers that stand transparently around one child, and its name in them (torch 2.2 … 2.13)."""
+
+
+def wrapped_child(module: nn.Module) -> str | None:
+    """The name of the child that `module` transparently wraps, if it is such a wrapper."""
+    name = WRAPPED_CHILD.get(type(module).__name__)
+    return name if name is not None and type(module).__module__.startswith("torch.") else None
+
+
+def is_scripted(module: object) -> bool:
+    """Whether `module` is TorchScript, whose forward Python never sees."""
+    return isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction)
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def torch_node(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """How `torch.utils._pytree` (torch 2.2 … 2.13) takes `kind` apart and puts it together, if it knows it."""
+    node = torch_pytree.SUPPORTED_NODES.get(kind)
+    return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+def register_torch_node(kind: type, flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:
+    """Makes `kind` a pytree for `torch.utils._pytree`, and so for `torch.func`, under its public or older name."""
+    register = getattr(torch_pytree, "register_pytree_node", None) or torch_pytree._register_pytree_node
+    register(kind, flatten, unflatten)
+
+
+EVERY_NAMESPACE: Any = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # noqa: B009 (a plain access would be mangled)
+"""The namespace of optree that every caller sees (optree 0.13 … 0.20)."""

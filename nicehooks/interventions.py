@@ -1,0 +1,409 @@
+"""The interventions: capture, patch, edit, ablate, steer, suspend."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nicehooks import internals, trees
+from nicehooks.activations import ActivationCache
+from nicehooks.contexts import Intervention, Pairs, Plan
+from nicehooks.errors import TreeMismatch
+from nicehooks.paths import ModulePath
+from nicehooks.ports import Action, OutputRule, ALWAYS, SiteRule, SuspendRule
+from nicehooks.rebinding import StopForward, tap_of
+from nicehooks.selection import Census, Site, Where, unwrap
+from nicehooks.sessions import Session
+
+Keep = Literal["first", "last", "all"]
+
+
+def _takes_site(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` wants to be told the site."""
+    try:
+        return "site" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return False
+
+
+def _call(fn: Callable[..., Any], takes_site: bool, value: Any, key: str, site: Site) -> Any:
+    if not takes_site:
+        return fn(value)
+    return fn(value, site=site if str(site) == key else site.at(ModulePath.parse(key)))
+
+
+# --- capture ----------------------------------------------------------------------------------------------------------
+
+
+class capture(Intervention):  # noqa: N801 (a context is a bare verb)
+    """Shows what a model computes inside: yields an `ActivationCache` that fills as the model runs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with capture(model, "*") as acts:
+    ...     _ = model(torch.ones(5, 4))
+    >>> list(acts), acts["1"].shape
+    (['0', '1', '2'], torch.Size([5, 3]))
+
+    Values are the model's own tensors: they are not detached, cloned or moved unless asked.
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`); every module if there is none.
+        keep: which value of a site that is reached several times: the `"first"`, the `"last"`, or `"all"` (a list, one
+            entry per call).
+        detach: takes each value out of the autograd graph.
+        clone: copies each value, so that in-place layers cannot overwrite it.
+        to: a device or dtype, or a tuple of arguments for `Tensor.to`.
+        map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
+        stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+
+    Raises:
+        SiteNotFound: on entry: an item of `where` selects nothing.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "capture"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *where: Where,
+        keep: Keep = "last",
+        detach: bool = False,
+        clone: bool = False,
+        to: Any = None,
+        map: Callable[..., Any] | None = None,  # noqa: A002 (the word that people look for)
+        stop: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if keep not in ("first", "last", "all"):
+            raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
+        self.where = where or (True,)
+        self._action = _Capture(keep, detach, clone, to, map, stop)
+
+    def __repr__(self) -> str:
+        return f"capture(model, {_show_where(self.where)})"
+
+    @property
+    def cache(self) -> ActivationCache:
+        """The cache of the handle: what was seen since it was entered or attached last."""
+        return self._action.cache
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        plain = site.path.port.kind == "output" and not site.path.chain and site.path.call is None
+        if plain and self._action.is_plain:
+            return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
+        return super()._rules(site, action)
+
+    def _entered(self, session: Session) -> ActivationCache:
+        plan: Any = self._plan
+        cache = self._action.begin(sum(len(group.rules) for group in plan.groups))
+        cache._other_names = _OtherNames(self.model)  # pyright: ignore[reportPrivateUsage]
+        return cache
+
+    def _left(self, session: Session) -> None:
+        if not session.attached:  # a handle gives its cache to whoever asks; a context has given it already
+            self._action.begin(0)
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.key in session.reached or dict.__contains__(self._action.cache, rule.key)
+
+
+class _OtherNames:
+    """Asks the model, if it still exists, under which other names it knows a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, name: str) -> list[str]:
+        model = self.model()
+        return [] if model is None else Census(model).other_names(name)
+
+
+class _Capture(Action):
+    """Puts what comes by into a cache."""
+
+    __slots__ = ("cache", "clone", "detach", "expected", "is_plain", "keep", "map", "stop", "takes_site", "to")
+    verb = "capture"
+
+    def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
+        self.keep = keep
+        self.detach = detach
+        self.clone = clone
+        self.to: tuple[Any, ...] = () if to is None else to if isinstance(to, tuple) else (to,)
+        self.map = map_
+        self.takes_site = map_ is not None and _takes_site(map_)
+        self.stop = stop
+        self.is_plain = keep == "last" and not (detach or clone or self.to or map_ or stop)
+        self.begin(0)
+
+    def begin(self, expected: int) -> ActivationCache:
+        """A new cache, for `expected` sites."""
+        self.expected = expected
+        self.cache = ActivationCache()
+        return self.cache
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        seen = value
+        if internals.innermost_transform() is not None:
+            seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
+        if self.detach or self.clone or self.to:
+            seen = trees.map_tensors(self._copy, seen)
+        if self.map is not None:
+            seen = _call(self.map, self.takes_site, seen, key, site)
+        self.cache.record(key, seen, self.keep)
+        if self.stop:
+            self._stop_when_complete(session, str(site))
+        return value
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach() if self.detach else tensor
+        tensor = tensor.clone() if self.clone else tensor
+        return tensor.to(*self.to) if self.to else tensor
+
+    def _stop_when_complete(self, session: Session, key: str) -> None:
+        progress = session.progress()
+        progress.seen.add(key)
+        if len(progress.seen) == self.expected and progress.depth > 0:
+            raise StopForward(session)
+
+
+class _WholeOutput(OutputRule):
+    """The shortest way from a module's whole output into a cache: most captures are nothing else."""
+
+    __slots__ = ()
+    action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def output(self, value: Any) -> Any:
+        if type(value) is Tensor and internals.innermost_transform() is None and not value.is_inference():
+            cache = self.action.cache
+            cache[self.key] = value
+            cache._seen[self.key] = (value, value._version)  # pyright: ignore[reportPrivateUsage]
+            return value
+        return self.through(None, value)
+
+
+# --- edit, and what everybody writes with it --------------------------------------------------------------------------
+
+
+class edit(Intervention):  # noqa: N801
+    """Changes values as the model computes them.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with edit(model, "0[:, 0]", lambda value: value * 0):
+    ...     model(torch.ones(5, 4))[:, 0].sum().item()
+    0.0
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        fn: `fn(value)` or `fn(value, site=…)`; it returns the new value, or None to leave the old one. A tensor is
+            broadcast to the shape of the old one and cast to its dtype, as in an assignment.
+        steps: the steps to act at (calls of the model since entry): an int, a slice, a list, or a predicate.
+        calls: the calls to act at (calls of the module within one step), likewise.
+
+    Raises:
+        SiteNotFound: on entry: `where` selects nothing.
+        TreeMismatch: in the forward: what `fn` returned does not fit the site.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "edit"
+
+    def __init__(self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None) -> None:
+        super().__init__(model, steps, calls)
+        if not callable(fn):
+            raise TypeError(f"edit(model, where, fn) takes a function of the value as fn, not {type(fn).__name__}")
+        self.where = where
+        self._action: Action = _Edit(self.verb, fn)
+
+    def __repr__(self) -> str:
+        return f"{self._action.verb}(model, {_show_where(self.where)}, …)"
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+
+class _Edit(Action):
+    """Puts what a function returns in the place of a value."""
+
+    __slots__ = ("fn", "takes_site", "verb")  # pyright: ignore
+
+    def __init__(self, verb: str, fn: Callable[..., Any]) -> None:
+        self.verb = verb
+        self.fn = fn
+        self.takes_site = _takes_site(fn)
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        new = _call(self.fn, self.takes_site, value, key, site)
+        return value if new is None else trees.assign(value, new)
+
+
+def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None, calls: Any = None) -> edit:
+    """Replaces values by a constant: zero, or a mean.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with ablate(model, "0"):
+    ...     model(torch.ones(5, 4)).sum().item()
+    0.0
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`), at least one.
+        value: a number, which fills every tensor at the site, or a tensor that broadcasts to it.
+        steps, calls: as for `edit`.
+    """
+    if not where:
+        raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
+    return _named("ablate", edit(model, list(where), lambda old: value, steps=steps, calls=calls))
+
+
+def steer(model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None) -> edit:
+    """Adds `scale * vector` to values.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Identity())
+    >>> x, direction = torch.ones(5, 4), torch.tensor([1.0, 0.0, 0.0])
+    >>> with steer(model, "0", direction, scale=2.0):
+    ...     steered = model(x)
+    >>> (steered - model(x))[0].round().tolist()
+    [2.0, 0.0, 0.0]
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        vector: a tensor that broadcasts to the value, `[d_model]` for a residual stream of `[batch, pos, d_model]`.
+        scale: how much of it to add.
+        steps, calls: as for `edit`.
+    """
+    return _named("steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls))
+
+
+def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
+    if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+        raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
+    return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
+
+
+def _named(verb: str, context: edit) -> edit:
+    context.verb = context._action.verb = verb  # pyright: ignore
+    return context
+
+
+# --- patch ------------------------------------------------------------------------------------------------------------
+
+
+class patch(Intervention):  # noqa: N801
+    """Replaces values as the model computes them, with the semantics of an assignment.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with patch(model, {"0[:, 0]": 7.0, "0[:, 1]": torch.arange(5)}):
+    ...     model(torch.ones(5, 4))[:, :2].tolist()
+    [[7.0, 0.0], [7.0, 1.0], [7.0, 2.0], [7.0, 3.0], [7.0, 4.0]]
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`), or a mapping from them to values; an `ActivationCache` is one.
+        value: a tensor, broadcast to the site and cast to its dtype; a number, which fills every tensor there; a tree,
+            which replaces leaf by leaf, where `KEEP` leaves one alone.
+        steps, calls: as for `edit`.
+
+    Raises:
+        SiteNotFound: on entry: a path selects nothing.
+        TreeMismatch: in the forward: a value does not fit its site.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "patch"
+
+    def __init__(self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None) -> None:
+        super().__init__(model, steps, calls)
+        if (value is ...) != isinstance(where, Mapping):
+            raise TypeError("patch takes a path and a value, patch(model, path, value), or patch(model, {path: value, …})")
+        self.values: list[tuple[Where, Any]] = list(where.items()) if value is ... else [(where, value)]
+
+    def __repr__(self) -> str:
+        return f"patch(model, {{{', '.join(f'{_show_where(where)}: …' for where, _ in self.values)}}})"
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(where, _Patch(value)) for where, value in self.values]
+
+
+class _Patch(Action):
+    """Puts a value in the place of another, as a copy: a later in-place layer must not reach the user's own tensor."""
+
+    __slots__ = ("value",)
+    verb = "patch"
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        new = trees.assign(value, self.value)
+        return value if new is value else _copied(new, value)
+
+
+def _copied(new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return new.clone()
+    kept = {id(leaf) for leaf in trees.leaves(old)}
+    return trees.map_tensors(lambda tensor: tensor if id(tensor) in kept else tensor.clone(), new)
+
+
+# --- suspend ----------------------------------------------------------------------------------------------------------
+
+
+class suspend(Intervention):  # noqa: N801
+    """Silences every intervention on `model` that was there before: inside it, the model is clean.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with ablate(model, "0"):
+    ...     ablated = model(torch.ones(5, 4))
+    ...     with suspend(model), capture(model, "0") as acts:
+    ...         clean = model(torch.ones(5, 4))
+    >>> ablated.any().item(), acts["0"].any().item()
+    (False, True)
+
+    What is entered inside it acts. It holds for this thread or task, as every context does.
+    """
+
+    verb = "suspend"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+
+    def __repr__(self) -> str:
+        return "suspend(model)"
+
+    def _start(self, attached: bool) -> Session:
+        self._plan = None  # who is to be silenced may have changed
+        return super()._start(attached)
+
+    def _make_plan(self) -> Any:
+        modules = {id(module): module for module in unwrap(self.model).modules()}
+        tapped = [module for module in modules.values() if (tap := tap_of(module)) is not None and tap.rules]
+        return Plan([(module, SuspendRule()) for module in tapped], [], [])
+
+
+def _show_where(where: Where) -> str:
+    if isinstance(where, tuple | list):
+        return ", ".join(_show_where(item) for item in where)
+    return repr(str(where)) if isinstance(where, str | Site | ModulePath) else getattr(where, "__name__", None) or type(where).__name__

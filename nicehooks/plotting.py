@@ -1,0 +1,91 @@
+"""A heat map of a grid of effects, with its axes labelled, as a picture in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nicehooks.errors import NiceHooksError
+from nicehooks.extras import needs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class PlotError(NiceHooksError, OSError):
+    """A picture cannot be written where it was asked for."""
+
+
+def heat_map(
+    values: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    row_title: str = "layer",
+    column_title: str = "position",
+    scale_title: str = "effect",
+) -> Figure:
+    """A grid of numbers as colours, 0 white, one sign red and the other blue.
+
+    Args:
+        values: `[row, column]`.
+        rows: what stands beside each row.
+        columns: what stands under each column, tokens for example; shown as they are, `$` too.
+        title: what stands above it.
+        row_title: what the rows are.
+        column_title: what the columns are.
+        scale_title: what the numbers are.
+
+    Returns:
+        A figure of its own, which no global state of `matplotlib.pyplot` knows.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    with needs("plot"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.5 + 0.4 * len(columns), 2.2 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    limit = max(1.0, values.abs().max().item())
+    image = axes.imshow(values.numpy(force=True), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.set(xlabel=column_title, ylabel=row_title)
+    axes.set_title(title, parse_math=False)
+    figure.colorbar(image, label=scale_title)
+    return figure
+
+
+def save(figure: Figure, file: str | Path) -> Path:
+    """Writes `figure` in the format that the name of `file` says, and returns its path.
+
+    Raises:
+        PlotError: `file` cannot be written, or its name says no known format.
+    """
+    path = check_file(file)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise PlotError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+    return path
+
+
+def check_file(file: str | Path) -> Path:
+    """The path of a picture that can be written; worth asking before a long run.
+
+    Raises:
+        PlotError: there is no such directory, or the name says no known format.
+        MissingExtra: matplotlib is not installed.
+    """
+    with needs("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    path = Path(file).expanduser()
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in known:
+        raise PlotError(f"cannot write {str(path)!r}: its name should end in .{', .'.join(sorted(known))}.")
+    if not path.parent.is_dir():
+        raise PlotError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
+    return path

@@ -1,0 +1,116 @@
+"""A pair of prompts that differ in one thing, and the two answers that tell them apart, as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nicehooks.errors import NiceHooksError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptError(NiceHooksError, ValueError):
+    """Two prompts, or their answers, that cannot be compared token by token."""
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Two prompts of as many tokens, and what each should be answered.
+
+    Attributes:
+        clean: the model's inputs for the prompt that `answer` belongs to, each `[1, pos]`.
+        corrupted: the same for the other prompt.
+        answer: the token that continues the clean prompt.
+        wrong: the token that continues the corrupted prompt.
+        tokens: a label for each position, with both tokens where the prompts differ: `"John/Mary"`.
+    """
+
+    clean: dict[str, Tensor]
+    corrupted: dict[str, Tensor]
+    answer: int
+    wrong: int
+    tokens: list[str]
+
+    def logit_difference(self, output: Any) -> float:
+        """How much more a language model's `output` favours `answer` over `wrong` as the next token, in logits."""
+        logits: Tensor = output.logits[0, -1].float()
+        return (logits[self.answer] - logits[self.wrong]).item()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The inputs of a causal language model for one text, each `[1, pos]`."""
+    encoded = tokenizer(text, return_tensors="pt")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    clean: str,
+    corrupted: str,
+    answer: str,
+    wrong: str,
+    device: torch.device | str = "cpu",
+) -> PromptPair:
+    """Two prompts and two answers as tokens.
+
+    Args:
+        tokenizer: the model's.
+        clean: the prompt that `answer` continues.
+        corrupted: a prompt of as many tokens that `wrong` continues.
+        answer: one token, mostly with a leading space.
+        wrong: one other token.
+        device: where the model is.
+
+    Raises:
+        PromptError: the prompts differ in length or are the same, or an answer is not one token.
+    """
+    sides = {"clean": encode(tokenizer, clean, device), "corrupted": encode(tokenizer, corrupted, device)}
+    words = {side: _texts(tokenizer, inputs["input_ids"][0].tolist()) for side, inputs in sides.items()}
+    if len(words["clean"]) != len(words["corrupted"]):
+        raise PromptError(f"{UNEQUAL}\n{_show(words)}")
+    if words["clean"] == words["corrupted"]:
+        raise PromptError(f"the clean and the corrupted prompt are the same.\n{_show(words)}")
+    labels = zip(map(visible, words["clean"]), map(visible, words["corrupted"]), strict=True)
+    right, other = _one_token(tokenizer, "answer", answer), _one_token(tokenizer, "wrong answer", wrong)
+    if right == other:
+        raise PromptError(f"the answer and the wrong answer are the same token, {answer!r}.")
+    tokens = [a if a == b else f"{a}/{b}" for a, b in labels]
+    return PromptPair(sides["clean"], sides["corrupted"], right, other, tokens)
+
+
+def visible(token: str) -> str:
+    r"""The text of a token as a label on one line, without the blanks around it.
+
+    >>> visible(" Mary"), visible(" "), visible("\n")
+    ('Mary', '␣', '\\n')
+    """
+    return repr(token)[1:-1].strip() or "␣"
+
+
+UNEQUAL = """\
+the prompts differ in length, but patching puts each position of one into the same position of the other.
+  Exchange words for words of as many tokens."""
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, what: str, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        shown = _show({what: _texts(tokenizer, ids)})
+        raise PromptError(f"the {what} {text!r} is not one token of this model but {len(ids)}.\n{shown}")
+    return ids[0]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    return [str(tokenizer.decode([token])) for token in ids]
+
+
+def _show(words: dict[str, list[str]]) -> str:
+    width = max(map(len, words))
+    return "\n".join(
+        f"  {side:<{width}} ({len(each)} tokens): {' '.join(map(repr, each))}" for side, each in words.items()
+    )

@@ -1,0 +1,295 @@
+"""The tap: what stands in for a module's `forward` while interventions are active on it.
+
+NOTE [One tap per module, kept]
+A module has one tap for its whole life, made when the first intervention selects it. While rules are active the instance's
+`__dict__` has the tap's `forward`; with the last rule it is gone, and the model has no trace of this library. The tap
+itself stays in a table beside the model, because `torch.compile` recognises the function and does not compile again. It
+knows its module by a weak reference only, so neither the table nor a forgotten handle keeps a model alive.
+
+NOTE [Copies of a tapped module]
+`copy.deepcopy` and `pickle` ask the instance for `__reduce_ex__` before they ask its class. A tapped module answers with
+what its class says, less the tap's own two entries: the copy is a clean model.
+
+NOTE [Order]
+The rules of a tap are in the order in which their contexts were entered, and act in this order: on the arguments before
+the call, on the result after it. `suspend` is a rule too: the rules before it do not act.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nicehooks import sessions
+from nicehooks.sessions import HERE, LOCK, Session
+
+
+class StopForward(BaseException):
+    """Ends the forward of the root model early; not an `Exception`, so that the model does not catch it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
+class Frame:
+    """One call of a tapped module, on its way through the rules.
+
+    Attributes:
+        module: the module to run on; a rule may put a stand-in here.
+        args, kwargs: the arguments, as the caller passed them.
+        value: the result, once there is one.
+        contexts: what rules have entered around the call.
+        numbers: which call this is, for the rules that count.
+    """
+
+    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value")
+
+    def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tap = tap
+        self.module: Any = tap.module()
+        self.args = args
+        self.kwargs = kwargs
+        self.value: Any = None
+        self.contexts: list[AbstractContextManager[Any]] = []
+        self.numbers: dict[int, int] = {}
+
+    def enter(self, context: AbstractContextManager[Any]) -> Any:
+        """Enters `context` until the call is over."""
+        entered = context.__enter__()
+        self.contexts.append(context)
+        return entered
+
+
+class Rule:
+    """What one session does at one module. Subclasses say what happens before and after the call.
+
+    Attributes:
+        session: the session that owns the rule; it acts only where that is active.
+        simple: whether `output` is all there is to it: then the tap need not build a frame.
+    """
+
+    __slots__ = ("session",)
+    simple = False
+    suspends = False
+    session: Session
+
+    def output(self, value: Any) -> Any:
+        """The result of the call that takes the place of `value`."""
+        return value
+
+    def before(self, frame: Frame) -> None:
+        """Acts on the arguments of the call."""
+
+    def after(self, frame: Frame) -> None:
+        """Acts on the result of the call."""
+        frame.value = self.output(frame.value)
+
+    def caught(self, stop: StopForward) -> bool:
+        """Whether this rule ends what `stop` has begun."""
+        return False
+
+
+class Tap:
+    """Stands in for one module's `forward`; see NOTE [One tap per module, kept]."""
+
+    __slots__ = ("__weakref__", "forward", "function", "module", "previous", "reduce", "rules", "simple")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.function: Any = type(module).forward
+        self.previous: Any = None  # a forward that stood in the instance's __dict__ before
+        self.rules: tuple[Rule, ...] = ()
+        self.simple = True
+        self.forward = _forward_of(self)
+        self.reduce = _Reduce(self.module)
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the module's own forward."""
+        return self.previous(*args, **kwargs) if self.previous is not None else self.function(module, *args, **kwargs)
+
+
+def _forward_of(tap: Tap) -> Callable[..., Any]:
+    """The function that is bound as `forward`; a plain function, because that is the cheapest thing to call."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        active = sessions.active_sessions()
+        if active is None:
+            return _staged(tap, _acting_in_traced_code(tap), args, kwargs)
+        if not tap.simple:
+            return _staged(tap, _acting(tap, active), args, kwargs)
+        value = tap.function(tap.module(), *args, **kwargs)
+        for rule in tap.rules:
+            session = rule.session
+            if session in active or session.attached:
+                value = rule.output(value)
+            else:
+                session.elsewhere = True
+        return value
+
+    forward.__signature__ = signature_of(tap.function)  # type: ignore[attr-defined]
+    forward.__doc__ = tap.function.__doc__
+    return forward
+
+
+def _acting(tap: Tap, active: frozenset[Session]) -> list[Rule]:
+    acting: list[Rule] = []
+    for rule in tap.rules:
+        session = rule.session
+        if session not in active and not session.attached:
+            session.elsewhere = True
+        elif rule.suspends:
+            for silent in acting:
+                silent.session.suspended = True
+            acting.clear()
+        else:
+            acting.append(rule)
+    return acting
+
+
+def _acting_in_traced_code(tap: Tap) -> list[Rule]:
+    """As `_acting`; see NOTE [Two views of who is active]."""
+    acting: list[Rule] = []
+    here = HERE.slots
+    for rule in tap.rules:
+        if rule.session.slot in here or rule.session.attached:
+            if rule.suspends:
+                acting = []
+            else:
+                acting.append(rule)
+    return acting
+
+
+def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call with everything that rules may do before, around and after it."""
+    if not rules:
+        return tap.call(tap.module(), args, kwargs)
+    frame = Frame(tap, args, kwargs)
+    try:
+        for rule in rules:
+            rule.before(frame)
+        frame.value = tap.call(frame.module, frame.args, frame.kwargs)
+        for rule in rules:
+            rule.after(frame)
+    except StopForward as stop:
+        if not any([rule.caught(stop) for rule in rules]):
+            raise
+        frame.value = None
+    finally:
+        while frame.contexts:
+            frame.contexts.pop().__exit__(None, None, None)
+    return frame.value
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+_signatures: weakref.WeakKeyDictionary[Any, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """The signature of an unbound `forward`, without `self`; libraries inspect that of `model.forward`."""
+    found = _signatures.get(function)
+    if found is None:
+        full = inspect.signature(function)
+        found = full.replace(parameters=list(full.parameters.values())[1:])
+        _signatures[function] = found
+    return found
+
+
+# --- binding ----------------------------------------------------------------------------------------------------------
+
+
+class _Reduce:
+    """See NOTE [Copies of a tapped module]."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: weakref.ref[nn.Module]) -> None:
+        self.module = module
+
+    def __call__(self, protocol: Any = 2) -> Any:
+        module: Any = self.module()
+        reduced = type(module).__reduce_ex__(module, protocol)
+        if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced
+        return (*reduced[:2], _clean(module, reduced[2]), *reduced[3:])
+
+
+def _clean(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    tap = tap_of(module)
+    state = {name: value for name, value in state.items() if name not in ("forward", "__reduce_ex__")}
+    if tap is not None and tap.previous is not None:
+        state["forward"] = tap.previous
+    return state
+
+
+_taps: dict[int, Tap] = {}
+
+
+def tap_of(module: nn.Module) -> Tap | None:
+    """The tap of `module`, if it ever had one."""
+    tap = _taps.get(id(module))
+    return tap if tap is not None and tap.module() is module else None
+
+
+def _make_tap(module: nn.Module) -> Tap:
+    tap = _taps[id(module)] = Tap(module)
+    weakref.finalize(module, _taps.pop, id(module), None).atexit = False
+    return tap
+
+
+def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
+    """Adds each rule to the tap of its module."""
+    sessions.teach_dynamo()
+    with LOCK:
+        for module, rule in pairs:
+            tap = tap_of(module) or _make_tap(module)
+            tap.rules = (*tap.rules, rule)
+            names = module.__dict__
+            if names.get("forward") is not tap.forward:
+                tap.previous = names.get("forward")
+                tap.function = type(module).forward
+                names["forward"] = tap.forward
+                names["__reduce_ex__"] = tap.reduce
+                tap.simple = tap.previous is None
+            tap.simple = tap.simple and rule.simple
+
+
+def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
+    """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
+    with LOCK:
+        for module, rule in pairs:
+            tap = tap_of(module)
+            if tap is None:
+                continue
+            rules = tap.rules
+            tap.rules = () if len(rules) == 1 and rules[0] is rule else tuple(r for r in rules if r is not rule)
+            if tap.rules:
+                tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
+            else:
+                _put_back(module, tap)
+
+
+def _put_back(module: nn.Module, tap: Tap) -> None:
+    """Restores `forward`, unless somebody else has rebound it meanwhile: a context undoes only its own work."""
+    names = module.__dict__
+    names.pop("__reduce_ex__", None)
+    if names.get("forward") is not tap.forward:
+        return
+    if tap.previous is None:
+        del names["forward"]
+    else:
+        names["forward"] = tap.previous
+        tap.previous = None
+
+
+class Passing(torch.overrides.TorchFunctionMode):
+    """Does nothing, but PyTorch's fused fast paths see that it is there, in this thread, and stand back."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))

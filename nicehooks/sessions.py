@@ -1,0 +1,146 @@
+"""Who is active where: one session per entry of a context, in the thread or task that entered it.
+
+NOTE [Two views of who is active]
+Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
+`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and where Dynamo
+meets the read of the `ContextVar` it is taught to see None, which sends traced code to the `threading.local`. There,
+sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second context
+of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the numbers: a
+task may still hold a copy of the context in which a number belonged to somebody who has left.
+
+NOTE [Steps and calls are counted per thread]
+A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each thread
+counts its own steps, and its own calls within a step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from nicehooks import internals
+
+LOCK = threading.RLock()
+"""Held while a context is entered or left; never while a model runs."""
+
+
+class Progress:
+    """How far one thread is: the step, how deep in the root model it is, and what has happened within this step.
+
+    Attributes:
+        calls: how often each rule's module has been called.
+        seen: the sites that a capture which stops early has seen.
+    """
+
+    __slots__ = ("calls", "depth", "seen", "step")
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.depth = 0
+        self.calls: dict[int, int] = {}
+        self.seen: set[str] = set()
+
+    def next_step(self) -> None:
+        """The root model is called anew."""
+        self.step += 1
+        self.calls.clear()
+        self.seen.clear()
+
+
+class Session:
+    """One entry of a context: what its rules have seen, and how far the model is.
+
+    Attributes:
+        label: how the intervention is shown to the user.
+        slot: a number that no other living session has.
+        level: how many `torch.func` transforms were running at entry.
+        attached: whether it acts in every thread and task.
+        called: whether the root model was called here.
+        elsewhere: whether a selected module was called where this session does not act.
+        suspended: whether a selected module was called under `suspend`.
+        reached: the keys of the rules that have acted.
+    """
+
+    __slots__ = ("__weakref__", "_progress", "attached", "called", "elsewhere", "label", "level", "reached", "slot", "suspended")
+
+    def __init__(self, label: str, attached: bool = False) -> None:
+        self.label = label
+        self.attached = attached
+        self.level = internals.transform_level()
+        self.called = self.elsewhere = self.suspended = False
+        self.reached: set[str] = set()
+        self.slot = -1
+        self._progress: dict[int, Progress] = {}
+
+    def progress(self) -> Progress:
+        """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
+        here = threading.get_ident()
+        found = self._progress.get(here)
+        if found is None:
+            found = self._progress[here] = Progress()
+        return found
+
+
+_active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
+_used_slots: set[int] = set()
+
+
+class _Here(threading.local):
+    """The slots of the sessions that act in this thread, for traced code."""
+
+    slots: tuple[int, ...] = ()
+
+
+HERE = _Here()
+
+
+def _active_or_none() -> frozenset[Session] | None:
+    return None if torch.compiler.is_compiling() else _active.get()
+
+
+def _none() -> None:
+    return None
+
+
+active_sessions: Callable[[], frozenset[Session] | None] = _active_or_none
+"""The sessions that act here; None in traced code. See NOTE [Two views of who is active]."""
+
+_taught = False
+
+
+def teach_dynamo() -> bool:
+    """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
+    global _taught, active_sessions
+    if _taught or not internals.teach_dynamo(_active.get, _none):
+        return False
+    _taught = True
+    active_sessions = _active.get
+    return True
+
+
+def begin(session: Session) -> None:
+    """From here on `session` acts in this thread or task."""
+    with LOCK:
+        session.slot = next(number for number in range(len(_used_slots) + 1) if number not in _used_slots)
+        _used_slots.add(session.slot)
+    if not session.attached:
+        _active.set(_active.get() | {session})
+        HERE.slots = (*HERE.slots, session.slot)
+
+
+def end(session: Session) -> None:
+    """Undoes `begin`, by value and not by token: a fixture or a generator may leave in another context."""
+    if session in _active.get():
+        _active.set(_active.get() - {session})
+    HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)
+    with LOCK:
+        _used_slots.discard(session.slot)
+
+
+def is_acting(session: Any) -> bool:
+    """Whether `session` acts here."""
+    return session.attached or session in _active.get()
