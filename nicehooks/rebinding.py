@@ -106,7 +106,7 @@ class Tap:
         self.previous: Any = None  # a forward that stood in the instance's __dict__ before
         self.rules: tuple[Rule, ...] = ()
         self.simple = True
-        self.forward = _forward_of(self)
+        self.forward: Any = _forward_of(self)
         self.reduce = _Reduce(self.module)
 
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,8 +239,16 @@ def tap_of(module: nn.Module) -> Tap | None:
 
 def _make_tap(module: nn.Module) -> Tap:
     tap = _taps[id(module)] = Tap(module)
-    weakref.finalize(module, _taps.pop, id(module), None).atexit = False
+    weakref.finalize(module, _forget, id(module)).atexit = False
     return tap
+
+
+def _forget(key: int) -> None:
+    """Takes apart the tap of a module that is gone: its function and it know each other, which is a cycle."""
+    tap = _taps.pop(key, None)
+    if tap is not None:
+        tap.rules = ()
+        tap.forward = None
 
 
 def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
@@ -249,15 +257,19 @@ def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
     with LOCK:
         for module, rule in pairs:
             tap = tap_of(module) or _make_tap(module)
+            if not tap.rules:
+                _put_in(module, tap)
             tap.rules = (*tap.rules, rule)
-            names = module.__dict__
-            if names.get("forward") is not tap.forward:
-                tap.previous = names.get("forward")
-                tap.function = type(module).forward
-                names["forward"] = tap.forward
-                names["__reduce_ex__"] = tap.reduce
-                tap.simple = tap.previous is None
             tap.simple = tap.simple and rule.simple
+
+
+def _put_in(module: nn.Module, tap: Tap) -> None:
+    names = module.__dict__
+    tap.previous = names.get("forward")
+    tap.function = type(module).forward
+    tap.simple = tap.previous is None
+    names["forward"] = tap.forward
+    names["__reduce_ex__"] = tap.reduce
 
 
 def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
@@ -265,7 +277,7 @@ def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
     with LOCK:
         for module, rule in pairs:
             tap = tap_of(module)
-            if tap is None:
+            if tap is None or not tap.rules:
                 continue
             rules = tap.rules
             tap.rules = () if len(rules) == 1 and rules[0] is rule else tuple(r for r in rules if r is not rule)
@@ -276,12 +288,15 @@ def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
 
 
 def _put_back(module: nn.Module, tap: Tap) -> None:
-    """Restores `forward`, unless somebody else has rebound it meanwhile: a context undoes only its own work."""
+    """Restores `forward`, unless somebody else has rebound it meanwhile: a context undoes only its own work.
+
+    Then the tap may be called from inside theirs for ever, so it is left as it is, and the module gets another one.
+    """
     names = module.__dict__
     names.pop("__reduce_ex__", None)
     if names.get("forward") is not tap.forward:
-        return
-    if tap.previous is None:
+        _taps.pop(id(module), None)
+    elif tap.previous is None:
         del names["forward"]
     else:
         names["forward"] = tap.previous
