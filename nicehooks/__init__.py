@@ -20,6 +20,7 @@ The floors, from the ground up; each imports only from the ones below it:
 
 from nicehooks.activations import ActivationCache
 from nicehooks.errors import (
+    CheckpointWarning,
     ContextMisuse,
     NiceHooksError,
     NiceHooksWarning,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KEEP",
     "ActivationCache",
+    "CheckpointWarning",
     "ContextMisuse",
     "ModulePath",
     "NiceHooksError",

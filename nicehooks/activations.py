@@ -320,7 +320,7 @@ def version_of(value: Any) -> Any:
     Tensors made under `inference_mode` have none; a checksum stands in for it there.
     """
     if isinstance(value, Tensor):
-        return _checksum(value) if value.is_inference() else value._version
+        return _checksum(value) if value.is_inference() else internals.version(value)
     if type(value) is Calls:
         return tuple(version_of(one) for one in value)
     return tuple(version_of(leaf) for leaf in trees.leaves(value) if isinstance(leaf, Tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.job(options)
+        sys.stdout.flush()
     except NiceHooksError as error:
         print(f"nicehooks: {error}", file=sys.stderr)
         return 2
@@ -129,10 +131,14 @@ MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (def
 
 def _numbers(text: str) -> list[int]:
     """The numbers of a list such as `0,5,20..29`."""
-    numbers: list[int] = []
-    for item in text.split(","):
-        first, dots, last = item.partition("..")
-        numbers += range(int(first), int(last) + 1) if dots else [int(first)]
+    return [number for item in text.split(",") for number in _range(item, text)]
+
+
+def _range(item: str, text: str) -> range:
+    found = re.fullmatch(r"(-?\d+)(?:\.\.(-?\d+))?", item)
+    numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,5,20..29")
     return numbers
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import sessions
-from nicehooks.errors import ContextMisuse, NotCalledWarning, NotReachedWarning, SiteNotReached
+from nicehooks.errors import CheckpointWarning, ContextMisuse, NotCalledWarning, NotReachedWarning, SiteNotReached
 from nicehooks.parameters import stand_in, step_back
 from nicehooks.ports import Action, AttributeRule, ParameterRule, SiteRule, StepRule, When, rules_for, slow_path_rules
 from nicehooks.rebinding import Rule, bind, unbind
@@ -151,11 +151,15 @@ class Intervention:
         pairs: Pairs = [(unwrap(self.model), StepRule())]
         sites: list[Site] = []
         for where, action in self._actions():
+            made: dict[Any, Pairs] = {}  # a site that two items select is one site
             for group in select_groups(self.model, where, self.verb):
-                made = [self._rules(site, action) for site in group.sites]
-                pairs += [pair for of_site in made for pair in of_site]
-                groups.append(_Group(group.where, [of_site[0][1] for of_site in made], group.wild))  # pyright: ignore
+                keys = [site.key for site in group.sites]
+                for key, site in zip(keys, group.sites, strict=True):
+                    if key not in made:
+                        made[key] = self._rules(site, action)
+                groups.append(_Group(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
                 sites += group.sites
+            pairs += [pair for of_site in made.values() for pair in of_site]
         pairs += slow_path_rules(sites)
         holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
         return Plan(pairs, groups, list(holders.values()))
@@ -168,6 +172,8 @@ class Intervention:
             warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
         elif missed:
             raise SiteNotReached(missed[0])
+        if session.checkpointed and not session.recomputed:
+            warnings.warn(CHECKPOINTED.format(context=repr(self)), CheckpointWarning, stacklevel=3)
 
     def _acted(self, session: Session, plan: Plan) -> bool:
         return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)
@@ -195,6 +201,11 @@ class Intervention:
         text = f"{rule.key!r} was never reached in {type(unwrap(self.model)).__name__}: {_reason(rule, session)}"
         return f"{text}\n  while {self!r} was active"
 
+
+CHECKPOINTED = (
+    "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and the "
+    "intervention has to act there too: run backward inside the context."
+)
 
 ACTIVE_ALREADY = (
     "this {verb}(…) is active already: one object is one intervention.\n"

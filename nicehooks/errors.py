@@ -51,3 +51,7 @@ class NotCalledWarning(NiceHooksWarning):
 
 class NotReachedWarning(NiceHooksWarning):
     """A handle was removed, and one of its sites was never reached."""
+
+
+class CheckpointWarning(NiceHooksWarning):
+    """An edit acted in an activation-checkpointed region, and the context was left before backward ran it again."""

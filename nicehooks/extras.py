@@ -31,5 +31,6 @@ def needs(extra: str) -> Generator[None, None, None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"this needs the package {error.name!r}, which is not installed.\n"
-        raise MissingExtra(f'{message}    pip install "nicehooks[{extra}]"', name=error.name) from error
+        package = str(error.name).partition(".")[0]
+        message = f"this needs the package {package!r}, which is not installed.\n"
+        raise MissingExtra(f'{message}    pip install "nicehooks[{extra}]"', name=package) from error

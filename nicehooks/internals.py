@@ -9,6 +9,7 @@ from typing import Any
 import optree.registry
 import torch
 import torch.utils._pytree as torch_pytree
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -50,6 +51,38 @@ def transform_size(transform: Any) -> int | None:
         return None
     return functorch.CVmapInterpreterPtr(transform).batchSize()
 
+
+def version(value: Tensor) -> int:
+    """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    return value._version
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread (torch 2.2 … 2.13)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_checkpoint() -> bool:
+    """Whether this line runs in an activation-checkpointed region whose forward backward will run again.
+
+    torch (2.2 … 2.13) leaves no other mark of it than its frames on the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == CHECKPOINT_FILE:
+            context = frame.f_locals.get("ctx")
+            needed = getattr(context, "needs_input_grad", None)
+            return torch.is_grad_enabled() if needed is None else any(needed)
+        frame = frame.f_back
+    return False
+
+
+CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 

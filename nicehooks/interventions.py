@@ -134,6 +134,7 @@ class _Capture(Action):
 
     __slots__ = ("cache", "clone", "detach", "expected", "is_plain", "keep", "map", "stop", "takes_site", "to")
     verb = "capture"
+    changes = False
 
     def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
         self.keep = keep

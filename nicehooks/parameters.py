@@ -109,12 +109,14 @@ def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:
 class StandIn(AbstractContextManager[nn.Module]):
     """A module like `module`, with `changes` in its `__dict__`, to run its forward on.
 
-    What that forward assigns to its `self` goes to the real module when it is over.
+    What that forward assigns to its `self`, besides the attributes named `private`, goes to the real module when it is
+    over.
     """
 
-    def __init__(self, module: nn.Module, changes: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, changes: dict[str, Any], private: tuple[str, ...] = ()) -> None:
         self.module = module
         self.changes = changes
+        self.private = private
 
     def __enter__(self) -> nn.Module:
         self.other: nn.Module = object.__new__(type(self.module))
@@ -124,5 +126,5 @@ class StandIn(AbstractContextManager[nn.Module]):
 
     def __exit__(self, *_: object) -> None:
         for name, value in self.other.__dict__.items():
-            if value is not self.given.get(name, _MISSING):
+            if value is not self.given.get(name, _MISSING) and name not in self.private:
                 self.module.__dict__[name] = value

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nicehooks import trees
+from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.parameters import Override, StandIn
 from nicehooks.paths import EVERY_CALL, ModulePath, expand_stars
@@ -25,10 +25,16 @@ from nicehooks.trees import STAR, Chain
 
 
 class Action:
-    """What an intervention does with a value. One action serves all sites of a context."""
+    """What an intervention does with a value. One action serves all sites of a context.
+
+    Attributes:
+        verb: the name of the intervention, for messages.
+        changes: whether it may change the value.
+    """
 
     __slots__ = ()
     verb = ""
+    changes = True
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
@@ -117,10 +123,20 @@ class SiteRule(Rule):
                 return value
             if self.path.call == EVERY_CALL:
                 key = key.replace("#*", f"#{number}", 1)
+        if self.action.changes:
+            self._note_checkpoint()
         self.session.reached.add(self.key)
         if self.stars:
             return self._through_stars(value, key)
         return self._at(value, self.chain, key)
+
+    def _note_checkpoint(self) -> None:
+        """Notices a forward that backward will run again, and that it does; the stack is searched once per site."""
+        session = self.session
+        if session.checkpointed and internals.in_backward():
+            session.recomputed = True
+        elif self.key not in session.reached and internals.in_checkpoint():
+            session.checkpointed = True
 
     def _through_stars(self, value: Any, key: str) -> Any:
         try:
@@ -247,6 +263,10 @@ def _parameters_of(tap: Tap) -> tuple[list[str], dict[str, Any]]:
     return names, defaults
 
 
+FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+"""What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.2 … 2.13)."""
+
+
 class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
@@ -271,7 +291,7 @@ class ParameterRule(SiteRule):
         module = frame.tap.module()
         if isinstance(module, nn.RNNBase) and any(module is holder for holder in self.modules()):
             weights = [getattr(module, name) for name in module._flat_weights_names]
-            frame.module = frame.enter(StandIn(module, {"_flat_weights": weights}))
+            frame.module = frame.enter(StandIn(module, {"_flat_weights": weights}, FLAT_WEIGHTS))
 
     def after(self, frame: Frame) -> None:
         pass

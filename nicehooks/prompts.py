@@ -43,9 +43,15 @@ class PromptPair:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The inputs of a causal language model for one text, each `[1, pos]`."""
+    """The inputs of a causal language model for one text, each `[1, pos]`.
+
+    Raises:
+        PromptError: there is nothing to read in `text`.
+    """
     encoded = tokenizer(text, return_tensors="pt")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    if encoded["input_ids"].numel() == 0:
+        raise PromptError(f"the prompt {text!r} has no tokens.")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask") if name in encoded}
 
 
 def encode_pair(

@@ -14,7 +14,7 @@ from torch import nn
 
 from nicehooks import internals
 from nicehooks.errors import PathError, SiteNotFound, UnsupportedModule
-from nicehooks.paths import ModulePath
+from nicehooks.paths import ModulePath, escape
 
 Where = Any
 """What selects sites: a path, a `Site`, a list of them, True, False, a regular expression or a predicate
@@ -51,6 +51,11 @@ class Site:
         if module is None:
             raise SiteNotFound(f"the module of site {self._text!r} no longer exists")
         return module
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The same for two sites that are one place: a module under two names is one module."""
+        return id(self._module()), self._text[len(escape(self.name)) :]
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -165,24 +170,17 @@ def select(model: nn.Module, *where: Where) -> list[Site]:
         SiteNotFound: an item selects nothing; the message has the nearest names.
         UnsupportedModule: a selected module is TorchScript.
     """
-    return [site for group in select_groups(model, where or (True,)) for site in group.sites]
+    chosen: dict[Any, Site] = {}
+    for group in select_groups(model, where or (True,)):
+        for site in group.sites:
+            chosen.setdefault(site.key, site)
+    return list(chosen.values())
 
 
 def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[Group]:
-    """The sites of each item of `where`; a site that an earlier item selected is not selected again."""
+    """The sites of each item of `where`; two groups may have the same one."""
     finder = _Finder(model, verb)
-    seen: set[tuple[int, str]] = set()
-    groups: list[Group] = []
-    for item in _flatten(where):
-        fresh: list[Site] = []
-        sites, wild = finder.find(item)
-        for site in sites:  # one module under two names is one module
-            key = (id(site._module()), site._text[len(site.name) :])
-            if key not in seen:
-                seen.add(key)
-                fresh.append(site)
-        groups.append(Group(item, fresh, wild))
-    return groups
+    return [Group(item, *finder.find(item)) for item in _flatten(where)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -228,8 +226,15 @@ class _Finder:
         named = [(name, module) for name, module in self.census.names.items() if path.matches(name)]
         sites = self._sites(named, path)
         if not sites:
+            self._refuse_scripted(path)
             raise SiteNotFound(_nothing_matches(self.census, path, named, self.verb))
         return sites
+
+    def _refuse_scripted(self, path: ModulePath) -> None:
+        """Says so if the path leads into a TorchScript module."""
+        for name, module in self.census.names.items():
+            if internals.is_scripted(module) and path.plain_name.startswith(f"{name}." if name else ""):
+                raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
 
     def _chosen(self, item: Where) -> list[Site]:
         named = [(name, module) for name, module in self.census.names.items() if _chooses(item, name, module)]
@@ -284,7 +289,7 @@ def _chooses(item: Where, name: str, module: nn.Module) -> bool:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether `module` can be called at all; a `ModuleList` cannot."""
-    return type(module).forward is not internals.no_forward or "forward" in vars(module)
+    return internals.is_scripted(module) or type(module).forward is not internals.no_forward or "forward" in vars(module)
 
 
 def has_parameter(module: nn.Module, name: str) -> bool:
@@ -294,6 +299,8 @@ def has_parameter(module: nn.Module, name: str) -> bool:
 
 def parameter_names(module: nn.Module) -> list[str]:
     """The names of the parameters, buffers, parametrized and recomputed tensors that `module` itself has."""
+    if internals.is_scripted(module):
+        return []
     parametrized = list(getattr(module, "parametrizations", {}))
     hooked = [name for hook in module._forward_pre_hooks.values() if (name := getattr(hook, "name", None)) in vars(module)]
     own = [name for table in (module._parameters, module._buffers) for name, value in table.items() if value is not None]

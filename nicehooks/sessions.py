@@ -63,15 +63,30 @@ class Session:
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
         reached: the keys of the rules that have acted.
+        checkpointed: whether a rule changed something in an activation-checkpointed region.
+        recomputed: whether a backward pass came by and ran it again.
     """
 
-    __slots__ = ("__weakref__", "_progress", "attached", "called", "elsewhere", "label", "level", "reached", "slot", "suspended")
+    __slots__ = (
+        "__weakref__",
+        "_progress",
+        "attached",
+        "called",
+        "checkpointed",
+        "elsewhere",
+        "label",
+        "level",
+        "reached",
+        "recomputed",
+        "slot",
+        "suspended",
+    )
 
     def __init__(self, label: str, attached: bool = False) -> None:
         self.label = label
         self.attached = attached
         self.level = internals.transform_level()
-        self.called = self.elsewhere = self.suspended = False
+        self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
         self.reached: set[str] = set()
         self.slot = -1
         self._progress: dict[int, Progress] = {}

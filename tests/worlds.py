@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nicehooks import trees
+
 Fn = Callable[[Tensor], Any]
 
 
@@ -57,14 +59,16 @@ WORLDS = {w.__name__: w for w in (eager, no_grad, inference_mode, autocast, vmap
 
 def total(tree: Any) -> Tensor:
     """A scalar that depends on every tensor of `tree`."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in trees.leaves(tree) if isinstance(leaf, Tensor)]
     return torch.stack([leaf.float().sin().sum() for leaf in leaves]).sum()
 
 
 def same(a: Any, b: Any) -> bool:
     """Whether two trees are equal, bit for bit."""
-    (x, s), (y, t) = torch.utils._pytree.tree_flatten(a), torch.utils._pytree.tree_flatten(b)
-    return s == t and all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in zip(x, y, strict=True))
+    x, y = trees.leaves(a), trees.leaves(b)
+    if type(a) is not type(b) or trees.describe(a) != trees.describe(b):
+        return False
+    return all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in zip(x, y, strict=True))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

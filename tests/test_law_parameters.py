@@ -1,0 +1,205 @@
+"""Law 10. A swapped parameter is swapped for every name it is tied to, and restored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from worlds import inputs, make, same, state
+
+from nicehooks import SiteNotFound, ablate, capture, edit, patch, steer
+
+
+class Tied(nn.Module):
+    """The embedding is the head; one block is there under two names; a parent reads a child's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.block = nn.Linear(4, 4)
+        self.again = self.block
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.reader = Reader()
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = self.again(self.block(x))
+        return self.head(self.reader(x))
+
+
+class Reader(nn.Module):
+    """Never calls its child."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return x @ self.hidden.weight
+
+
+TOKENS = torch.tensor([[0, 3, 6], [1, 1, 2]])
+
+
+@pytest.mark.parametrize("path", ["embed@weight", "head@weight"])
+def test_under_either_name(path):
+    torch.manual_seed(0)
+    model = Tied()
+    before, clean = state(model), model(TOKENS)
+    new = torch.randn(7, 4)
+    other = Tied()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.embed.weight.copy_(new)
+    with patch(model, path, new), capture(model, path) as acts:
+        assert torch.equal(model(TOKENS), other(TOKENS))
+    assert torch.equal(acts[path], new)
+    assert model.head.weight is model.embed.weight
+    assert state(model) == before
+    assert torch.equal(model(TOKENS), clean)
+
+
+def test_one_module_under_two_names():
+    model = Tied()
+    with patch(model, "again@weight", 0.0), patch(model, "block@bias", 1.0), capture(model, "again", "block", keep="all") as acts:
+        model(TOKENS)
+    assert list(acts) == ["again"]
+    assert len(acts["block"]) == 2
+    assert all((value == 1).all() for value in acts["block"])
+
+
+def test_a_weight_that_only_the_parent_reads():
+    model = Tied()
+    with ablate(model, "reader.hidden@weight"), capture(model, "reader", "reader.hidden@weight") as acts:
+        model(TOKENS)
+    assert not acts["reader"].any() and not acts["reader.hidden@weight"].any()
+    attention = nn.MultiheadAttention(4, 2, bias=False)
+    with ablate(attention, "out_proj@weight"):
+        assert not attention(inputs(), inputs(), inputs())[0].any()
+
+
+def test_a_buffer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    before = model[1].running_mean.clone()
+    value = torch.full((4,), 3.0)
+    with patch(model, "1@running_mean", value):
+        model(inputs())
+    assert torch.equal(value, torch.full((4,), 3.0))
+    assert torch.equal(model[1].running_mean, before)
+    model.eval()
+    with steer(model, "1@running_mean", torch.ones(4)):
+        steered = model(inputs())
+    model[1].running_mean += 1
+    assert torch.equal(model(inputs()), steered)
+
+
+def test_one_that_requires_grad():
+    model = make("Mlp").requires_grad_(False)
+    weight = torch.randn(2, 6, requires_grad=True)
+    with patch(model, "head@weight", weight):
+        model(inputs()).sum().backward()
+    assert weight.grad is not None
+    assert not model.head.weight.requires_grad
+    with edit(model, "head@weight[0]", lambda row: row + weight[1]):
+        model(inputs()).sum().backward()
+
+
+def test_a_part_of_a_parameter():
+    model = make("Mlp")
+    clean = model(inputs())
+    with ablate(model, "head@weight[0]"), ablate(model, "head@bias[0]"):
+        out = model(inputs())
+    assert not out[:, 0].any() and torch.equal(out[:, 1], clean[:, 1])
+    with patch(model, "**@bias", 0.0):
+        model(inputs())
+    with pytest.raises(SiteNotFound, match="'head' \\(Linear\\) has no parameter 'wait'; it has: weight, bias"):
+        capture(model, "head@wait").__enter__()
+
+
+def test_an_edit_acts_once_though_root_and_owner_both_run():
+    model = make("Mlp")
+    seen = []
+    with edit(model, "head@bias", lambda value: seen.append(value) or value + 1):
+        out = model(inputs())
+        alone = model.head(torch.zeros(1, 6))
+    assert len(seen) == 2
+    assert torch.allclose(out, model(inputs()) + 1)
+    assert torch.equal(alone[0], model.head.bias + 1)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")  # it is what is tested
+@pytest.mark.parametrize("kind", ["parametrized", "old"])
+def test_weight_norm(kind):
+    norm = torch.nn.utils.parametrizations.weight_norm if kind == "parametrized" else torch.nn.utils.weight_norm
+    model = nn.Sequential(norm(nn.Linear(4, 3)), nn.Identity())
+    clean = model(inputs())
+    before = state(model) if kind == "parametrized" else None
+    with ablate(model, "0@weight"), capture(model, "0@weight") as acts:
+        out = model(inputs())
+    assert not acts["0@weight"].any()
+    assert torch.equal(out, model[0].bias.expand(5, 3))
+    with steer(model, "0@weight[1]", torch.ones(4)):
+        assert torch.allclose(model(inputs())[:, 1], clean[:, 1] + inputs().sum(-1), atol=1e-5)
+    assert torch.equal(model(inputs()), clean)
+    assert before is None or state(model) == before
+
+
+def test_the_weights_of_an_lstm():
+    model = nn.Sequential(nn.LSTM(4, 3))
+    clean = model(inputs())
+    before = state(model)
+    other = nn.LSTM(4, 3)
+    other.load_state_dict(model[0].state_dict())
+    with torch.no_grad():
+        other.weight_hh_l0.zero_()
+    with ablate(model, "0@weight_hh_l0"):
+        assert same(model(inputs()), other(inputs()))
+    assert same(model(inputs()), clean)
+    assert state(model) == before
+
+
+def test_what_a_forward_assigns_is_kept():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return x * self.scale
+
+    model = Counting()
+    with patch(model, "@scale", 3.0):
+        assert torch.equal(model(inputs()), inputs() * 3)
+    assert model.count == 1
+
+
+def test_outside_readers_see_the_real_parameters():
+    model = make("Mlp")
+    seen = {}
+
+    def look(value):
+        seen.update(state=model.state_dict()["head.bias"].clone(), listed=[p.clone() for p in model.parameters()][-1])
+
+    real = model.head.bias.detach().clone()
+    with patch(model, "head@bias", 9.0), edit(model, "head", look):
+        assert torch.equal(model.state_dict()["head.bias"], real)
+        model(inputs())
+    assert torch.equal(seen["state"], real) and torch.equal(seen["listed"], real)
+
+
+def test_parameters_in_a_parameter_list():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ParameterList([torch.ones(1), torch.ones(1)])
+
+        def forward(self, x):
+            return x * self.scales[0] + self.scales[1]
+
+    model = Listed()
+    with patch(model, "scales@1", 5.0):
+        assert torch.equal(model(inputs()), inputs() + 5)
+    assert torch.equal(model(inputs()), inputs() + 1)
