@@ -141,6 +141,9 @@ class ActivationCache(dict[str, Any]):
         """Stores a captured value, with its version, to notice when it is overwritten later."""
         if keep == "first" and dict.__contains__(self, key):
             return
+        if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
+            dict.__setitem__(self, key, Calls([*dict.get(self, key, ()), value]) if keep == "all" else value)
+            return
         version = version_of(value)
         if keep == "all":
             before, versions = self._seen.get(key, (Calls(), ()))
@@ -321,8 +324,10 @@ def version_of(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return _checksum(value) if value.is_inference() else internals.version(value)
-    if type(value) is Calls:
-        return tuple(version_of(one) for one in value)
+    if type(value) in (Calls, tuple, list):
+        return tuple([version_of(one) for one in value])
+    if value is None:
+        return None
     return tuple(version_of(leaf) for leaf in trees.leaves(value) if isinstance(leaf, Tensor))
 
 

@@ -86,15 +86,17 @@ def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
 
 def _report(grid: ResidualGrid, options: argparse.Namespace) -> None:
     rows = [str(layer) for layer in grid.layers]
-    columns = [f"{position} {token}" for position, token in zip(grid.positions, grid.tokens, strict=True)]
+    columns = list(zip(map(str, grid.positions), grid.tokens, strict=True))
     print(f"\nlogit difference of {options.answer!r} and {options.wrong!r}:")
     print(f"  {grid.clean:+6.2f}  clean      {options.clean!r}")
     print(f"  {grid.corrupted:+6.2f}  corrupted  {options.corrupted!r}")
     print("\nIts part, in percent, that one patch of the residual stream restores:")
-    terminal.print_table(grid.effects, rows, columns, "layer")
+    terminal.print_table(grid.effects, rows, ["\n".join(column) for column in columns], "layer")
     print(grid.findings())
     title = f"effect of patching the residual stream, {options.model}"
-    figure = plotting.heat_map(grid.effects, rows, columns, title, scale_title="restored logit difference")
+    figure = plotting.heat_map(
+        grid.effects, rows, [" ".join(column) for column in columns], title, scale_title="restored logit difference"
+    )
     print(f"\nThe heat map is in {plotting.save(figure, options.out)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -29,9 +30,11 @@ class _Group(NamedTuple):
 class Plan(NamedTuple):
     """What entering does: made at the first entry, used again by the next ones."""
 
+    label: str
     pairs: Pairs
     groups: list[_Group]
     holders: list[nn.Module]
+    counting: bool
 
 
 class Intervention:
@@ -100,8 +103,8 @@ class Intervention:
         if session is None or plan is None:
             return
         try:
-            for message in self._unreached(session, plan) if session.called else ():
-                warnings.warn(message, NotReachedWarning, stacklevel=2)
+            for missed in self._unreached(session, plan) if session.called else ():
+                warnings.warn(self._not_reached(session, missed), NotReachedWarning, stacklevel=2)
         finally:
             self._left(session)
 
@@ -116,8 +119,9 @@ class Intervention:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
             if self._plan is None:
                 self._plan = self._make_plan()
-            session = self._session = Session(repr(self), attached)
-        plan = self._plan
+            plan = self._plan
+            session = self._session = Session(plan.label, attached)
+        session.counting = plan.counting
         for _, rule in plan.pairs:
             rule.session = session
         done = 0
@@ -139,12 +143,14 @@ class Intervention:
             return
         try:
             unbind(plan.pairs)
+        except BaseException:  # interrupted half-way: what is unbound stays so
+            unbind(plan.pairs)
+            raise
         finally:
             sessions.end(session)
             self._session = None
             for module in plan.holders[:holders]:
                 step_back(module)
-            unbind(plan.pairs)
 
     def _make_plan(self) -> Plan:
         groups: list[_Group] = []
@@ -162,29 +168,35 @@ class Intervention:
             pairs += [pair for of_site in made.values() for pair in of_site]
         pairs += slow_path_rules(sites)
         holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
-        return Plan(pairs, groups, list(holders.values()))
+        rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
+        for index, rule in enumerate(rules):
+            rule.index = index
+        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules))
+
+    def _counts(self, rules: list[SiteRule]) -> bool:
+        """Whether steps, calls, or the depth in the root model matter."""
+        return any([rule.when.counts for rule in rules])
 
     # never silent
 
     def _check(self, session: Session, plan: Plan) -> None:
-        missed = self._unreached(session, plan)
-        if missed and not session.called and not self._acted(session, plan):
+        missed = next(self._unreached(session, plan), None)
+        if missed is not None and not session.called and not self._acted(session, plan):
             warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
-        elif missed:
-            raise SiteNotReached(missed[0])
+        elif missed is not None:
+            raise SiteNotReached(self._not_reached(session, missed))
         if session.checkpointed and not session.recomputed:
-            warnings.warn(CHECKPOINTED.format(context=repr(self)), CheckpointWarning, stacklevel=3)
+            warnings.warn(CHECKPOINTED.format(context=self), CheckpointWarning, stacklevel=3)
 
     def _acted(self, session: Session, plan: Plan) -> bool:
         return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)
 
-    def _unreached(self, session: Session, plan: Plan) -> list[str]:
-        messages: list[str] = []
+    def _unreached(self, session: Session, plan: Plan) -> Iterator[SiteRule]:
+        """One rule of each group that was not reached as it should have been."""
         for group in plan.groups:
             missed = [rule for rule in group.rules if not self._was_reached(session, rule) and not rule.when.optional]
             if missed and (not group.wild or len(missed) == len(group.rules)):
-                messages.append(self._not_reached(session, missed[0]))
-        return messages
+                yield missed[0]
 
     def _not_called(self, session: Session) -> str:
         text = f"{self!r} was left, but the model was not called in it."

@@ -98,6 +98,15 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
     return True
 
 
+def evaluated_while_tracing(function: Callable[..., bool]) -> Callable[..., bool]:
+    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.2 … 2.13).
+
+    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 no_forward = nn.Module.forward

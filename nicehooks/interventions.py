@@ -7,12 +7,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nicehooks import internals, trees
 from nicehooks.activations import ActivationCache
 from nicehooks.contexts import Intervention, Pairs, Plan
 from nicehooks.errors import TreeMismatch
+from nicehooks.internals import innermost_transform
 from nicehooks.paths import ModulePath
 from nicehooks.ports import Action, OutputRule, ALWAYS, SiteRule, SuspendRule
 from nicehooks.rebinding import StopForward, tap_of
@@ -104,6 +106,9 @@ class capture(Intervention):  # noqa: N801 (a context is a bare verb)
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
 
+    def _counts(self, rules: list[SiteRule]) -> bool:
+        return self._action.stop or super()._counts(rules)
+
     def _entered(self, session: Session) -> ActivationCache:
         plan: Any = self._plan
         cache = self._action.begin(sum(len(group.rules) for group in plan.groups))
@@ -155,7 +160,7 @@ class _Capture(Action):
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         seen = value
-        if internals.innermost_transform() is not None:
+        if not torch.compiler.is_compiling() and innermost_transform() is not None:
             seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
         if self.detach or self.clone or self.to:
             seen = trees.map_tensors(self._copy, seen)
@@ -185,12 +190,16 @@ class _WholeOutput(OutputRule):
     action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def output(self, value: Any) -> Any:
-        if type(value) is Tensor and internals.innermost_transform() is None and not value.is_inference():
-            cache = self.action.cache
-            cache[self.key] = value
-            cache._seen[self.key] = (value, value._version)  # pyright: ignore[reportPrivateUsage]
-            return value
-        return self.through(None, value)
+        if type(value) is not Tensor or innermost_transform() is not None:
+            return self.through(None, value)
+        try:
+            version = value._version
+        except RuntimeError:  # made under inference_mode
+            return self.through(None, value)
+        cache = self.action.cache
+        cache[self.key] = value
+        cache._seen[self.key] = (value, version)  # pyright: ignore[reportPrivateUsage]
+        return value
 
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
@@ -269,7 +278,8 @@ def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None,
     """
     if not where:
         raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
-    return _named("ablate", edit(model, list(where), lambda old: value, steps=steps, calls=calls))
+    constant = _Patch(value)  # a copy: a later in-place layer must not reach the user's own mean
+    return _named("ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls))
 
 
 def steer(model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None) -> edit:
@@ -356,8 +366,12 @@ class _Patch(Action):
         self.value = value
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        new = trees.assign(value, self.value)
-        return value if new is value else _copied(new, value)
+        return self.instead_of(value)
+
+    def instead_of(self, old: Any) -> Any:
+        """What takes the place of `old`."""
+        new = trees.assign(old, self.value)
+        return old if new is old else _copied(new, old)
 
 
 def _copied(new: Any, old: Any) -> Any:
@@ -401,10 +415,11 @@ class suspend(Intervention):  # noqa: N801
     def _make_plan(self) -> Any:
         modules = {id(module): module for module in unwrap(self.model).modules()}
         tapped = [module for module in modules.values() if (tap := tap_of(module)) is not None and tap.rules]
-        return Plan([(module, SuspendRule()) for module in tapped], [], [])
+        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False)
 
 
 def _show_where(where: Where) -> str:
     if isinstance(where, tuple | list):
-        return ", ".join(_show_where(item) for item in where)
+        more = [f"… {len(where) - 3} more"] if len(where) > 4 else []
+        return ", ".join([_show_where(item) for item in (where[:3] if more else where)] + more)
     return repr(str(where)) if isinstance(where, str | Site | ModulePath) else getattr(where, "__name__", None) or type(where).__name__

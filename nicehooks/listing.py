@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import nn
 
-from nicehooks import trees
+from nicehooks import internals, trees
 from nicehooks.activations import Calls
 from nicehooks.interventions import capture
 from nicehooks.ports import SiteRule
@@ -130,10 +130,14 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
     seen: dict[str, Any] = {}
     example = bool(args or kwargs)
     if example:
-        with torch.no_grad(), capture(model, True, keep="all", map=trees.describe) as acts:
+        with torch.no_grad(), capture(model, _runs_in_python, keep="all", map=trees.describe) as acts:
             model(*args, **kwargs)
         seen = dict(acts)
     return SiteTable([_record(name, module, seen.get(name, Calls()), example) for name, module in modules])
+
+
+def _runs_in_python(name: str, module: nn.Module) -> bool:
+    return not internals.is_scripted(module)
 
 
 def _record(name: str, module: nn.Module, values: list[str], example: bool) -> SiteRecord:

@@ -15,12 +15,13 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nicehooks.sessions import LOCK
 
 _MISSING: Any = object()
-_overrides: ContextVar[dict[tuple[int, str], Tensor]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
+_overrides: ContextVar[dict[tuple[int, str], Any]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
 _open_owners: ContextVar[frozenset[int]] = ContextVar("nicehooks.open_overrides", default=frozenset())
 
 
@@ -29,8 +30,11 @@ class Table(dict[str, Any]):
 
     users: int
     original: dict[str, Any]
+    traced: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
+        if torch.compiler.is_compiling():
+            return self.traced[name] if name in self.traced else super().__getitem__(name)
         found = _overrides.get().get((id(self), name), _MISSING)
         return super().__getitem__(name) if found is _MISSING else found
 
@@ -48,7 +52,7 @@ def stand_in(module: nn.Module) -> None:
             own = module.__dict__[kind]
             if not isinstance(own, Table):
                 table = Table(own)
-                table.users, table.original = 0, own
+                table.users, table.original, table.traced = 0, own, {}
                 module.__dict__[kind] = own = table
             own.users += 1
 
@@ -82,24 +86,50 @@ class Override(AbstractContextManager[None]):
         value: the tensor that stands there instead; None leaves the places as they are.
     """
 
-    def __init__(self, owner: object, places: list[tuple[nn.Module, str]], value: Tensor | None) -> None:
+    def __init__(self, owner: Any, places: list[tuple[nn.Module, str]], value: Tensor | None) -> None:
         self.owner = owner
-        self.entries = {} if value is None else {key: value for place in places for key in _keys(*place)}
+        self.places = [] if value is None else places
+        self.value = value
 
     @staticmethod
-    def is_open(owner: object) -> bool:
+    def is_open(owner: Any) -> bool:
         """Whether `owner` has an override open around this line."""
-        return id(owner) in _open_owners.get()
+        return owner.is_swapped if torch.compiler.is_compiling() else id(owner) in _open_owners.get()
 
     def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            self._swap()
+            return
         self.before = (_overrides.get(), _open_owners.get())
-        _overrides.set({**_overrides.get(), **self.entries})
+        entries = {key: self.value for place in self.places for key in _keys(*place)}
+        _overrides.set({**_overrides.get(), **entries})
         _open_owners.set(_open_owners.get() | {id(self.owner)})
 
     def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            self._swap_back()
+            return
         overrides, owners = self.before
         _overrides.set(overrides)
         _open_owners.set(owners)
+
+    # Dynamo cannot trace a ContextVar, but it traces one call at a time: the table itself can hold the override.
+
+    def _swap(self) -> None:
+        self.owner.is_swapped = True
+        self.tables = [(_table(module, name), name) for module, name in self.places]
+        self.old = [table[name] for table, name in self.tables]
+        for table, name in self.tables:
+            table.traced[name] = self.value
+
+    def _swap_back(self) -> None:
+        self.owner.is_swapped = False
+        for (table, name), old in zip(self.tables, self.old, strict=True):
+            table.traced[name] = old
+
+
+def _table(module: Any, name: str) -> Table:
+    return module._parameters if name in module._parameters else module._buffers
 
 
 def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:

@@ -14,7 +14,10 @@ from nicehooks.errors import NiceHooksError
 from nicehooks.prompts import PromptPair
 from nicehooks.residual import residual_stream
 
-Track = Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]]
+Patches = tuple[int, list[int]]
+"""A layer, and the positions to patch in it, each alone."""
+
+Track = Callable[[Sequence[Patches]], Iterable[Patches]]
 """Goes through the patches to do, and may show how far it is."""
 
 
@@ -86,11 +89,17 @@ def residual_grid(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     track: Track = iter,
+    batch: int = 16,
 ) -> ResidualGrid:
     """Patches the residual stream after each layer, at each position, alone, and measures the logit difference.
 
     This is activation patching (Meng et al. 2022, https://arxiv.org/abs/2202.05262; Wang et al. 2022,
-    https://arxiv.org/abs/2211.00593): one clean run, one corrupted run, and one run per layer and position.
+    https://arxiv.org/abs/2211.00593). For each layer and position it does
+
+        with patch(model, {f"{layer}[:, {position}]": clean[layer][:, position]}):
+            output = model(**corrupted)
+
+    but several at once, each in a row of its own of a batch of corrupted prompts.
 
     Args:
         model: a causal language model.
@@ -98,27 +107,31 @@ def residual_grid(
         layers: which layers; all of them where it is left out. Negative numbers count from the end.
         positions: which positions; all of them where it is left out.
         track: goes through the patches, as `rich.progress.track` does, to show how far it is.
+        batch: how many patches at once, at most.
 
     Raises:
         NothingToPatch: the logit difference of both prompts is the same, or a layer or position does not exist.
     """
     clean_output, clean = residual_stream(model, pair.clean)
     with torch.no_grad():
-        floor = pair.logit_difference(model(**pair.corrupted))
-    span = pair.logit_difference(clean_output) - floor
+        floor = pair.logit_difference(model(**pair.corrupted)).item()
+    span = pair.logit_difference(clean_output).item() - floor
     if not abs(span) > 0:  # NaN too
         raise NothingToPatch(f"both prompts have the logit difference {floor:.2f}: there is no effect to look for.")
     sites = list(clean)
     rows, columns = _existing("layer", layers, len(sites)), _existing("position", positions, len(pair.tokens))
 
-    def effect(layer: int, position: int) -> float:
+    def effects(layer: int, places: list[int]) -> Tensor:
         site = sites[layer]
-        with torch.no_grad(), patch(model, {f"{site}[:, {position}]": clean[site][:, position]}):
-            return (pair.logit_difference(model(**pair.corrupted)) - floor) / span
+        values = {f"{site}[{row}, {place}]": clean[site][0, place] for row, place in enumerate(places)}
+        inputs = {name: value.expand(len(places), -1) for name, value in pair.corrupted.items()}
+        with torch.no_grad(), patch(model, values):
+            return (pair.logit_difference(model(**inputs)) - floor) / span
 
-    cells = track([(layer, position) for layer in rows for position in columns])
-    effects = torch.tensor([effect(*cell) for cell in cells]).reshape(len(rows), len(columns))
-    return ResidualGrid(effects, rows, columns, [pair.tokens[i] for i in columns], floor + span, floor)
+    batches = [columns[start : start + batch] for start in range(0, len(columns), batch)]
+    done = [effects(*patches) for patches in track([(layer, places) for layer in rows for places in batches])]
+    grid = torch.cat(done).reshape(len(rows), len(columns)).cpu()
+    return ResidualGrid(grid, rows, columns, [pair.tokens[i] for i in columns], floor + span, floor)
 
 
 def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:

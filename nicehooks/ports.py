@@ -5,20 +5,20 @@ Each rule brings the value at its site to an `Action`, and puts what the action 
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.parameters import Override, StandIn
 from nicehooks.paths import EVERY_CALL, ModulePath, expand_stars
-from nicehooks.rebinding import Frame, Passing, Rule, StopForward, Tap, signature_of
+from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Census, Site, has_forward
 from nicehooks.sessions import Session
 from nicehooks.trees import STAR, Chain
@@ -96,7 +96,7 @@ ALWAYS = When(None, None, None)
 class SiteRule(Rule):
     """Brings the values at one site to an action."""
 
-    __slots__ = ("action", "chain", "key", "path", "simple", "site", "stars", "when")
+    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         self.site = site
@@ -107,25 +107,26 @@ class SiteRule(Rule):
         self.action = action
         self.when = when
         self.simple = not when.counts
+        self.index = 0  # among the rules of its context
 
     def number(self, frame: Frame) -> None:
         """Counts this call, if calls matter."""
         if self.when.counts:
             calls = self.session.progress().calls
-            frame.numbers[id(self)] = calls[id(self)] = calls.get(id(self), -1) + 1
+            frame.numbers[self.index] = calls[self.index] = calls.get(self.index, -1) + 1
 
     def through(self, frame: Frame | None, value: Any) -> Any:
         """`value` after the action has been at the site in it."""
         key = self.key
         if frame is not None and self.when.counts:
-            number = frame.numbers[id(self)]
+            number = frame.numbers[self.index]
             if not self.when.admits(self.session.progress().step, number):
                 return value
             if self.path.call == EVERY_CALL:
                 key = key.replace("#*", f"#{number}", 1)
-        if self.action.changes:
+        if self.action.changes and not torch.compiler.is_compiling():
             self._note_checkpoint()
-        self.session.reached.add(self.key)
+        self.session.reached[self.key] = True
         if self.stars:
             return self._through_stars(value, key)
         return self._at(value, self.chain, key)
@@ -202,7 +203,7 @@ class InputRule(SiteRule):
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
-        names, defaults = _parameters_of(frame.tap)
+        names, defaults = frame.tap.parameters
         arguments = Arguments(_named(names, frame))
         if self.chain:
             self._complete(arguments, names, defaults)
@@ -210,7 +211,7 @@ class InputRule(SiteRule):
         if changed is not arguments:
             _write_back(frame, arguments, changed, names)
 
-    def _complete(self, arguments: Arguments, names: list[str], defaults: dict[str, Any]) -> None:
+    def _complete(self, arguments: Arguments, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
         """Adds the default of the argument that the path names, where the caller did not pass it."""
         first = self.chain[0]
         name = names[first] if type(first) is int and 0 <= first < len(names) else first
@@ -233,14 +234,14 @@ class Arguments(dict[Any, Any]):
         return super().__getitem__(key)
 
 
-def _named(names: list[str], frame: Frame) -> dict[Any, Any]:
+def _named(names: tuple[str, ...], frame: Frame) -> dict[Any, Any]:
     given: dict[Any, Any] = {names[i] if i < len(names) else i: value for i, value in enumerate(frame.args)}
     given.update((name, frame.kwargs[name]) for name in names if name in frame.kwargs)
     given.update((name, value) for name, value in frame.kwargs.items() if name not in given)
     return given
 
 
-def _write_back(frame: Frame, old: Arguments, new: Arguments, names: list[str]) -> None:
+def _write_back(frame: Frame, old: Arguments, new: Arguments, names: tuple[str, ...]) -> None:
     """Puts changed arguments where the caller had put the old ones."""
     args, kwargs = list(frame.args), dict(frame.kwargs)
     for name, value in new.items():
@@ -254,15 +255,6 @@ def _write_back(frame: Frame, old: Arguments, new: Arguments, names: list[str]) 
     frame.args, frame.kwargs = tuple(args), kwargs
 
 
-def _parameters_of(tap: Tap) -> tuple[list[str], dict[str, Any]]:
-    """The parameter names of a forward that can be passed by position, in order, and the defaults of all."""
-    signature = signature_of(tap.function) if tap.previous is None else inspect.signature(tap.previous)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
-    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
-    return names, defaults
-
-
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.2 … 2.13)."""
 
@@ -270,11 +262,11 @@ FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
-    __slots__ = ("places",)
+    __slots__ = ("is_swapped", "places")
 
     def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
         super().__init__(site, action, when)
-        self.simple = False
+        self.simple = self.is_swapped = False
         self.places = [(weakref.ref(module), name) for module, name in places]
 
     def modules(self) -> list[nn.Module]:
@@ -327,8 +319,10 @@ class StepRule(Rule):
     __slots__ = ()
 
     def before(self, frame: Frame) -> None:
-        progress = self.session.progress()
         self.session.called = True
+        if not self.session.counting:
+            return
+        progress = self.session.progress()
         if progress.depth == 0:
             progress.next_step()
         frame.enter(_Deeper(progress))

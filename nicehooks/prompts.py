@@ -36,10 +36,10 @@ class PromptPair:
     wrong: int
     tokens: list[str]
 
-    def logit_difference(self, output: Any) -> float:
-        """How much more a language model's `output` favours `answer` over `wrong` as the next token, in logits."""
-        logits: Tensor = output.logits[0, -1].float()
-        return (logits[self.answer] - logits[self.wrong]).item()
+    def logit_difference(self, output: Any) -> Tensor:
+        """How much more a language model's `output` favours `answer` over `wrong` as the next token, `[batch]`."""
+        logits: Tensor = output.logits[:, -1].double()
+        return logits[:, self.answer] - logits[:, self.wrong]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

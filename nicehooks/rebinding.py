@@ -98,12 +98,13 @@ class Rule:
 class Tap:
     """Stands in for one module's `forward`; see NOTE [One tap per module, kept]."""
 
-    __slots__ = ("__weakref__", "forward", "function", "module", "previous", "reduce", "rules", "simple")
+    __slots__ = ("__weakref__", "forward", "function", "module", "parameters", "previous", "reduce", "rules", "simple")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
         self.function: Any = type(module).forward
         self.previous: Any = None  # a forward that stood in the instance's __dict__ before
+        self.parameters: Any = None  # of the forward that it calls: see `parameters_of`
         self.rules: tuple[Rule, ...] = ()
         self.simple = True
         self.forward: Any = _forward_of(self)
@@ -201,6 +202,14 @@ def signature_of(function: Any) -> inspect.Signature:
     return found
 
 
+def parameters_of(signature: inspect.Signature) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the parameters that can be passed by position, in order, and the defaults of all."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature.parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+    return names, {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
 # --- binding ----------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +265,7 @@ def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
     sessions.teach_dynamo()
     with LOCK:
         for module, rule in pairs:
-            tap = tap_of(module) or _make_tap(module)
+            tap = _taps.get(id(module)) or _make_tap(module)
             if not tap.rules:
                 _put_in(module, tap)
             tap.rules = (*tap.rules, rule)
@@ -266,7 +275,12 @@ def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
 def _put_in(module: nn.Module, tap: Tap) -> None:
     names = module.__dict__
     tap.previous = names.get("forward")
-    tap.function = type(module).forward
+    function = type(module).forward
+    if tap.previous is not None:
+        tap.parameters = parameters_of(inspect.signature(tap.previous))
+    elif function is not tap.function or tap.parameters is None:  # a lazy module has become another class
+        tap.parameters = parameters_of(signature_of(function))
+    tap.function = function
     tap.simple = tap.previous is None
     names["forward"] = tap.forward
     names["__reduce_ex__"] = tap.reduce
@@ -276,15 +290,15 @@ def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
     """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
     with LOCK:
         for module, rule in pairs:
-            tap = tap_of(module)
+            tap = _taps.get(id(module))
             if tap is None or not tap.rules:
                 continue
-            rules = tap.rules
-            tap.rules = () if len(rules) == 1 and rules[0] is rule else tuple(r for r in rules if r is not rule)
-            if tap.rules:
-                tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
-            else:
+            if len(tap.rules) == 1 and tap.rules[0] is rule:
+                tap.rules = ()
                 _put_back(module, tap)
+                continue
+            tap.rules = tuple([r for r in tap.rules if r is not rule])
+            tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
 
 
 def _put_back(module: nn.Module, tap: Tap) -> None:
@@ -300,7 +314,7 @@ def _put_back(module: nn.Module, tap: Tap) -> None:
         del names["forward"]
     else:
         names["forward"] = tap.previous
-        tap.previous = None
+        tap.previous = tap.parameters = None
 
 
 class Passing(torch.overrides.TorchFunctionMode):

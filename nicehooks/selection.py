@@ -32,9 +32,10 @@ class Site:
     Attributes:
         name: the name of the module in the model.
         path: the `ModulePath` that selects just this site; `str(site)` is the same as text.
+        key: the same for two sites that are one place: a module under two names is one module.
     """
 
-    __slots__ = ("_encoders", "_model", "_module", "_text", "name", "path")
+    __slots__ = ("_encoders", "_model", "_module", "_text", "key", "name", "path")
 
     def __init__(self, name: str, module: nn.Module, path: ModulePath, model: nn.Module, encoders: Any = ()) -> None:
         self.name = name
@@ -43,6 +44,7 @@ class Site:
         self._model = weakref.ref(model)
         self._encoders = tuple(map(weakref.ref, encoders))
         self._text = str(path)
+        self.key = (id(module), self._text[len(escape(name)) :])
 
     @property
     def module(self) -> nn.Module:
@@ -51,11 +53,6 @@ class Site:
         if module is None:
             raise SiteNotFound(f"the module of site {self._text!r} no longer exists")
         return module
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """The same for two sites that are one place: a module under two names is one module."""
-        return id(self._module()), self._text[len(escape(self.name)) :]
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -8,6 +8,9 @@ sessions are known by small numbers that are given again once they are free: num
 of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the numbers: a
 task may still hold a copy of the context in which a number belonged to somebody who has left.
 
+What traced code reads, it is guarded on, and what it is guarded on must be the same in the next entry: so traced code
+writes what it has seen, and reads a count only if an intervention asks for one.
+
 NOTE [Steps and calls are counted per thread]
 A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each thread
 counts its own steps, and its own calls within a step.
@@ -32,7 +35,7 @@ class Progress:
     """How far one thread is: the step, how deep in the root model it is, and what has happened within this step.
 
     Attributes:
-        calls: how often each rule's module has been called.
+        calls: how often each rule's module has been called, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
     """
 
@@ -59,6 +62,7 @@ class Session:
         slot: a number that no other living session has.
         level: how many `torch.func` transforms were running at entry.
         attached: whether it acts in every thread and task.
+        counting: whether any of its rules asks for a step or a call.
         called: whether the root model was called here.
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
@@ -73,6 +77,7 @@ class Session:
         "attached",
         "called",
         "checkpointed",
+        "counting",
         "elsewhere",
         "label",
         "level",
@@ -85,15 +90,16 @@ class Session:
     def __init__(self, label: str, attached: bool = False) -> None:
         self.label = label
         self.attached = attached
+        self.counting = False
         self.level = internals.transform_level()
         self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
-        self.reached: set[str] = set()
+        self.reached: dict[str, bool] = {}
         self.slot = -1
         self._progress: dict[int, Progress] = {}
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
-        here = threading.get_ident()
+        here = 0 if torch.compiler.is_compiling() else threading.get_ident()
         found = self._progress.get(here)
         if found is None:
             found = self._progress[here] = Progress()
@@ -101,6 +107,7 @@ class Session:
 
 
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
+_get_active = _active.get  # one object: Dynamo knows what it was taught by identity
 _used_slots: set[int] = set()
 
 
@@ -130,10 +137,10 @@ _taught = False
 def teach_dynamo() -> bool:
     """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
     global _taught, active_sessions
-    if _taught or not internals.teach_dynamo(_active.get, _none):
+    if _taught or not internals.teach_dynamo(_get_active, _none):
         return False
     _taught = True
-    active_sessions = _active.get
+    active_sessions = _get_active
     return True
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ class Node(NamedTuple):
     rebuild: Callable[[Iterable[Any]], Any]
 
 
-_known: set[type] = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str, torch.Size}
+_nodes: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+_known: set[type] = {tuple, list, dict, OrderedDict, Tensor, torch.nn.Parameter, type(None), int, float, bool, str, torch.Size}
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -86,26 +88,48 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def open_node(tree: Any) -> Node | None:
-    """The first level of `tree`, or None where it is a leaf."""
-    if isinstance(tree, Tensor) or (_is_leaf(tree) and not _learn_types([tree])):
+    """The first level of `tree`, or None where it is a leaf.
+
+    The containers that everybody uses are taken apart here, because Dynamo can trace this; optree knows the rest.
+    """
+    kind: Any = type(tree)
+    if isinstance(tree, Tensor):
         return None
-    children, metadata, entries, build = optree.tree_flatten_one_level(tree, none_is_leaf=True, namespace=NAMESPACE)
-    return Node(list(children), list(entries), lambda new: build(metadata, tuple(new)))
-
-
-def _is_leaf(tree: Any) -> bool:
-    return optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE)
+    if kind is tuple or kind is list:
+        return Node(list(tree), list(range(len(tree))), kind)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return Node(list(tree), list(range(len(tree))), lambda new: kind(*new))
+    if kind is dict or kind is OrderedDict:
+        return Node(list(tree.values()), list(tree), lambda new: kind(zip(tree, new, strict=True)))
+    _learn(kind)
+    if kind in _nodes:
+        flatten, unflatten = _nodes[kind]
+        children, context, *entries = flatten(tree)
+        names = list(entries[0] if entries and entries[0] is not None else range(len(children)))
+        return Node(list(children), names, lambda new: unflatten(context, tuple(new)))
+    if optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE):
+        return None
+    children, context, names, build = optree.tree_flatten_one_level(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return Node(list(children), list(names), lambda new: build(context, tuple(new)))
 
 
 def _learn_types(found: list[Any]) -> bool:
     """Registers the containers among the leaves `found`; whether there were any."""
-    fresh = {type(leaf) for leaf in found} - _known
-    _known.update(fresh)
-    return any([_register(kind) for kind in fresh])
+    return any([_learn(type(leaf)) for leaf in found])
+
+
+@internals.evaluated_while_tracing
+def _learn(kind: type) -> bool:
+    if kind in _known:
+        return False
+    _known.add(kind)
+    return _register(kind)
 
 
 def _register(kind: type) -> bool:
     """See NOTE [The library's own namespace]."""
+    if optree.is_namedtuple_class(kind) or optree.is_structseq_class(kind):  # optree takes these apart by itself
+        return False
     node = internals.torch_node(kind)
     if node is not None:
         flatten, unflatten = _like_torch(*node)
@@ -115,6 +139,7 @@ def _register(kind: type) -> bool:
         flatten, unflatten = _like_dict(kind)
     else:
         return False
+    _nodes[kind] = flatten, unflatten
     optree.register_pytree_node(kind, flatten, unflatten, namespace=NAMESPACE)
     return True
 
@@ -329,7 +354,8 @@ def _fit(old: Tensor, new: Any) -> Tensor:
         raise TreeMismatch(f"{describe(new)} does not broadcast to {describe(old)}")
     if value.is_complex() and not old.is_complex():
         raise TreeMismatch(f"{describe(new)} has an imaginary part, {describe(old)} has none")
-    return value.to(device=old.device, dtype=old.dtype).expand(old.shape)
+    value = value.to(device=old.device, dtype=old.dtype)
+    return value if value.shape == old.shape else value.expand(old.shape).clone()  # in-place layers need memory of its own
 
 
 def fits(shape: Iterable[int], target: Iterable[int]) -> bool:
@@ -341,7 +367,9 @@ def fits(shape: Iterable[int], target: Iterable[int]) -> bool:
 
 def usable(value: Tensor) -> Tensor:
     """`value`, cloned where it was made under `inference_mode` and autograd could not work with it here."""
-    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+    if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():
+        return value
+    return value.clone()
 
 
 # --- descriptions -----------------------------------------------------------------------------------------------------
