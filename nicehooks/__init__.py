@@ -5,13 +5,23 @@ The floors, from the ground up; each imports only from the ones below it:
     errors          what can go wrong, in words that teach
     internals       every touch of a private torch API
     trees           reading and rewriting a part of a nested value
+    subscripts      the subscripts at the end of a path
     paths           the path language
     selection       which sites of a model a path selects
     sessions        who is active in which thread or task
     rebinding       the tap that stands in for a module's forward
     parameters      parameters with another value in one thread or task
-    ports           how a value is reached: output, input, parameter
+    steps           at which steps and calls an intervention acts
+    rules           how the value at a site gets to an intervention, and back
+    arguments       the port @input
+    weights         the ports of parameters and buffers
+    gradients       the ports @grad and @input.grad
+    attention       fused attention in its steps
+    calls           the port @name(): calls inside a module
+    ports           which rules reach a site
     contexts        what every intervention is: entered and left, never silent
+    seen            what was seen at a site, and whether it was overwritten since
+    activation_files activations in safetensors files
     activations     ActivationCache
     interventions   capture, patch, edit, ablate, steer, suspend
     functional      captured
@@ -19,6 +29,7 @@ The floors, from the ground up; each imports only from the ones below it:
 """
 
 from nicehooks.activations import ActivationCache
+from nicehooks.attention import fused_attention_as_steps
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -66,6 +77,7 @@ __all__ = [
     "captured",
     "describe",
     "edit",
+    "fused_attention_as_steps",
     "patch",
     "select",
     "sites",

@@ -1,27 +1,32 @@
-"""`ActivationCache`: the values that a context saw, by path, with what one does to them afterwards."""
+"""`ActivationCache`: the values that a context saw, by path, with what one does to them afterwards.
+
+NOTE [What a cache keeps alive]
+A value that left the cache is free, so what was captured is watched through weak references. The shortest way into a
+cache (`_WholeOutput`) cannot afford to make one, and stores `(tensor, version)` in `_seen` beside the value; it becomes
+a `Watch` when the value is read first. `__setitem__` is that of `dict` for the same reason. So all that can outlive its
+place is a value that nobody has read and that `cache[key] = …` has replaced: until `key` is read.
+"""
 
 from __future__ import annotations
 
 import difflib
 import html
-import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nicehooks import internals, trees
-from nicehooks.errors import NiceHooksError, NotCaptured, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.paths import ModulePath
-
-_T = TypeVar("_T")
-
-
-class Calls(list[_T]):
-    """One value per call of a site, in the order in which the calls ended: what `keep="all"` collects."""
+from nicehooks import activation_files, internals, trees
+from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
+from nicehooks.paths import EVERY_CALL, OUTPUT, ModulePath
+from nicehooks.seen import Calls, Watch, describe
+from nicehooks.selection import Site
+from nicehooks.trees import STAR, Chain
 
 
 class ActivationCache(dict[str, Any]):
@@ -45,8 +50,10 @@ class ActivationCache(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
         super().__init__(values)
-        self._seen: dict[str, tuple[Any, Any]] = {}  # what was captured, and its version then
+        self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
         self._other_names: Callable[[str], list[str]] = _no_other_names
+        if isinstance(values, ActivationCache):
+            self._watch_as(values)
 
     # reading
 
@@ -57,22 +64,29 @@ class ActivationCache(dict[str, Any]):
             NotCaptured: (a `KeyError`) nothing that was captured has this value.
             StaleActivation: the value was overwritten in place after it was captured.
         """
-        key = path if type(path) is str else str(path)
-        if dict.__contains__(self, key):
-            return self._fresh(key)
-        found = self._whole_of(key)
+        found = self._find(path)
         if found is None:
-            raise NotCaptured(_not_captured(self, key))
-        whole, chain = found
-        value = self._fresh(whole)
-        try:
-            return Calls(trees.get(item, chain) for item in value) if type(value) is Calls else trees.get(value, chain)
-        except TreeMismatch as error:
-            raise TreeMismatch(f"{key!r} in this cache: {error}.") from None
+            raise NotCaptured(_not_captured(self, path))
+        return self._read(path, *found)
 
-    def _whole_of(self, key: str) -> tuple[str, trees.Chain] | None:
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = self._find(key)
+        return default if found is None else self._read(key, *found)
+
+    def __contains__(self, key: object) -> bool:
+        return self._find(key) is not None
+
+    def _find(self, key: Any) -> tuple[str, Chain] | None:
         """The key of the value that has the value at `key` in it, and the way from there."""
-        path = ModulePath.parse(key)
+        text = _text(key)
+        if text is None:
+            return None
+        if dict.__contains__(self, text):
+            return text, ()
+        path = ModulePath.parse(text)
+        return None if _means_several(path) else self._whole_of(path)
+
+    def _whole_of(self, path: ModulePath) -> tuple[str, Chain] | None:
         found = self._whole_under(path)
         if found is not None:
             return found
@@ -82,27 +96,36 @@ class ActivationCache(dict[str, Any]):
                 return found
         return None
 
-    def _whole_under(self, path: ModulePath) -> tuple[str, trees.Chain] | None:
+    def _whole_under(self, path: ModulePath) -> tuple[str, Chain] | None:
         for taken in range(len(path.chain), -1, -1):
-            whole = str(ModulePath(path.name, path.call, path.port, path.chain[:taken]))
+            whole = str(replace(path, chain=path.chain[:taken]))
             if dict.__contains__(self, whole):
                 return whole, path.chain[taken:]
         return None
 
+    def _read(self, path: Any, whole: str, chain: Chain) -> Any:
+        value = self._fresh(whole)
+        if not chain:
+            return value
+        try:
+            return Calls(trees.get(item, chain) for item in value) if type(value) is Calls else trees.get(value, chain)
+        except TreeMismatch as error:
+            raise TreeMismatch(f"{str(path)!r} in this cache: {error}.") from None
+
     def _fresh(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
-        captured, version = self._seen.get(key, (None, None))
-        if captured is value and version is not None and version != version_of(value):
-            raise StaleActivation(STALE.format(key=key))
+        if self._seen and not torch.compiler.is_compiling():
+            watch = self._watch(key)
+            if watch is not None and watch.notices(value):
+                raise StaleActivation(STALE.format(key=key))
         return value
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
-
-    def __contains__(self, key: object) -> bool:
-        if dict.__contains__(self, key):
-            return True
-        return isinstance(key, str | ModulePath) and self._whole_of(str(key)) is not None
+    def _watch(self, key: str) -> Watch | None:
+        """The watch over the value at `key`, if it was captured; see NOTE [What a cache keeps alive]."""
+        seen = self._seen.get(key)
+        if type(seen) is tuple:
+            seen = self._seen[key] = Watch.before(*seen)
+        return seen
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(cache) and {**cache} read through __getitem__ too
@@ -113,12 +136,6 @@ class ActivationCache(dict[str, Any]):
     def items(self) -> Any:
         return [(key, self._fresh(key)) for key in self]
 
-    def pop(self, key: Any, *default: Any) -> Any:
-        value = self.get(key, *default) if default else self[key]
-        if dict.__contains__(self, key):
-            del self[key]
-        return value
-
     def copy(self) -> ActivationCache:
         return self._like(self.items())
 
@@ -128,14 +145,57 @@ class ActivationCache(dict[str, Any]):
     def __reduce__(self) -> Any:
         return (ActivationCache, (list(self.items()),))
 
-    def __or__(self, other: Any) -> ActivationCache:
-        return self._like([*self.items(), *other.items()])
-
     # writing
 
     def __delitem__(self, key: Any) -> None:
-        super().__delitem__(key)
-        self._seen.pop(key, None)
+        text = _text(key)
+        if text is None or not dict.__contains__(self, text):
+            raise NotCaptured(_not_captured(self, key))
+        super().__delitem__(text)
+        self._seen.pop(text, None)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        text = _text(key)
+        if text is None or not dict.__contains__(self, text):
+            if default:
+                return default[0]
+            raise NotCaptured(_not_captured(self, key))
+        value = self._fresh(text)
+        del self[text]
+        return value
+
+    def popitem(self) -> tuple[str, Any]:
+        for key in reversed(self):
+            return key, self.pop(key)
+        return super().popitem()  # says that there is nothing
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[str(key)] = default
+        return self[key]
+
+    def update(self, values: Any = (), /, **more: Any) -> None:
+        new = dict(values, **more)
+        for key in new:
+            self._seen.pop(key, None)
+        super().update(new)
+        if isinstance(values, ActivationCache):
+            self._watch_as(values)
+
+    def __ior__(self, other: Any) -> ActivationCache:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.update(other)
+        return self
+
+    def __or__(self, other: Any) -> Any:
+        if not isinstance(other, dict):
+            return NotImplemented
+        merged = self.copy()
+        merged.update(other)
+        return merged
+
+    def clear(self) -> None:
+        super().clear()
+        self._seen.clear()
 
     def record(self, key: str, value: Any, keep: str = "last") -> None:
         """Stores a captured value, with its version, to notice when it is overwritten later."""
@@ -144,14 +204,127 @@ class ActivationCache(dict[str, Any]):
         if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
             dict.__setitem__(self, key, Calls([*dict.get(self, key, ()), value]) if keep == "all" else value)
             return
-        version = version_of(value)
+        watch = Watch.over(value)
         if keep == "all":
-            before, versions = self._seen.get(key, (Calls(), ()))
-            value, version = Calls([*before, value]), (*versions, version)
+            before = dict.get(self, key)
+            watch = Watch([*(self._watch(key) or ()), *watch])
+            value = Calls([*before, value]) if type(before) is Calls else Calls([value])
         self[key] = value
-        self._seen[key] = (value, version)
+        self._seen[key] = watch
 
-    # many values at once
+    def _watch_as(self, other: ActivationCache) -> None:
+        """Watches over the values that are those of `other`; the watch over another value notices nothing."""
+        for key in other:
+            watch = other._watch(key)
+            if watch is not None:
+                self._seen[key] = watch
+
+    def _like(self, values: Any) -> ActivationCache:
+        """A cache of `values` that knows what this one knows."""
+        new = ActivationCache(values)
+        new._other_names = self._other_names
+        new._watch_as(self)
+        return new
+
+    # parts
+
+    def select(self, where: Any) -> ActivationCache:
+        """The part of the cache at `where`: paths, lists of them, regular expressions or predicates over the keys.
+
+        A path selects what it would select in a model; the path of a module alone selects whatever was captured of it.
+
+        Raises:
+            SiteNotFound: an item of `where` selects nothing.
+        """
+        keys = list(dict.fromkeys(self._chosen(where)))
+        chosen = self._like([(key, self[key]) for key in keys])
+        for key in keys:
+            whole, chain = self._find(key) or (key, ())
+            if chain and self._watch(whole) is not None:
+                chosen._seen[key] = Watch.over(dict.__getitem__(chosen, key))
+        return chosen
+
+    def _chosen(self, where: Any) -> list[str]:
+        """The keys that `where` selects, those of parts too."""
+        if isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
+            return [key for item in where for key in self._chosen(item)]
+        if isinstance(where, bool):
+            return list(self) if where else []
+        text = _text(where)
+        return self._chosen_by(where) if text is None else self._at_path(ModulePath.parse(text))
+
+    def _chosen_by(self, test: Any) -> list[str]:
+        if isinstance(test, re.Pattern):
+            found = [key for key in self if test.search(key)]
+        elif callable(test) and not isinstance(test, type | nn.Module):
+            found = [key for key in self if test(key)]
+        else:
+            shown = f"this {type(test).__name__}" if isinstance(test, nn.Module) else getattr(test, "__name__", test)
+            raise PathError(NO_WHERE.format(shown=shown))
+        if not found:
+            shown = getattr(test, "pattern", None) or getattr(test, "__name__", test)
+            raise SiteNotFound(f"{shown!r} selects nothing in this cache of {_sites(self)}.")
+        return found
+
+    def _at_path(self, path: ModulePath) -> list[str]:
+        """The keys that `path` selects; each alternative in its braces has to select something."""
+        options = path.alternatives()
+        found = [(option, part) for key in self for option in options for part in self._parts(key, option)]
+        parts = [part for _, part in found]
+        for option in options:
+            if all(option is not other for other, _ in found):
+                if option not in self:  # under another name of the module
+                    raise SiteNotFound(_not_captured(self, option))
+                parts.append(str(option))
+        return parts
+
+    def _parts(self, key: str, path: ModulePath) -> list[str]:
+        """The keys of what `path` selects in the value at `key`."""
+        own = _parsed(key)
+        if own is None or not path.matches(own.plain_name):
+            return []
+        if path.call is None and path.port == OUTPUT and not path.chain:
+            return [key]
+        if not _is_within(own, path):
+            return []
+        value, rest = dict.__getitem__(self, key), path.chain[len(own.chain) :]
+        whole = value[0] if type(value) is Calls and value else value
+        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in _expanded(whole, rest)]
+
+    def stack(self, where: Any = True) -> Tensor:
+        """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
+
+        Raises:
+            SiteNotFound: there is nothing to stack.
+            TreeMismatch: the values are not tensors of one shape.
+        """
+        chosen = self.select(where)
+        if not chosen:
+            raise SiteNotFound(f"there is nothing to stack: {'no site is selected' if self else 'the cache is empty'}.")
+        kinds = {describe(value) for value in chosen.values()}
+        if len(kinds) != 1 or not all(isinstance(value, Tensor) for value in chosen.values()):
+            shown = ", ".join(f"{key}: {describe(value)}" for key, value in chosen.items())
+            raise TreeMismatch(f"only tensors of one shape and dtype can be stacked, but here are {shown}.")
+        return torch.stack(list(chosen.values()))
+
+    def calls(self, path: Any) -> list[Any]:
+        """The values of all calls at `path`, in order, however they were captured (`keep="all"` or `#*`).
+
+        Raises:
+            NotCaptured: nothing that was captured has this value.
+        """
+        found = self._find(path)
+        if found is not None:
+            value = self._read(path, *found)
+            return list(value) if type(value) is Calls else [value]
+        wanted = ModulePath.parse(str(path))
+        numbers = {own.call for key in self if (own := _parsed(key)) is not None and isinstance(own.call, int)}
+        each = [one for number in sorted(numbers) if (one := replace(wanted, call=number)) in self]
+        if not each:
+            raise NotCaptured(_not_captured(self, path))
+        return [self[one] for one in each]
+
+    # every tensor
 
     def map(self, fn: Callable[[Tensor], Any]) -> ActivationCache:
         """A cache with `fn` applied to every tensor."""
@@ -173,67 +346,14 @@ class ActivationCache(dict[str, Any]):
         """A cache with every tensor indexed by `key`: `cache.index(0)` is the first example of the batch."""
         return self.map(lambda tensor: tensor[key])
 
-    def select(self, where: Any) -> ActivationCache:
-        """The part of the cache at `where`: paths, lists of them, regular expressions or predicates over the keys.
-
-        Raises:
-            SiteNotFound: an item of `where` selects nothing.
-        """
-        chosen: dict[str, Any] = {}
-        for item in where if isinstance(where, list | tuple | set) else [where]:
-            found = self._selected(item)
-            if not found and item is not False:
-                raise SiteNotFound(_not_captured(self, str(item)))
-            chosen.update(found)
-        return self._like(chosen)
-
-    def _selected(self, item: Any) -> dict[str, Any]:
-        if isinstance(item, bool):
-            return dict(self.items()) if item else {}
-        if hasattr(item, "search"):
-            return {key: value for key, value in self.items() if item.search(key)}
-        if callable(item):
-            return {key: value for key, value in self.items() if item(key)}
-        path = ModulePath.parse(str(item))
-        keys = {str(path.on(ModulePath.parse(key).plain_name)): None for key in self if path.matches(_name(key))}
-        if path.call is None and not path.chain and path.port.kind == "output":
-            keys = {key: None for key in self if path.matches(_name(key))}
-        return {key: self[key] for key in keys if key in self}
-
-    def stack(self, where: Any = True) -> Tensor:
-        """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
-
-        Raises:
-            TreeMismatch: the values are not tensors of one shape.
-        """
-        chosen = self.select(where)
-        kinds = {trees.describe(value) for value in chosen.values()}
-        if len(kinds) != 1 or not all(isinstance(value, Tensor) for value in chosen.values()):
-            shown = ", ".join(f"{key}: {trees.describe(value)}" for key, value in chosen.items())
-            raise TreeMismatch(f"only tensors of one shape and dtype can be stacked, but here are {shown}.")
-        return torch.stack(list(chosen.values()))
-
-    def calls(self, path: Any) -> list[Any]:
-        """The values of all calls at `path`, in order, however they were captured (`keep="all"` or `#*`).
-
-        Raises:
-            NotCaptured: nothing that was captured has this value.
-        """
-        parsed = ModulePath.parse(str(path))
-        if parsed in map(ModulePath.parse, self) or self._whole_of(str(parsed)) is not None:
-            value = self[str(parsed)]
-            return list(value) if type(value) is Calls else [value]
-        numbers = sorted(k.call for key in self if (k := ModulePath.parse(key)).name == parsed.name and type(k.call) is int)
-        found = [ModulePath(parsed.name, number, parsed.port, parsed.chain) for number in dict.fromkeys(numbers)]
-        if not found:
-            raise NotCaptured(_not_captured(self, str(path)))
-        return [self[str(one)] for one in found]
+    # arithmetic
 
     def _with(self, other: Any, op: Callable[[Any, Any], Any]) -> ActivationCache:
         if isinstance(other, Mapping):
-            mine = ActivationCache(cast(Any, other))
-            return self._like((key, _combine(self[key], mine[key], op, key)) for key in self if key in mine)
-        if isinstance(other, int | float | complex | Tensor):
+            theirs = ActivationCache(cast(Any, other))
+            common = [key for key in self if dict.__contains__(theirs, key)]
+            return self._like([(key, _combine(self[key], theirs[key], op, key)) for key in common])
+        if isinstance(other, Tensor | NUMBER):
             return self.map(lambda tensor: op(tensor, other))
         return NotImplemented
 
@@ -264,17 +384,13 @@ class ActivationCache(dict[str, Any]):
     def __neg__(self) -> ActivationCache:
         return self.map(operator.neg)
 
-    def _like(self, values: Any) -> ActivationCache:
-        new = ActivationCache(values)
-        new._other_names = self._other_names
-        return new
-
     # outside
 
     @property
     def nbytes(self) -> int:
         """The memory of all tensors, in bytes; a tensor that is there twice counts once."""
-        tensors = {id(leaf): leaf for value in dict.values(self) for leaf in trees.leaves(value) if isinstance(leaf, Tensor)}
+        leaves = [leaf for value in dict.values(self) for leaf in trees.leaves(value)]
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def save(self, file: Any) -> None:
@@ -284,71 +400,28 @@ class ActivationCache(dict[str, Any]):
             TreeMismatch: a value has something else in it than tensors, numbers, strings and containers.
             NiceHooksError: safetensors is not installed.
         """
-        tensors: dict[str, Tensor] = {}
-        structure = {key: _encode(value, tensors, key) for key, value in self.items()}
-        _safetensors().save_file(tensors, str(file), metadata={"nicehooks": json.dumps(structure)})
+        activation_files.write(self, file)
 
     @staticmethod
     def load(file: Any) -> ActivationCache:
         """Reads what `save` has written."""
-        with _safetensors().safe_open(str(file), framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            text = (opened.metadata() or {}).get("nicehooks")
-        if text is None:
-            return ActivationCache(tensors)
-        return ActivationCache({key: _decode(value, tensors) for key, value in json.loads(text).items()})
+        return ActivationCache(activation_files.read(file))
+
+    def _title(self) -> str:
+        return f"ActivationCache: {_sites(self)}, {show_bytes(self.nbytes)}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(str(key), describe(value)) for key, value in dict.items(self)]
 
     def __repr__(self) -> str:
-        width = max((len(key) for key in self), default=0)
-        rows = [f"  {key:<{width}}  {trees.describe(value)}" for key, value in dict.items(self)]
-        sites = "1 site" if len(self) == 1 else f"{len(self)} sites"
-        return "\n".join([f"ActivationCache: {sites}, {show_bytes(self.nbytes)}", *rows])
+        rows = self._rows()
+        width = max((len(key) for key, _ in rows), default=0)
+        return "\n".join([self._title(), *(f"  {key:<{width}}  {text}" for key, text in rows)])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td><code>{html.escape(key)}</code></td><td>{html.escape(trees.describe(value))}</td></tr>"
-            for key, value in dict.items(self)
-        )
-        title = f"ActivationCache: {len(self)} sites, {show_bytes(self.nbytes)}"
-        return f"<table><caption>{title}</caption><tr><th>site</th><th>value</th></tr>{rows}</table>"
-
-
-def _no_other_names(name: str) -> list[str]:
-    return []
-
-
-def version_of(value: Any) -> Any:
-    """What changes when a tensor in `value` is written to: its version counter.
-
-    Tensors made under `inference_mode` have none; a checksum stands in for it there.
-    """
-    if isinstance(value, Tensor):
-        return _checksum(value) if value.is_inference() else internals.version(value)
-    if type(value) in (Calls, tuple, list):
-        return tuple([version_of(one) for one in value])
-    if value is None:
-        return None
-    return tuple(version_of(leaf) for leaf in trees.leaves(value) if isinstance(leaf, Tensor))
-
-
-def _checksum(value: Tensor) -> Any:
-    total = value.detach().sum(dtype=torch.complex128 if value.is_complex() else torch.float64)
-    return str(total.item())  # as text: NaN equals itself
-
-
-def _combine(a: Any, b: Any, op: Callable[[Any, Any], Any], key: str) -> Any:
-    if isinstance(a, Tensor):
-        return op(a, b)
-    node, other = trees.open_node(a), trees.open_node(b)
-    if node is None or other is None:
-        return a
-    if len(node.children) != len(other.children):
-        raise TreeMismatch(f"at {key!r}: {trees.describe(a)} and {trees.describe(b)} have different structures.")
-    return node.rebuild(_combine(x, y, op, key) for x, y in zip(node.children, other.children, strict=True))
-
-
-def _name(key: str) -> str:
-    return ModulePath.parse(key).plain_name
+        cells = [(html.escape(key), html.escape(text)) for key, text in self._rows()]
+        rows = "".join(f"<tr><td><code>{key}</code></td><td>{text}</td></tr>" for key, text in cells)
+        return f"<table><caption>{self._title()}</caption><tr><th>site</th><th>value</th></tr>{rows}</table>"
 
 
 def show_bytes(count: int) -> str:
@@ -361,93 +434,169 @@ def show_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+# --- keys and paths ---------------------------------------------------------------------------------------------------
+
+
+def _no_other_names(name: str) -> list[str]:
+    return []
+
+
+def _text(key: Any) -> str | None:
+    """`key` as text; None where it is no path."""
+    if type(key) is str:
+        return key
+    return str(key) if isinstance(key, str | ModulePath | Site) else None
+
+
+def _parsed(key: str) -> ModulePath | None:
+    """The path that `key` is; the keys of somebody else's file may be none."""
+    try:
+        return ModulePath.parse(str(key))
+    except PathError:
+        return None
+
+
+def _means_several(path: ModulePath) -> bool:
+    several_calls = EVERY_CALL in (path.call, path.port.call)
+    return several_calls or path.is_wild or path.has_stars or len(path.alternatives()) > 1
+
+
+def _is_within(own: ModulePath, path: ModulePath) -> bool:
+    """Whether the value at `own`, of a module that `path` matches, is what `path` selects, or has that in it."""
+    ports = replace(own.port, call=None) == replace(path.port, call=None)
+    calls = _is_call(own.call, path.call) and _is_call(own.port.call, path.port.call)
+    steps = len(own.chain) <= len(path.chain) and all(map(_is_step, own.chain, path.chain))
+    return ports and calls and steps
+
+
+def _is_call(call: Any, wanted: Any) -> bool:
+    return call == wanted or (wanted == EVERY_CALL and call is not None)
+
+
+def _is_step(step: Any, wanted: Any) -> bool:
+    if isinstance(step, tuple) and isinstance(wanted, tuple):
+        return len(step) == len(wanted) and all(map(_is_step, step, wanted))
+    return isinstance(step, int | str) if wanted is STAR else step == wanted
+
+
+def _expanded(value: Any, chain: Chain) -> Iterator[Chain]:
+    """`chain` with each index of `value` in the place of a `*`."""
+    for done, step in enumerate(chain):
+        items = list(step) if isinstance(step, tuple) else [step]
+        stars = [position for position, item in enumerate(items) if item is STAR]
+        if stars:
+            for index in range(trees.length(trees.get(value, chain[:done]), items, stars[0])):
+                items[stars[0]] = index
+                one = tuple(items) if isinstance(step, tuple) else index
+                yield from _expanded(value, (*chain[:done], one, *chain[done + 1 :]))
+            return
+    yield chain
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+NUMBER = int | float | complex
+
+
+def _combine(a: Any, b: Any, op: Callable[[Any, Any], Any], path: str) -> Any:
+    """`op` of the tensors of `a` and `b`; what is no tensor in either stays that of `a`."""
+    if isinstance(a, Tensor | NUMBER) and isinstance(b, Tensor | NUMBER):
+        return _combine_leaves(a, b, op, path)
+    node, other = trees.open_node(a), trees.open_node(b)
+    if node is None and other is None and not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return a
+    if node is None or other is None or set(node.entries) != set(other.entries):
+        raise TreeMismatch(f"at {path!r}: {describe(a)} and {describe(b)} have different structures.")
+    theirs = dict(zip(other.entries, other.children, strict=True))
+    pairs = zip(node.entries, node.children, strict=True)
+    return node.rebuild([_combine(x, theirs[name], op, path + trees.show_step(name)) for name, x in pairs])
+
+
+def _combine_leaves(a: Any, b: Any, op: Callable[[Any, Any], Any], path: str) -> Any:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return a
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and not _broadcast(a, b):
+        raise TreeMismatch(f"at {path!r}: {describe(a)} and {describe(b)} do not broadcast.")
+    return op(a, b)
+
+
+def _broadcast(a: Tensor, b: Tensor) -> bool:
+    return all(x == y or 1 in (x, y) for x, y in zip(reversed(a.shape), reversed(b.shape), strict=False))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
 STALE = (
     "{key!r} was overwritten in place after it was captured (an in-place layer such as ReLU(inplace=True), or x += y), "
     "so this value is no longer what the site produced.\n"
     '    capture(model, "{key}", clone=True)  # keeps a copy of its own'
 )
 
+SEVERAL = (
+    "{key!r} may mean several sites, and has no single value in this cache of {sites}.\n"
+    '    acts.select("{key}")  # a cache of them all'
+)
 
-def _not_captured(cache: ActivationCache, key: str) -> str:
-    near = difflib.get_close_matches(key, list(cache), n=3, cutoff=0.3) or list(cache)[:3]
+NO_WHERE = (
+    "{shown} selects nothing in a cache, which knows paths and no modules: write a path, a Site, True, "
+    "a regular expression or a predicate over the keys, or a list of them"
+)
+
+
+def _not_captured(cache: ActivationCache, key: Any) -> str:
+    shown, sites, keys = _text(key), _sites(cache), [str(one) for one in cache]
+    if shown is not None and _means_several(ModulePath.parse(shown)):
+        return SEVERAL.format(key=shown, sites=sites)
+    near = difflib.get_close_matches(str(key), keys, n=3, cutoff=0.3) or keys[:3]
     have = f"nearest: {', '.join(near)}" if near else "it is empty"
-    return f"{key!r} is not in this cache of {len(cache)} sites ({have})."
+    return f"{key if shown is None else shown!r} is not in this cache of {sites} ({have})."
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise NiceHooksError(
-            'saving and loading activations needs safetensors: pip install "nicehooks[hf]"'
-        ) from None
-    module: Any = safetensors
-    module.save_file = safetensors.torch.save_file
-    return module
-
-
-def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """`value` as JSON, with the names of its tensors, which go to `tensors`."""
-    if isinstance(value, Tensor):
-        own = value.detach().contiguous()
-        shared = any(own.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in tensors.values())
-        tensors[name] = own.clone() if shared else own
-        return {"tensor": name}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    node = trees.open_node(value)
-    if node is None:
-        raise TreeMismatch(f"{name!r} holds a {type(value).__name__}, which cannot be saved; select or map the rest first.")
-    children = [_encode(c, tensors, f"{name}/{i}") for i, c in enumerate(node.children)]
-    if type(value) is Calls:
-        return {"calls": children}
-    if isinstance(value, tuple | list):
-        return {"list" if isinstance(value, list) else "tuple": children}
-    return {"dict": [[entry, child] for entry, child in zip(node.entries, children, strict=True)]}
-
-
-def _decode(code: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    ((kind, content),) = code.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _decode(child, tensors) for key, child in content}
-    if kind == "value":
-        return content
-    children = [_decode(child, tensors) for child in content]
-    return children if kind == "list" else tuple(children) if kind == "tuple" else Calls(children)
+def _sites(cache: ActivationCache) -> str:
+    return "1 site" if len(cache) == 1 else f"{len(cache)} sites"
 
 
 # --- pytrees ----------------------------------------------------------------------------------------------------------
 
 
-def _flatten_cache(cache: ActivationCache) -> tuple[list[Any], list[str]]:
-    return list(cache.values()), list(cache)
+@dataclass(frozen=True)
+class _Rest:
+    """What is left of a cache without its tensors: its keys, its structure, and its leaves with `Tensor` for each."""
+
+    keys: list[str]
+    structure: Any
+    leaves: list[Any]
 
 
-def _build_cache(values: Iterable[Any], keys: Any) -> ActivationCache:
-    return ActivationCache(zip(keys, values, strict=True))
+def _flatten_cache(cache: ActivationCache) -> tuple[list[Any], Any]:
+    values = cache.values()
+    if torch.compiler.is_compiling() or internals.innermost_transform() is None:
+        return values, list(cache)
+    return _flatten_for_transform(values, list(cache))
 
 
-def _flatten_calls(calls: Calls[Any]) -> tuple[list[Any], None]:
-    return list(calls), None
+def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any], Any]:
+    """Leaves the rest out, as transforms want tensors alone as outputs; it is the same for every example."""
+    leaves = trees.leaves(values)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(tensors) in (0, len(leaves)):
+        return values, keys
+    structure = optree.tree_structure(cast(Any, values), none_is_leaf=True, namespace=trees.NAMESPACE)
+    return tensors, _Rest(keys, structure, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def _build_cache(values: Iterable[Any], context: Any) -> ActivationCache:
+    if isinstance(context, _Rest):
+        tensors = iter(values)
+        leaves = [next(tensors) if leaf is Tensor else leaf for leaf in context.leaves]
+        values, context = cast(Any, optree.tree_unflatten(context.structure, leaves)), context.keys
+    return ActivationCache(zip(context, values, strict=True))
 
 
 internals.register_torch_node(ActivationCache, _flatten_cache, _build_cache)
-internals.register_torch_node(Calls, _flatten_calls, lambda values, _: Calls(values))
 optree.register_pytree_node(
     ActivationCache,
     lambda cache: (tuple(cache.values()), tuple(cache), tuple(cache)),
     lambda keys, values: _build_cache(values, keys),
-    namespace=internals.EVERY_NAMESPACE,
-)
-optree.register_pytree_node(
-    Calls,
-    lambda calls: (tuple(calls), None),
-    lambda _, values: Calls(values),
     namespace=internals.EVERY_NAMESPACE,
 )

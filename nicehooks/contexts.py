@@ -11,12 +11,13 @@ from torch import nn
 from nicehooks import sessions
 from nicehooks.errors import CheckpointWarning, ContextMisuse, NotCalledWarning, NotReachedWarning, SiteNotReached
 from nicehooks.parameters import stand_in, step_back
-from nicehooks.ports import Action, AttributeRule, ParameterRule, SiteRule, StepRule, When, rules_for, slow_path_rules
-from nicehooks.rebinding import Rule, bind, unbind
+from nicehooks.ports import Pairs, rules_for, slow_path_rules
+from nicehooks.rebinding import bind, unbind
+from nicehooks.rules import Action, SiteRule, StepRule
 from nicehooks.selection import Site, Where, select_groups, unwrap
 from nicehooks.sessions import Session
-
-Pairs = list[tuple[nn.Module, Rule]]
+from nicehooks.steps import When
+from nicehooks.weights import AttributeRule, ParameterRule
 
 
 class _Group(NamedTuple):
@@ -237,6 +238,8 @@ def _reason(rule: SiteRule, session: Session) -> str:
         )
     if isinstance(rule, AttributeRule):
         return f"the module that owns it was not called, and {site.path.port.name!r} is there only while it runs."
+    if rule.reason:
+        return rule.reason
     if rule.when.counts and session.called:
         return f"the model ran, but not once with {rule.when.shown}."
     if session.suspended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import optree.registry
 import torch
@@ -86,6 +86,8 @@ CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
+Constant = TypeVar("Constant", bound=Callable[..., bool | str])
+
 
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
     """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
@@ -98,7 +100,7 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
     return True
 
 
-def evaluated_while_tracing(function: Callable[..., bool]) -> Callable[..., bool]:
+def evaluated_while_tracing(function: Constant) -> Constant:
     """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.2 … 2.13).
 
     What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
@@ -148,5 +150,5 @@ def register_torch_node(kind: type, flatten: Callable[..., Any], unflatten: Call
     register(kind, flatten, unflatten)
 
 
-EVERY_NAMESPACE: Any = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # noqa: B009 (a plain access would be mangled)
+EVERY_NAMESPACE: Any = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 """The namespace of optree that every caller sees (optree 0.13 … 0.20)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 
 from nicehooks import internals, trees
 from nicehooks.activations import ActivationCache
-from nicehooks.contexts import Intervention, Pairs, Plan
+from nicehooks.contexts import Intervention, Plan
 from nicehooks.errors import TreeMismatch
 from nicehooks.internals import innermost_transform
 from nicehooks.paths import ModulePath
-from nicehooks.ports import Action, OutputRule, ALWAYS, SiteRule, SuspendRule
+from nicehooks.ports import Pairs
 from nicehooks.rebinding import StopForward, tap_of
+from nicehooks.rules import Action, OutputRule, SiteRule, SuspendRule
 from nicehooks.selection import Census, Site, Where, unwrap
 from nicehooks.sessions import Session
+from nicehooks.steps import ALWAYS
 
 Keep = Literal["first", "last", "all"]
 
@@ -41,7 +44,7 @@ def _call(fn: Callable[..., Any], takes_site: bool, value: Any, key: str, site: 
 # --- capture ----------------------------------------------------------------------------------------------------------
 
 
-class capture(Intervention):  # noqa: N801 (a context is a bare verb)
+class capture(Intervention):
     """Shows what a model computes inside: yields an `ActivationCache` that fills as the model runs.
 
     >>> import torch
@@ -80,7 +83,7 @@ class capture(Intervention):  # noqa: N801 (a context is a bare verb)
         detach: bool = False,
         clone: bool = False,
         to: Any = None,
-        map: Callable[..., Any] | None = None,  # noqa: A002 (the word that people look for)
+        map: Callable[..., Any] | None = None,
         stop: bool = False,
     ) -> None:
         super().__init__(model)
@@ -160,6 +163,8 @@ class _Capture(Action):
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         seen = value
+        if self._runs_again(key, site):
+            return value
         if not torch.compiler.is_compiling() and innermost_transform() is not None:
             seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
         if self.detach or self.clone or self.to:
@@ -170,6 +175,12 @@ class _Capture(Action):
         if self.stop:
             self._stop_when_complete(session, str(site))
         return value
+
+    def _runs_again(self, key: str, site: Site) -> bool:
+        """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
+        if torch.compiler.is_compiling() or site.path.port.kind.endswith("grad"):
+            return False
+        return dict.__contains__(self.cache, key) and internals.in_backward()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach() if self.detach else tensor
@@ -197,6 +208,8 @@ class _WholeOutput(OutputRule):
         except RuntimeError:  # made under inference_mode
             return self.through(None, value)
         cache = self.action.cache
+        if self.key in cache._seen and internals.in_backward():  # pyright: ignore[reportPrivateUsage]
+            return value  # a checkpointed region runs again: this was captured in the forward
         cache[self.key] = value
         cache._seen[self.key] = (value, version)  # pyright: ignore[reportPrivateUsage]
         return value
@@ -205,7 +218,7 @@ class _WholeOutput(OutputRule):
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
 
 
-class edit(Intervention):  # noqa: N801
+class edit(Intervention):
     """Changes values as the model computes them.
 
     >>> import torch
@@ -231,7 +244,9 @@ class edit(Intervention):  # noqa: N801
 
     verb = "edit"
 
-    def __init__(self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None
+    ) -> None:
         super().__init__(model, steps, calls)
         if not callable(fn):
             raise TypeError(f"edit(model, where, fn) takes a function of the value as fn, not {type(fn).__name__}")
@@ -274,7 +289,8 @@ def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None,
         model: any module.
         where: paths, sites, … (see `select`), at least one.
         value: a number, which fills every tensor at the site, or a tensor that broadcasts to it.
-        steps, calls: as for `edit`.
+        steps: as for `edit`.
+        calls: as for `edit`.
     """
     if not where:
         raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
@@ -282,7 +298,9 @@ def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None,
     return _named("ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls))
 
 
-def steer(model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None) -> edit:
+def steer(
+    model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None
+) -> edit:
     """Adds `scale * vector` to values.
 
     >>> import torch
@@ -299,8 +317,11 @@ def steer(model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *,
         where: a path, a site, … (see `select`).
         vector: a tensor that broadcasts to the value, `[d_model]` for a residual stream of `[batch, pos, d_model]`.
         scale: how much of it to add.
-        steps, calls: as for `edit`.
+        steps: as for `edit`.
+        calls: as for `edit`.
     """
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"steer(model, where, vector) takes a tensor as vector, not {type(vector).__name__}")
     return _named("steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls))
 
 
@@ -318,7 +339,7 @@ def _named(verb: str, context: edit) -> edit:
 # --- patch ------------------------------------------------------------------------------------------------------------
 
 
-class patch(Intervention):  # noqa: N801
+class patch(Intervention):
     """Replaces values as the model computes them, with the semantics of an assignment.
 
     >>> import torch
@@ -333,7 +354,8 @@ class patch(Intervention):  # noqa: N801
         where: a path, a site, … (see `select`), or a mapping from them to values; an `ActivationCache` is one.
         value: a tensor, broadcast to the site and cast to its dtype; a number, which fills every tensor there; a tree,
             which replaces leaf by leaf, where `KEEP` leaves one alone.
-        steps, calls: as for `edit`.
+        steps: as for `edit`.
+        calls: as for `edit`.
 
     Raises:
         SiteNotFound: on entry: a path selects nothing.
@@ -343,10 +365,12 @@ class patch(Intervention):  # noqa: N801
 
     verb = "patch"
 
-    def __init__(self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None
+    ) -> None:
         super().__init__(model, steps, calls)
-        if (value is ...) != isinstance(where, Mapping):
-            raise TypeError("patch takes a path and a value, patch(model, path, value), or patch(model, {path: value, …})")
+        if (value is ...) != isinstance(where, Mapping) or isinstance(where, Tensor):
+            raise TypeError("patch takes a path and a value, patch(model, path, value), or a mapping of them")
         self.values: list[tuple[Where, Any]] = list(where.items()) if value is ... else [(where, value)]
 
     def __repr__(self) -> str:
@@ -370,6 +394,8 @@ class _Patch(Action):
 
     def instead_of(self, old: Any) -> Any:
         """What takes the place of `old`."""
+        if old is None and isinstance(self.value, int | float):
+            return None  # nothing is there that a number could fill
         new = trees.assign(old, self.value)
         return old if new is old else _copied(new, old)
 
@@ -384,7 +410,7 @@ def _copied(new: Any, old: Any) -> Any:
 # --- suspend ----------------------------------------------------------------------------------------------------------
 
 
-class suspend(Intervention):  # noqa: N801
+class suspend(Intervention):
     """Silences every intervention on `model` that was there before: inside it, the model is clean.
 
     >>> import torch
@@ -422,4 +448,8 @@ def _show_where(where: Where) -> str:
     if isinstance(where, tuple | list):
         more = [f"… {len(where) - 3} more"] if len(where) > 4 else []
         return ", ".join([_show_where(item) for item in (where[:3] if more else where)] + more)
-    return repr(str(where)) if isinstance(where, str | Site | ModulePath) else getattr(where, "__name__", None) or type(where).__name__
+    if isinstance(where, str | Site | ModulePath):
+        return repr(str(where))
+    if isinstance(where, bool | re.Pattern):
+        return repr(where)
+    return getattr(where, "__name__", None) or type(where).__name__

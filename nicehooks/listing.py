@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from nicehooks import internals, trees
-from nicehooks.activations import Calls
 from nicehooks.interventions import capture
-from nicehooks.ports import SiteRule
-from nicehooks.rebinding import Rule, tap_of
+from nicehooks.paths import escape
+from nicehooks.rebinding import Rule, Tap, tap_of
+from nicehooks.rules import SiteRule
 from nicehooks.selection import Census, has_forward, parameter_names
 from nicehooks.sessions import is_acting
 
@@ -37,10 +37,16 @@ class SiteRecord(NamedTuple):
 
 
 class SiteTable(Sequence[SiteRecord]):
-    """The sites of a model: a sequence of `SiteRecord`s that prints as a tree."""
+    """The sites of a model: a sequence of `SiteRecord`s that prints as a tree.
 
-    def __init__(self, records: list[SiteRecord]) -> None:
+    Args:
+        records: the sites, in the order of the model's modules.
+        kind: the class of the model, which is the root of the tree even where it is only a container and no site.
+    """
+
+    def __init__(self, records: list[SiteRecord], kind: str) -> None:
         self.records = records
+        self.kind = kind
 
     @overload
     def __getitem__(self, index: int) -> SiteRecord: ...
@@ -61,15 +67,16 @@ class SiteTable(Sequence[SiteRecord]):
             from rich.console import Console
         except ImportError:
             return self.plain()
-        console = Console(file=io.StringIO(), width=160, highlight=False)
-        console.print(self.__rich__())
-        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+        file = io.StringIO()  # text alone, whatever Python runs in: no colours, no notebook, no lines broken
+        console = Console(file=file, width=160, color_system=None, force_jupyter=False, highlight=False)
+        console.print(self.__rich__(), soft_wrap=True)
+        return "\n".join([line.rstrip() for line in file.getvalue().splitlines()])
 
     __repr__ = __str__
 
     def plain(self) -> str:
         """The tree as text, without `rich`."""
-        return "\n".join(f"{'  ' * depth}{label}  {about}" for depth, label, about in self._lines())
+        return "\n".join([f"{'  ' * depth}{label}  {about}".rstrip() for depth, label, about in self._lines()])
 
     def __rich__(self) -> Any:
         from rich.text import Text
@@ -85,9 +92,9 @@ class SiteTable(Sequence[SiteRecord]):
     def _lines(self) -> Iterator[tuple[int, str, str]]:
         """Depth, name within the parent, and the rest, of each record; parents that are no sites have a line too."""
         shown: set[str] = set()
-        root, *rest = self.records
-        yield 0, "(model)", _about(root)
-        for record in rest:
+        roots = [record for record in self.records if not record.path]
+        yield 0, "(model)", _about(roots[0]) if roots else self.kind
+        for record in self.records[len(roots) :]:
             segments = record.path.split(".")
             for depth in range(1, len(segments)):
                 parent = ".".join(segments[:depth])
@@ -126,24 +133,32 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
             are listed.
     """
     census = Census(model)
-    modules = [(census.first[id(m)], m) for name, m in census.names.items() if census.first[id(m)] == name and has_forward(m)]
-    seen: dict[str, Any] = {}
     example = bool(args or kwargs)
-    if example:
-        with torch.no_grad(), capture(model, _runs_in_python, keep="all", map=trees.describe) as acts:
-            model(*args, **kwargs)
-        seen = dict(acts)
-    return SiteTable([_record(name, module, seen.get(name, Calls()), example) for name, module in modules])
+    seen = _run(model, *args, **kwargs) if example else {}
+    records = [
+        _record(escape(name), module, seen, example)
+        for name, module in census.names.items()
+        if census.first[id(module)] == name and has_forward(module)
+    ]
+    return SiteTable(records, type(census.root).__name__)
+
+
+def _run(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What each site returned, call by call, described."""
+    with torch.no_grad(), capture(model, _runs_in_python, keep="all", map=trees.describe) as acts:
+        model(*args, **kwargs)
+    return dict(acts)
 
 
 def _runs_in_python(name: str, module: nn.Module) -> bool:
     return not internals.is_scripted(module)
 
 
-def _record(name: str, module: nn.Module, values: list[str], example: bool) -> SiteRecord:
+def _record(path: str, module: nn.Module, seen: dict[str, Any], example: bool) -> SiteRecord:
+    values: list[str] = seen.get(path, [])
     shown = " | ".join(dict.fromkeys(values)) if values else None
     names = tuple(parameter_names(module))
-    return SiteRecord(name, type(module).__name__, shown, len(values) if example else None, names)
+    return SiteRecord(path, type(module).__name__, shown, len(values) if example else None, names)
 
 
 # --- what is active ---------------------------------------------------------------------------------------------------
@@ -156,7 +171,7 @@ class ActiveRecord(NamedTuple):
         path: the site.
         intervention: how it was written.
         scope: "attached" where it acts everywhere, else "with".
-        acting: whether it acts in the thread or task that asks.
+        acting: whether it acts in the thread or task that asks, and is not suspended there.
     """
 
     path: str
@@ -172,7 +187,8 @@ class ActiveTable(list[ActiveRecord]):
         if not self:
             return "nothing is active"
         return "\n".join(
-            f"{record.path}  {record.intervention}  [{record.scope}{'' if record.acting else ', not here'}]" for record in self
+            f"{record.path}  {record.intervention}  [{record.scope}{'' if record.acting else ', not here'}]"
+            for record in self
         )
 
     __repr__ = __str__
@@ -191,16 +207,21 @@ def describe(model: nn.Module) -> ActiveTable:
     >>> describe(model)
     nothing is active
     """
-    found: dict[int, ActiveRecord] = {}
-    for module in {id(module): module for module in Census(model).names.values()}.values():
-        tap = tap_of(module)
-        for rule in () if tap is None else tap.rules:
-            if isinstance(rule, SiteRule):
-                found.setdefault(id(rule), _active_record(rule))
-    return ActiveTable(found.values())
+    taps = [tap for tap in map(tap_of, dict.fromkeys(Census(model).names.values())) if tap is not None]
+    rules = dict.fromkeys(rule for tap in taps for rule in tap.rules if isinstance(rule, SiteRule))
+    acting = {rule for tap in taps for rule in _acting(tap)}
+    return ActiveTable(_active_record(rule, rule in acting) for rule in rules)
 
 
-def _active_record(rule: Rule) -> ActiveRecord:
+def _acting(tap: Tap) -> list[Rule]:
+    """The rules of `tap` that act here: the session of each does, and no `suspend` after it silences it."""
+    acting: list[Rule] = []
+    for rule in tap.rules:
+        if is_acting(rule.session):
+            acting = [] if rule.suspends else [*acting, rule]
+    return acting
+
+
+def _active_record(rule: SiteRule, acting: bool) -> ActiveRecord:
     session = rule.session
-    scope = "attached" if session.attached else "with"
-    return ActiveRecord(getattr(rule, "key", ""), session.label, scope, is_acting(session))
+    return ActiveRecord(rule.key, session.label, "attached" if session.attached else "with", acting)

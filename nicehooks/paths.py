@@ -8,25 +8,17 @@ matches. `selection.py` brings paths and models together.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from nicehooks.errors import PathError
-from nicehooks.trees import STAR, Chain, Heads, show_step
+from nicehooks.subscripts import fault, read_chain
+from nicehooks.trees import STAR, Chain, show_step
 
 EVERY_CALL = "*"
-
-_SPECIAL = r"#@\[\]/{},*\\"
-_NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*")
-_CALL = re.compile(r"#(\d+|\*)")
-_PORT = re.compile(r"@(?P<name>[A-Za-z_0-9][\w.]*?)(?P<tail>\.grad)?(?:#(?P<call>\d+|\*))?(?P<paren>\(\))?(?P<arg>\.input)?(?![\w.(#])")
-_HEADS = re.compile(r"/(\d+)")
-_BRACE = re.compile(r"(?<!\\)\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,10 @@ class ModulePath:
     def __str__(self) -> str:
         return self._text
 
+    def __reduce__(self) -> Any:
+        """A copy is read from the text, so that its `*`s are again the one `STAR`."""
+        return _parse, (self._text,)
+
     def __repr__(self) -> str:
         return f"ModulePath({self._text!r})"
 
@@ -106,16 +102,16 @@ class ModulePath:
     @cached_property
     def is_wild(self) -> bool:
         """Whether the name has a `*`: then it may select sites that a forward never reaches."""
-        return re.search(r"(?<!\\)\*", self.name) is not None
+        return "*" in _ESCAPED.sub("", self.name)
 
     @cached_property
     def has_stars(self) -> bool:
         """Whether a subscript has a `*`, which stands for one site per index."""
         return any(item is STAR for step in self.chain for item in _items(step))
 
-    def alternatives(self) -> list[ModulePath]:
+    def alternatives(self) -> Iterator[ModulePath]:
         """One path per alternative of the braces in the name, so that each of them has to match."""
-        return [replace(self, name=name) for name in _without_braces(self.name)]
+        return (replace(self, name=name) for name in _without_braces(self.name))
 
     def on(self, name: str) -> ModulePath:
         """The same call, port and subscripts of the module called `name`."""
@@ -123,30 +119,25 @@ class ModulePath:
 
     def matches(self, name: str) -> bool:
         """Whether the name part matches the module name `name`."""
-        return any(_pattern(alternative).fullmatch(name) for alternative in _without_braces(self.name))
+        return _pattern(self.name).fullmatch(name) is not None
 
-    @property
+    @cached_property
     def plain_name(self) -> str:
         """The name without the backslashes that protect special characters."""
-        return re.sub(r"\\(.)", r"\1", self.name)
+        return _unescape(self.name)
 
 
-def escape(name: str) -> str:
-    """`name` with a backslash before each character that the path language gives a meaning."""
-    return re.sub(f"([{_SPECIAL}])", r"\\\1", name)
-
-
-def expand_stars(path: ModulePath, sizes: Any) -> list[ModulePath]:
-    """One path per combination of indices for the `*`s; `sizes` has one range per `*`, in order."""
+def expand_stars(path: ModulePath, choices: Iterable[Iterable[Any]]) -> list[ModulePath]:
+    """One path per combination of indices or keys for the `*`s; `choices` has those of each `*`, in order."""
     found: list[ModulePath] = []
-    for indices in itertools.product(*sizes):
+    for indices in itertools.product(*choices):
         chosen = iter(indices)
         chain = tuple(_fill(step, chosen) for step in path.chain)
         found.append(replace(path, chain=chain))
     return found
 
 
-def _fill(step: Any, chosen: Any) -> Any:
+def _fill(step: Any, chosen: Iterator[Any]) -> Any:
     if isinstance(step, tuple):
         return tuple(next(chosen) if item is STAR else item for item in step)
     return next(chosen) if step is STAR else step
@@ -158,187 +149,139 @@ def _items(step: Any) -> tuple[Any, ...]:
 
 # --- module names -----------------------------------------------------------------------------------------------------
 
+LONGEST_RANGE = 10_000
 
-def _without_braces(name: str) -> list[str]:
-    brace = _BRACE.search(name)
-    if brace is None:
-        return [name]
-    before, after = name[: brace.start()], name[brace.end() :]
-    return [full for option in _options(brace[1]) for full in _without_braces(before + option + after)]
+_SPECIAL = re.compile(r"[#@\[\]/{},*\\]|^\s|\s\Z")
+_ESCAPED = re.compile(r"\\(.?)", re.DOTALL)
+_BRACES = re.compile(r"((?:\\.|[^\\{}])*)\{((?:\\.|[^\\{}])*)\}", re.DOTALL)
+_OPTION = re.compile(r"\s*((?:\\.|[^\\,])*?)\s*,", re.DOTALL)
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 
-def _options(text: str) -> list[str]:
-    options: list[str] = []
-    for option in text.split(","):
-        numbers = _RANGE.fullmatch(option.strip())
-        if numbers is None:
-            options.append(option.strip())
-        else:
-            options += [str(number) for number in range(int(numbers[1]), int(numbers[2]) + 1)]
-    return options
+def escape(name: str) -> str:
+    """`name` with a backslash before each character that the path language gives a meaning."""
+    return _SPECIAL.sub(r"\\\g<0>", name)
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _without_braces(name: str) -> Iterator[str]:
+    """The names that `name` stands for, one per combination of what is in its braces."""
+    braces = _BRACES.match(name)
+    if braces is None:
+        yield name
+        return
+    for option in _options(braces[2]):
+        yield from (braces[1] + option + rest for rest in _without_braces(name[braces.end() :]))
+
+
+def _options(text: str) -> Iterator[str]:
+    for option in _OPTION.findall(f"{text},"):
+        numbers = _RANGE.fullmatch(option)
+        yield from [option] if numbers is None else map(str, range(int(numbers[1]), int(numbers[2]) + 1))
 
 
 @lru_cache(maxsize=4096)
 def _pattern(name: str) -> re.Pattern[str]:
-    """The regular expression over module names for a name without braces."""
+    """The regular expression over module names for a name."""
+    return re.compile("|".join(map(_regex, _without_braces(name))), re.DOTALL)
+
+
+def _regex(name: str) -> str:
     if name == "**":
-        return re.compile(r".*", re.DOTALL)
-    segments = name.split(".")
-    text = ""
-    for position, segment in enumerate(segments):
-        last = position == len(segments) - 1
-        if segment != "**":
-            text += _segment(segment) + ("" if last else r"\.")
-        else:
-            text += r".+" if last else r"(?:[^.]+\.)*"
-    return re.compile(text, re.DOTALL)
+        return r".*"
+    *parents, last = name.split(".")
+    before = [r"(?:[^.]+\.)*" if parent == "**" else _segment(parent) + r"\." for parent in parents]
+    return "".join(before) + (r".+" if last == "**" else _segment(last))
 
 
 def _segment(segment: str) -> str:
     if segment == "*":
         return r"[^.]+"
-    parts = re.split(r"(\\.|\*)", segment)
-    return "".join(r"[^.]*" if part == "*" else re.escape(re.sub(r"\\(.)", r"\1", part)) for part in parts)
+    parts = re.findall(r"\\.?|\*|[^\\*]+", segment, re.DOTALL)
+    return "".join([r"[^.]*" if part == "*" else re.escape(_unescape(part)) for part in parts])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
+_NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
+_CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
+_PORT = re.compile(
+    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?(?:(?P<call_of>\(\))(?P<argument>\.input)?)?(?![\w.(#])"
+)
+_GROUP = re.compile(r"\{([^{}]*)\}")
+
+PORT = "a port is expected after @: input, grad, input.grad, a parameter, or a call name()"
+CALL_OF_PORT = "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())"
+
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> ModulePath:
-    name = _NAME.match(text)
-    at = name.end() if name is not None else 0
-    _check_name(text, text[:at])
-    call = _CALL.match(text, at)
-    if call is None and text[at : at + 1] == "#":
-        raise _error(text, at + 1, "a call number, or *, is expected after #")
-    path = ModulePath(text[:at], None if call is None else _number(call[1]))
-    at = at if call is None else call.end()
-    if text[at : at + 1] == "@":
-        path, at = _parse_port(text, at, path)
-    return replace(path, chain=_parse_chain(text, at))
+    name, at = _read_name(text)
+    call, at = _read_call(text, at)
+    port, at = _read_port(text, at)
+    return ModulePath(name, call, port, read_chain(text, at))
 
 
-def _number(text: str) -> int | str:
-    return EVERY_CALL if text == "*" else int(text)
+def _read_name(text: str) -> tuple[str, int]:
+    found = _NAME.match(text)
+    at = 0 if found is None else found.end()
+    if text[at : at + 1] == "\\":
+        raise fault(text, at + 1, "a character is expected after \\")
+    for place, what in _faults(_ESCAPED.sub("__", text[:at])):
+        raise fault(text, place, what)
+    return text[:at], at
 
 
-def _check_name(text: str, name: str) -> None:
-    bare = re.sub(r"\\.", "__", name)
-    for bracket in re.finditer(r"[{}]", _BRACE.sub(lambda brace: "_" * len(brace[0]), bare)):
-        raise _error(text, bracket.start(), "this brace has no partner")
-    for empty in re.finditer(r"\.\.|^\.|\.$", _BRACE.sub(lambda brace: "_" * len(brace[0]), bare)):
-        raise _error(text, empty.start(), "a module name is missing beside this dot")
-    for space in re.finditer(r"^\s|\s$", name):
-        raise _error(text, space.start(), "a path has no spaces around it")
+def _faults(name: str) -> Iterator[tuple[int, str]]:
+    """Where `name`, with its escaped characters blanked out, is not well written, and why."""
+    flat = _GROUP.sub(lambda group: "_" * len(group[0]), name)
+    yield from ((group.start(), "braces do not nest") for group in _GROUP.finditer(flat))
+    yield from ((brace.start(), "this brace has no partner") for brace in re.finditer(r"[{}]", flat))
+    yield from ((group.start(), what) for group in _GROUP.finditer(name) for what in _range_faults(group[1]))
+    yield from (
+        (dot.start(), "a module name is missing beside this dot") for dot in re.finditer(r"\.\.|^\.|\.\Z", flat)
+    )
+    yield from ((space.start(), "a path has no spaces around it") for space in re.finditer(r"^\s|\s\Z", flat))
 
 
-def _parse_port(text: str, at: int, path: ModulePath) -> tuple[ModulePath, int]:
+def _range_faults(options: str) -> Iterator[str]:
+    for numbers in filter(None, map(_RANGE.fullmatch, map(str.strip, options.split(",")))):
+        first, last = int(numbers[1]), int(numbers[2])
+        if first > last:
+            yield "this range is empty: its first number is the larger one"
+        if last - first >= LONGEST_RANGE:
+            yield f"this range has more than {LONGEST_RANGE} numbers"
+
+
+def _read_call(text: str, at: int) -> tuple[int | str | None, int]:
+    found = _CALL.match(text, at)
+    if found is None and text[at : at + 1] == "#":
+        raise fault(text, at + 1, "a call number, or *, is expected after #")
+    return (None, at) if found is None else (_number(found[1]), found.end())
+
+
+def _number(text: str | None) -> int | str | None:
+    return text if text is None or text == EVERY_CALL else int(text)
+
+
+def _read_port(text: str, at: int) -> tuple[Port, int]:
+    if text[at : at + 1] != "@":
+        return OUTPUT, at
     found = _PORT.match(text, at)
     if found is None:
-        raise _error(text, at + 1, "a port is expected after @: input, grad, input.grad, a parameter, or a call name()")
-    name, end = found["name"] + (found["tail"] or ""), found.end()
-    if found["paren"]:
-        call = None if found["call"] is None else _number(found["call"])
-        return replace(path, port=Port("call", name, call, found["arg"] is not None)), end
-    if found["call"]:
-        raise _error(text, found.start("call") - 1, "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())")
-    if name in ("input", "grad", "input.grad"):
-        return replace(path, port=Port(name)), end
+        raise fault(text, at + 1, PORT)
+    if found["call"] and not found["call_of"]:
+        raise fault(text, found.start("call") - 1, CALL_OF_PORT)
+    return _port(found), found.end()
+
+
+def _port(found: re.Match[str]) -> Port:
+    name = found["name"]
+    if found["call_of"]:
+        return Port("call", name, _number(found["call"]), found["argument"] is not None)
     if name == "output":
-        return path, end
-    return replace(path, port=Port("parameter", name)), end
-
-
-def _parse_chain(text: str, at: int) -> Chain:
-    chain: list[Any] = []
-    while at < len(text):
-        heads = _HEADS.match(text, at)
-        if heads is not None:
-            if int(heads[1]) == 0:
-                raise _error(text, at + 1, "the number of heads is at least 1")
-            chain.append(Heads(int(heads[1])))
-            at = heads.end()
-        elif text[at] == "[":
-            end = _closing_bracket(text, at)
-            chain.append(_parse_index(text, at + 1, end))
-            at = end + 1
-        else:
-            raise _error(text, at, "one of # @ [ / is expected here, in this order")
-    return tuple(chain)
-
-
-def _closing_bracket(text: str, at: int) -> int:
-    depth, quote = 0, ""
-    for position in range(at, len(text)):
-        char = text[position]
-        if quote:
-            quote = "" if char == quote and text[position - 1] != "\\" else quote
-        elif char in "'\"":
-            quote = char
-        elif char in "[]":
-            depth += 1 if char == "[" else -1
-            if depth == 0:
-                return position
-    raise _error(text, at, "this bracket is never closed")
-
-
-def _parse_index(text: str, start: int, end: int) -> Any:
-    pieces = _split_items(text, start, end)
-    if not pieces:
-        raise _error(text, start, "an index is expected between the brackets")
-    items = [_parse_item(text, begin, stop) for begin, stop in pieces]
-    many = len(items) > 1 or text[start:end].rstrip().endswith(",")
-    return tuple(items) if many else items[0]
-
-
-def _split_items(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where the items between commas are; commas in quotes and in inner brackets do not count."""
-    cuts, depth, quote = [start - 1], 0, ""
-    for position in range(start, end):
-        char = text[position]
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char == "," and depth == 0:
-            cuts.append(position)
-        depth += (char == "[") - (char == "]") if not quote else 0
-    pieces = [(a + 1, b) for a, b in itertools.pairwise([*cuts, end])]
-    if pieces and not text[slice(*pieces[-1])].strip():
-        pieces.pop()
-    return pieces
-
-
-def _parse_item(text: str, begin: int, stop: int) -> Any:
-    item = text[begin:stop].strip()
-    if item == "*":
-        return STAR
-    if item == "...":
-        return Ellipsis
-    if ":" in item and item[0] not in "'\"":
-        bounds = [_parse_bound(text, begin, bound.strip()) for bound in item.split(":")]
-        if len(bounds) > 3:
-            raise _error(text, begin, "a slice has at most three parts")
-        return slice(*bounds)
-    try:
-        value = ast.literal_eval(item)
-    except (ValueError, SyntaxError):
-        value = item = ()
-    whole = isinstance(value, list) and all(type(number) is int for number in value)
-    if type(value) in (int, str) or value is None or whole:
-        return value
-    raise _error(text, begin, "an index is an integer, a slice, a quoted key, None, ..., * or a list of integers")
-
-
-def _parse_bound(text: str, begin: int, bound: str) -> int | None:
-    if not bound:
-        return None
-    try:
-        return int(bound)
-    except ValueError:
-        raise _error(text, begin, "the bounds of a slice are integers") from None
-
-
-def _error(text: str, at: int, what: str) -> PathError:
-    return PathError(f"{what}\n    {text}\n    {' ' * at}^")
+        return OUTPUT
+    return Port(name) if name in ("input", "grad", "input.grad") else Port("parameter", name)

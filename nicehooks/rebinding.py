@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -45,10 +45,11 @@ class Frame:
         args, kwargs: the arguments, as the caller passed them.
         value: the result, once there is one.
         contexts: what rules have entered around the call.
+        watchers: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
     """
 
-    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value")
+    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value", "watchers")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -57,6 +58,7 @@ class Frame:
         self.kwargs = kwargs
         self.value: Any = None
         self.contexts: list[AbstractContextManager[Any]] = []
+        self.watchers: list[Any] = []
         self.numbers: dict[int, int] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
@@ -174,7 +176,7 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
     try:
         for rule in rules:
             rule.before(frame)
-        frame.value = tap.call(frame.module, frame.args, frame.kwargs)
+        frame.value = _watched_call(tap, frame) if frame.watchers else tap.call(frame.module, frame.args, frame.kwargs)
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
@@ -185,6 +187,13 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
         while frame.contexts:
             frame.contexts.pop().__exit__(None, None, None)
     return frame.value
+
+
+def _watched_call(tap: Tap, frame: Frame) -> Any:
+    with ExitStack() as stack:
+        for watcher in frame.watchers:
+            stack.enter_context(watcher)
+        return tap.call(frame.module, frame.args, frame.kwargs)
 
 
 # --- signatures -------------------------------------------------------------------------------------------------------

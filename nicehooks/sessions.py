@@ -18,6 +18,7 @@ counts its own steps, and its own calls within a step.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -63,6 +64,7 @@ class Session:
         level: how many `torch.func` transforms were running at entry.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
+        ended: whether the context was left.
         called: whether the root model was called here.
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
@@ -79,6 +81,7 @@ class Session:
         "checkpointed",
         "counting",
         "elsewhere",
+        "ended",
         "label",
         "level",
         "reached",
@@ -92,6 +95,7 @@ class Session:
         self.attached = attached
         self.counting = False
         self.level = internals.transform_level()
+        self.ended = False
         self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
         self.reached: dict[str, bool] = {}
         self.slot = -1
@@ -99,7 +103,7 @@ class Session:
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
-        here = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        here = 0 if torch.compiler.is_compiling() else HERE.number
         found = self._progress.get(here)
         if found is None:
             found = self._progress[here] = Progress()
@@ -109,12 +113,20 @@ class Session:
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
 _get_active = _active.get  # one object: Dynamo knows what it was taught by identity
 _used_slots: set[int] = set()
+_thread_numbers = itertools.count(1)
 
 
 class _Here(threading.local):
-    """The slots of the sessions that act in this thread, for traced code."""
+    """What belongs to this thread.
 
-    slots: tuple[int, ...] = ()
+    Attributes:
+        slots: the slots of the sessions that act in it, for traced code.
+        number: its own for ever; the identifier of a thread that has ended is given to another.
+    """
+
+    def __init__(self) -> None:
+        self.slots: tuple[int, ...] = ()
+        self.number = next(_thread_numbers)
 
 
 HERE = _Here()
@@ -156,6 +168,7 @@ def begin(session: Session) -> None:
 
 def end(session: Session) -> None:
     """Undoes `begin`, by value and not by token: a fixture or a generator may leave in another context."""
+    session.ended = True
     if session in _active.get():
         _active.set(_active.get() - {session})
     HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)

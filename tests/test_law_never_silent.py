@@ -49,12 +49,6 @@ def test_a_container_is_no_site():
     assert "blocks" not in list(acts)
 
 
-@pytest.mark.parametrize("path", ["head@grad", "head@input.grad[0]", "head@softmax()"])
-def test_ports_that_cannot_be_reached_yet(path):
-    with pytest.raises(UnsupportedModule, match="cannot be reached yet"), capture(make("Mlp"), path):
-        pytest.fail("entered")
-
-
 def test_wrong_arguments_are_noticed_at_once():
     model = make("Mlp")
     for wrong in (

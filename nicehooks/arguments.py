@@ -1,0 +1,75 @@
+"""The port `@input`: the arguments of a module, however the caller passed them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nicehooks.rebinding import Frame
+from nicehooks.rules import Action, SiteRule
+from nicehooks.selection import Site
+from nicehooks.steps import When
+
+
+class InputRule(SiteRule):
+    """The arguments of a module, as an `Arguments`."""
+
+    __slots__ = ()
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        super().__init__(site, action, when)
+        self.simple = False
+
+    def before(self, frame: Frame) -> None:
+        self.number(frame)
+        names, defaults = frame.tap.parameters
+        arguments = arguments_of(names, frame.args, frame.kwargs)
+        if self.chain:
+            self._complete(arguments, names, defaults)
+        changed = self.through(frame, arguments)
+        if changed is not arguments:
+            frame.args, frame.kwargs = written_back(names, frame.args, frame.kwargs, arguments, changed)
+
+    def _complete(self, arguments: Arguments, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
+        """Adds the default of the argument that the path names, where the caller did not pass it."""
+        first = self.chain[0]
+        name = names[first] if type(first) is int and 0 <= first < len(names) else first
+        if isinstance(name, str) and name not in arguments and name in defaults:
+            arguments[name] = defaults[name]
+
+    def after(self, frame: Frame) -> None:
+        pass
+
+
+class Arguments(dict[Any, Any]):
+    """The arguments of a call by parameter name, in the order of the signature; `arguments[0]` is the first.
+
+    What the signature does not name (`*args`) is known by its position.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key not in self:
+            return list(self.values())[key]
+        return super().__getitem__(key)
+
+
+def arguments_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of a call of a function whose parameters have `names`."""
+    given: dict[Any, Any] = {names[i] if i < len(names) else i: value for i, value in enumerate(args)}
+    given.update((name, kwargs[name]) for name in names if name in kwargs)
+    given.update((name, value) for name, value in kwargs.items() if name not in given)
+    return Arguments(given)
+
+
+def written_back(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], old: Arguments, new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments, with what has changed put where the caller had put the old ones."""
+    positional, by_name = list(args), dict(kwargs)
+    for name, value in new.items():
+        position = name if isinstance(name, int) else names.index(name) if name in names else len(args)
+        if name in by_name or position >= len(args):
+            if name not in old or old[name] is not value or name in by_name:
+                by_name[name] = value
+        else:
+            positional[position] = value
+    return tuple(positional), by_name

@@ -1,0 +1,93 @@
+"""Attention in its steps: what `scaled_dot_product_attention` computes in one fused kernel, as functions one can reach."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
+
+
+def as_steps_wanted() -> bool:
+    """Whether attention runs in its steps here."""
+    return _wanted.get() > 0
+
+
+class fused_attention_as_steps(AbstractContextManager[None]):  # noqa: N801 (a context)
+    """Runs `scaled_dot_product_attention` as its explicit steps, so that `@softmax()` exists and can be patched.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from nicehooks import capture
+    >>> class Attention(nn.Module):
+    ...     def forward(self, x):
+    ...         return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model, x = Attention(), torch.randn(1, 2, 3, 4)
+    >>> with fused_attention_as_steps(), capture(model, "@softmax()") as acts:
+    ...     out = model(x)
+    >>> acts["@softmax()"].shape, torch.allclose(out, model(x), atol=1e-5)
+    (torch.Size([1, 2, 3, 3]), True)
+
+    The steps are `matmul` (the scaled scores, `[batch, head, query, key]`), `__add__` (a mask), `softmax` (the pattern),
+    `dropout`, and `matmul` again (the values). Causal, masked and grouped-query attention are covered. It acts in the thread
+    or task that entered it, and equals the fused result to rounding (1e-5 in float32).
+    """
+
+    def __enter__(self) -> None:
+        _wanted.set(_wanted.get() + 1)
+        self.mode = _AsSteps()
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+        _wanted.set(_wanted.get() - 1)
+
+
+class _AsSteps(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return attention_in_steps(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_in_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.matmul(query * factor, key.transpose(-2, -1))
+    bias = _bias(query, key, attn_mask, is_causal)
+    if bias is not None:
+        scores = scores + bias
+    pattern = torch.softmax(scores, dim=-1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # a row without any key gets zeros, as in the kernel
+        pattern = torch.where(attn_mask.any(-1, keepdim=True), pattern, torch.zeros_like(pattern))
+    if dropout_p > 0:
+        pattern = torch.dropout(pattern, dropout_p, train=True)
+    return torch.matmul(pattern, value)
+
+
+def _bias(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """What is added to the scores: minus infinity where a query may not look."""
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)

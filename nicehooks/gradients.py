@@ -1,0 +1,119 @@
+"""The gradient ports: `@grad` of a module's output, `@input.grad` of its arguments.
+
+NOTE [How a gradient is reached]
+A hook on the tensor itself sees its gradient wherever autograd runs: in plain backward, under `torch.func.grad` and
+`vmap(grad)`, in double backward, behind in-place layers. Hooks of one tensor run in the order in which they were set,
+which is the order of the interventions. A tensor that nothing has made differentiable (frozen parameters, inputs without
+gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
+
+A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets a
+node of its own in the graph (a view), or the hook would see the gradients of all uses.
+
+A hook outlives its context, with the graph it is in. It does nothing once the session is over: backward belongs inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks import trees
+from nicehooks.arguments import InputRule
+from nicehooks.errors import TreeMismatch
+from nicehooks.paths import ModulePath
+from nicehooks.rebinding import Frame
+from nicehooks.rules import Action, SiteRule
+from nicehooks.selection import Site
+from nicehooks.steps import When
+from nicehooks.trees import Chain
+
+NO_GRADIENT = (
+    "no gradient came by. Run backward inside the context, of something that depends on this value, with gradients "
+    "enabled in the forward. (An in-place layer overwrites its input: take the gradient of the module before it.)"
+)
+
+
+class GradientRule(SiteRule):
+    """The gradient of what is differentiated with respect to the output of a module."""
+
+    __slots__ = ()
+    reason = NO_GRADIENT
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        super().__init__(site, action, when)
+        self.simple = False
+
+    def before(self, frame: Frame) -> None:
+        self.number(frame)
+
+    def after(self, frame: Frame) -> None:
+        frame.value = watched(self, frame, frame.value)
+
+
+class InputGradientRule(InputRule):
+    """The gradient of what is differentiated with respect to an argument of a module."""
+
+    __slots__ = ()
+    reason = NO_GRADIENT
+
+    def through(self, frame: Frame | None, value: Any) -> Any:
+        return value if frame is None else watched(self, frame, value)
+
+
+def watched(rule: SiteRule, frame: Frame, value: Any) -> Any:
+    """`value` with the rule on the gradient of each of its tensors that the path leads to, or leads into."""
+    key = rule.key_of(frame)
+    if key is None:
+        return value
+    try:
+        way, rest = _split(value, rule.chain)
+        used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
+        return trees.rewrite(value, way, lambda part: _watch_all(rule, part, way, rest, ModulePath.parse(key), used))
+    except TreeMismatch as error:
+        raise rule.at_edge(error, value, key) from None
+
+
+def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
+    """The steps of `chain` that lead to a tensor, or to the end, and those that lead on in it."""
+    for taken in range(len(chain)):
+        if isinstance(trees.get(value, chain[:taken]), Tensor):
+            return chain[:taken], chain[taken:]
+    return chain, ()
+
+
+def _watch_all(rule: SiteRule, part: Any, way: Chain, rest: Chain, path: ModulePath, used: set[int]) -> Any:
+    """Every tensor in `part` has a gradient of its own, and a key of its own."""
+    if isinstance(part, Tensor):
+        aliased = id(part) in used
+        used.add(id(part))
+        return _watch(rule, part, rest, str(replace(path, chain=(*way, *rest))), aliased)
+    node = trees.open_node(part)
+    if node is None:
+        return part
+    inner = zip(node.entries, node.children, strict=True)
+    children = [_watch_all(rule, child, (*way, entry), rest, path, used) for entry, child in inner]
+    same = all([new is old for new, old in zip(children, node.children, strict=True)])
+    return part if same else node.rebuild(children)
+
+
+def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool) -> Tensor:
+    if not torch.is_grad_enabled() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    if aliased:  # the same tensor is used elsewhere, with other gradients: this use of it gets a node of its own
+        tensor = tensor.view_as(tensor)
+    if not tensor.requires_grad:  # a clone, because an in-place layer may not write to a leaf
+        tensor = tensor.detach().requires_grad_().clone()
+    session = rule.session
+
+    def on_gradient(gradient: Tensor) -> Tensor | None:
+        if session.ended:
+            return None
+        session.reached[rule.key] = True
+        new = rule.act(gradient, rest, key)
+        return None if new is gradient else new
+
+    tensor.register_hook(on_gradient)
+    return tensor

@@ -1,0 +1,213 @@
+"""The rules of an intervention: how the value at a site gets to what the intervention does with it, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks import internals, trees
+from nicehooks.errors import TreeMismatch, UnsupportedModule
+from nicehooks.paths import EVERY_CALL, ModulePath, expand_stars
+from nicehooks.rebinding import Frame, Passing, Rule, StopForward
+from nicehooks.selection import Site
+from nicehooks.sessions import Session
+from nicehooks.steps import When
+from nicehooks.trees import STAR, Chain
+
+
+class Action:
+    """What an intervention does with a value. One action serves all sites of a context.
+
+    Attributes:
+        verb: the name of the intervention, for messages.
+        changes: whether it may change the value.
+    """
+
+    __slots__ = ()
+    verb = ""
+    changes = True
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
+        raise NotImplementedError  # abstract: every intervention has its own
+
+
+class SiteRule(Rule):
+    """Brings the values at one site to an action.
+
+    Attributes:
+        key: the path of the site as text.
+        reason: why a site of this port is not reached, if that is always the same.
+    """
+
+    reason = ""
+    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when")
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        self.site = site
+        self.path: ModulePath = site.path
+        self.key = str(site)
+        self.chain: Chain = site.path.chain
+        self.stars = site.path.has_stars
+        self.action = action
+        self.when = when
+        self.simple = not when.counts
+        self.index = 0  # among the rules of its context
+
+    def number(self, frame: Frame) -> None:
+        """Counts this call, if calls matter."""
+        if not self.when.counts:
+            return
+        calls = self.session.progress().calls
+        before = calls.get(self.index, -1)
+        if not torch.compiler.is_compiling() and internals.in_backward():  # a checkpointed region runs again
+            if before > 0:
+                raise UnsupportedModule(RECOMPUTED.format(key=self.key))
+            frame.numbers[self.index] = 0
+        else:
+            frame.numbers[self.index] = calls[self.index] = before + 1
+
+    def key_of(self, frame: Frame | None) -> str | None:
+        """The key of the site in this call; None where the rule does not act."""
+        if frame is None or not self.when.counts:
+            return self.key
+        number = frame.numbers[self.index]
+        if not self.when.admits(self.session.progress().step, number):
+            return None
+        return self.key.replace("#*", f"#{number}", 1) if self.path.call == EVERY_CALL else self.key
+
+    def through(self, frame: Frame | None, value: Any) -> Any:
+        """`value` after the action has been at the site in it."""
+        key = self.key_of(frame)
+        if key is None:
+            return value
+        if self.action.changes and not torch.compiler.is_compiling():
+            self.note_checkpoint()
+        self.session.reached[self.key] = True
+        return self.act(value, self.chain, key)
+
+    def note_checkpoint(self) -> None:
+        """Notices a forward that backward will run again, and that it does; the stack is searched once per site."""
+        session = self.session
+        if session.checkpointed and internals.in_backward():
+            session.recomputed = True
+        elif self.key not in session.reached and internals.in_checkpoint():
+            session.checkpointed = True
+
+    def act(self, value: Any, chain: Chain, key: str) -> Any:
+        """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
+        if not self.stars:
+            return self._act_once(value, chain, key)
+        path = ModulePath.parse(key)
+        lead = path.chain[: len(path.chain) - len(chain)]
+        try:
+            sizes = list(_star_ranges(value, chain))
+        except TreeMismatch as error:
+            raise self.at_edge(error, value, key) from None
+        for found in expand_stars(replace(path, chain=chain), sizes):
+            value = self._act_once(value, found.chain, str(replace(path, chain=(*lead, *found.chain))))
+        return value
+
+    def _act_once(self, value: Any, chain: Chain, key: str) -> Any:
+        act = partial(self.action.act, self.session, key=key, site=self.site)
+        try:
+            return trees.rewrite(value, chain, act) if chain else act(value)
+        except TreeMismatch as error:
+            raise self.at_edge(error, value, key) from None
+
+    def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
+        """The bare fact, with the site and the line to write instead."""
+        verb = self.action.verb
+        text = f"{verb} at {key!r}: {error}."
+        node = trees.open_node(value)
+        pairs = [] if node is None else list(zip(node.entries, node.children, strict=True))
+        tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
+        if not self.chain and tensors:
+            text += f"\n  the value there is {trees.describe(value)}; choose a part of it:"
+            text += f'\n    {verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
+        return TreeMismatch(text)
+
+
+RECOMPUTED = (
+    "{key!r}: activation checkpointing runs a part of the model again in backward, where it cannot be told which of "
+    "several calls this is. Turn checkpointing off, or choose all calls."
+)
+
+
+def _star_ranges(value: Any, chain: Chain) -> Iterator[range]:
+    for step in chain:
+        items = list(step) if isinstance(step, tuple) else [step]
+        for position, item in enumerate(items):
+            if item is STAR:
+                yield range(trees.length(value, items, position))
+                items[position] = 0
+        value = trees.get(value, (tuple(items) if isinstance(step, tuple) else items[0],))
+
+
+class OutputRule(SiteRule):
+    """The result of a module."""
+
+    __slots__ = ()
+
+    def output(self, value: Any) -> Any:
+        return self.through(None, value)
+
+    def before(self, frame: Frame) -> None:
+        self.number(frame)
+
+    def after(self, frame: Frame) -> None:
+        frame.value = self.through(frame, frame.value)
+
+
+# --- rules that are of no site ------------------------------------------------------------------------------------------
+
+
+class StepRule(Rule):
+    """Counts the steps of the root model, and ends a forward that was stopped."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        self.session.called = True
+        if not self.session.counting:
+            return
+        progress = self.session.progress()
+        if progress.depth == 0:
+            progress.next_step()
+        frame.enter(_Deeper(progress))
+
+    def caught(self, stop: StopForward) -> bool:
+        return stop.session is self.session and self.session.progress().depth == 1
+
+
+class _Deeper(AbstractContextManager[None]):
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.progress.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.depth -= 1
+
+
+class SlowPathRule(Rule):
+    """Keeps an `nn.TransformerEncoder` or its layer from a fused kernel that would not call its submodules."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        frame.enter(Passing())
+
+
+class SuspendRule(Rule):
+    """Silences the rules before it."""
+
+    __slots__ = ()
+    suspends = True

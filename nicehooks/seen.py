@@ -1,0 +1,79 @@
+"""What was seen at a site: one value, or one per call, and whether something has overwritten it since."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from nicehooks import internals, trees
+
+_T = TypeVar("_T")
+
+
+class Calls(list[_T]):
+    """One value per call of a site, in the order in which the calls ended: what `keep="all"` collects."""
+
+
+def describe(value: Any) -> str:
+    """The structure of a value; calls that look alike are counted."""
+    if type(value) is not Calls:
+        return trees.describe(value)
+    groups = [(kind, len(list(same))) for kind, same in itertools.groupby(map(trees.describe, value))]
+    shown = [kind if count == 1 else f"{count} × {kind}" for kind, count in groups]
+    if len(shown) > 3:
+        shown = [shown[0], f"… {len(value) - groups[0][1] - groups[-1][1]} more …", shown[-1]]
+    return f"Calls[{', '.join(shown)}]"
+
+
+class Watch(list[tuple[Any, Any]]):
+    """The tensors of a captured value, held weakly, each with its version when it was captured."""
+
+    @staticmethod
+    def over(value: Any) -> Watch:
+        """A watch over `value` as it is now."""
+        return Watch((weakref.ref(tensor), version_of(tensor)) for tensor in _tensors(value))
+
+    @staticmethod
+    def before(tensor: Tensor, version: int) -> Watch:
+        """A watch over `tensor` as it was when its version was `version`."""
+        return Watch([(weakref.ref(tensor), version)])
+
+    def notices(self, value: Any) -> bool:
+        """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
+        pairs = zip(self, _tensors(value), strict=False)
+        return any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def version_of(tensor: Tensor) -> Any:
+    """What changes when `tensor` is written to: its version counter.
+
+    Tensors made under `inference_mode` have none; a checksum stands in for it there.
+    """
+    return _checksum(tensor) if tensor.is_inference() else internals.version(tensor)
+
+
+def _checksum(tensor: Tensor) -> str:
+    total = tensor.detach().sum(dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+    return str(total.item())  # as text: NaN equals itself
+
+
+def _flatten_calls(calls: Calls[Any]) -> tuple[list[Any], None]:
+    return list(calls), None
+
+
+internals.register_torch_node(Calls, _flatten_calls, lambda values, _: Calls(values))
+optree.register_pytree_node(
+    Calls,
+    lambda calls: (tuple(calls), None),
+    lambda _, values: Calls(values),
+    namespace=internals.EVERY_NAMESPACE,
+)

@@ -1,0 +1,252 @@
+"""The ports `@grad` and `@input.grad`: in plain autograd, under `torch.func`, and with checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
+from worlds import Nested, Pair, inputs, make, state, total
+
+from nicehooks import SiteNotReached, ablate, capture, edit, patch
+
+
+def gradient_by_hand(model, name):
+    """The gradient at the output of the module called `name`, with a hook of torch's own."""
+    seen = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda module, args, out: out.register_hook(seen.append) and None)
+    total(model(inputs())).backward()
+    handle.remove()
+    model.zero_grad()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["embed", "blocks.1", "blocks.2.0", "head", ""])
+def test_equals_a_hook_of_torch(name):
+    model = make("Mlp")
+    expected = gradient_by_hand(model, name)
+    before = state(model)
+    with capture(model, f"{name}@grad", f"{name}@grad[:, -1]") as acts:
+        assert not acts
+        total(model(inputs())).backward()
+    assert torch.equal(acts[f"{name}@grad"], expected)
+    assert torch.equal(acts[f"{name}@grad[:, -1]"], expected[:, -1])
+    model.zero_grad()
+    assert [entry[:2] for entry in state(model)] == [entry[:2] for entry in before]
+
+
+def test_the_gradient_of_an_input():
+    model = make("Normed")
+    x = inputs().requires_grad_()
+    with capture(model, "gate@input.grad[0]", "gate@input.grad['by']", "@input.grad['x']", "norm@grad") as acts:
+        total(model(x)).backward()
+    assert torch.equal(acts["gate@input.grad[0]"], acts["norm@grad"])
+    assert torch.equal(acts["@input.grad['x']"], x.grad)
+    assert acts["gate@input.grad['by']"].shape == x.shape
+
+
+def test_trees_have_a_gradient_for_each_tensor():
+    model = make("Nested")
+    with capture(model, "nest@grad", "nest@grad[0]['left']", "nest@input.grad[0]", "inner@grad") as acts:
+        total(model(inputs())).backward()
+    assert {key for key in acts if key.startswith("nest@grad")} == {
+        "nest@grad[0][0]",
+        "nest@grad[0]['left']",
+        "nest@grad[0][1][0]",
+        "nest@grad[1]['b']",
+        "nest@grad[1]['a'][0]",
+        "nest@grad[2]['box']['content'][0]",
+    }
+    assert torch.equal(acts["nest@grad[0][0]"], acts["nest@grad[1]['b']"])
+    with edit(model, "nest", lambda value: (Pair(value[0].left * 2, value[0].right), *value[1:])):
+        assert type(model) is Nested
+        model(inputs())
+
+
+def test_frozen_parameters_and_plain_inputs():
+    model = make("Mlp").requires_grad_(False)
+    with capture(model, "blocks.1@grad") as acts:
+        total(model(inputs())).backward()
+    assert torch.allclose(acts["blocks.1@grad"], gradient_by_hand(make("Mlp"), "blocks.1"))
+
+
+def test_behind_in_place_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Hardtanh(inplace=True))
+    plain = nn.Sequential(model[0], nn.ReLU(), model[2], nn.Hardtanh())
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        with capture(model, "0@grad", "2@grad", "2@input.grad[0]") as acts:
+            total(model(inputs())).backward()
+        with capture(plain, "0@grad", "2@grad") as expected:
+            total(plain(inputs())).backward()
+        assert all(torch.allclose(acts[key], expected[key]) for key in expected)
+        if frozen:
+            continue
+        with pytest.raises(SiteNotReached, match="take the gradient of the module before it"), capture(model, "1@input.grad"):
+            total(model(inputs())).backward()
+
+
+def test_a_tensor_with_several_uses_has_the_gradient_of_this_one():
+    """A residual stream goes into a block and past it; an identity gives back what it got."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Linear(4, 4)
+            self.point = nn.Identity()
+
+        def forward(self, x):
+            return x + self.branch(x) + self.point(x) * 3
+
+    model = Residual()
+    with capture(model, "branch@input.grad[0]", "point@grad", "@grad") as acts:
+        model(inputs().requires_grad_()).sum().backward()
+    assert torch.allclose(acts["branch@input.grad[0]"], torch.ones(5, 4) @ model.branch.weight)
+    assert (acts["point@grad"] == 3).all()
+    assert (acts["@grad"] == 1).all()
+
+
+def test_edits_act_in_order_and_change_what_flows_on():
+    model = make("Mlp")
+    x = inputs().requires_grad_()
+    total(model(x)).backward()
+    clean, x.grad = x.grad, None
+    first, last = capture(model, "embed@grad"), capture(model, "embed@grad")
+    with first as seen, edit(model, "embed@grad", lambda g: g * 2), ablate(model, "embed@grad[0]"), last as after:
+        total(model(x)).backward()
+    assert torch.allclose(x.grad[1:], clean[1:] * 2) and not x.grad[0].any()
+    assert torch.allclose(after["embed@grad"][1:], seen["embed@grad"][1:] * 2)
+    assert not after["embed@grad"][0].any() and seen["embed@grad"][0].any()
+    with patch(model, "embed@input.grad[0]", torch.ones(4)):
+        x.grad = None
+        total(model(x)).backward()
+    assert torch.equal(x.grad, torch.ones(5, 4))
+
+
+def test_several_backward_passes_and_all_of_them():
+    model = make("Mlp")
+    with capture(model, "head@grad", keep="all") as acts, capture(model, "head@grad", keep="first") as first:
+        out = model(inputs())
+        out.sum().backward(retain_graph=True)
+        (out * 3).sum().backward()
+    assert [g[0, 0].item() for g in acts["head@grad"]] == [1.0, 3.0]
+    assert first["head@grad"][0, 0] == 1
+
+
+def test_double_backward():
+    model = make("Mlp")
+    x = inputs().requires_grad_()
+    with capture(model, "embed@grad", keep="first") as acts, edit(model, "embed@grad", lambda g: g * 2):
+        (first,) = torch.autograd.grad(total(model(x)), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, retain_graph=True)
+        (through,) = torch.autograd.grad(acts["embed@grad"].pow(2).sum(), x)
+    assert second.any() and through.any()
+    by_torch = model.embed.register_forward_hook(lambda module, args, out: out.register_hook(lambda g: g * 2) and None)
+    (plain,) = torch.autograd.grad(total(model(x)), x, create_graph=True)
+    (expected,) = torch.autograd.grad(plain.pow(2).sum(), x)
+    by_torch.remove()
+    assert torch.equal(second, expected)
+
+
+def test_under_grad_and_vmap_of_grad():
+    model = make("Mlp")
+    expected = gradient_by_hand(model, "blocks.1")
+    with capture(model, "blocks.1@grad") as acts:
+        grad(lambda x: total(model(x)))(inputs())
+    assert torch.allclose(acts["blocks.1@grad"], expected, atol=1e-6)
+    with capture(model, "blocks.1@grad") as acts:
+        vmap(grad(lambda x: total(model(x))))(inputs())
+    assert torch.allclose(acts["blocks.1@grad"], expected, atol=1e-6)
+
+    def per_example(x):
+        with capture(model, "blocks.1@grad") as acts:
+            found = grad(lambda x: total(model(x)))(x)
+        return found, acts["blocks.1@grad"]
+
+    assert torch.allclose(vmap(per_example)(inputs())[1], expected, atol=1e-6)
+
+    def edited(x):
+        with edit(model, "blocks.1@grad", lambda g: g * 0):
+            return grad(lambda x: total(model(x)))(x)
+
+    x = inputs().requires_grad_()
+    with ablate(model, "blocks.1@grad"):
+        total(model(x)).backward()
+    assert torch.allclose(vmap(edited)(inputs()), x.grad, atol=1e-6)
+
+
+def test_no_gradient_is_said():
+    model = make("Mlp")
+    with pytest.raises(SiteNotReached, match="no gradient came by. Run backward inside the context"), capture(model, "head@grad"):
+        out = model(inputs())
+    out.sum().backward()
+    with torch.no_grad(), pytest.raises(SiteNotReached), capture(model, "head@grad"):
+        model(inputs())
+
+
+def test_a_graph_outlives_its_context_without_effect():
+    model = make("Mlp")
+    x = inputs().requires_grad_()
+    with ablate(model, "embed@grad"):
+        first = model(x)
+        second = model(x)
+        total(first).backward()
+    assert not x.grad.any()
+    total(second).backward()
+    assert x.grad.any()
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant) if self.reentrant is not None else self.inner(x)
+
+
+def run(reentrant, context):
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant)
+    x = inputs().requires_grad_()
+    with context(model) as acts:
+        total(model(x)).backward()
+    return x.grad, [p.grad for p in model.parameters()], acts
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda model: edit(model, "inner.1", lambda value: value * 2),
+        lambda model: edit(model, "inner.1@grad", lambda value: value * 2),
+        lambda model: patch(model, {"inner.0[:, 0]": 1.0, "inner.2@bias": 2.0}),
+        lambda model: ablate(model, "inner.0[:, 0]", steps=0, calls=0),
+    ],
+)
+def test_backward_inside_the_context_is_as_without_checkpointing(reentrant, context):
+    x, parameters, _ = run(reentrant, context)
+    expected_x, expected, _ = run(None, context)
+    assert torch.equal(x, expected_x)
+    pairs = zip(parameters, expected, strict=True)
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_nothing_is_captured_twice(reentrant):
+    _, _, acts = run(reentrant, lambda model: capture(model, "**", "inner.0#*", "inner.2@input[0]", keep="all"))
+    assert {key: len(calls) for key, calls in acts.items()} == {
+        "inner.0": 1,
+        "inner.0#0": 1,
+        "inner.1": 1,
+        "inner.2@input[0]": 1,
+        "inner.2": 1,
+        "inner": 1,
+        "": 1,
+    }
