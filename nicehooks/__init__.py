@@ -4,7 +4,9 @@ The floors, from the ground up; each imports only from the ones below it:
 
     errors          what can go wrong, in words that teach
     internals       every touch of a private torch API
-    trees           reading and rewriting a part of a nested value
+    containers      what a nested value is made of
+    regions         the region of a tensor that a subscript names
+    trees           reading, rewriting and assigning a part of a nested value
     subscripts      the subscripts at the end of a path
     paths           the path language
     selection       which sites of a model a path selects
@@ -21,10 +23,12 @@ The floors, from the ground up; each imports only from the ones below it:
     ports           which rules reach a site
     contexts        what every intervention is: entered and left, never silent
     seen            what was seen at a site, and whether it was overwritten since
-    activation_files activations in safetensors files
+    parts           which parts of a captured value a path selects
+    arithmetic      arithmetic of nested values
+    activation_files  activations in safetensors files
     activations     ActivationCache
-    interventions   capture, patch, edit, ablate, steer, suspend
-    functional      captured
+    interventions   capture, patch, edit, ablate, steer, splice, suspend
+    functional      captured, functional, grad_at
     listing         sites, describe
 """
 
@@ -45,8 +49,8 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.functional import captured
-from nicehooks.interventions import ablate, capture, edit, patch, steer, suspend
+from nicehooks.functional import captured, functional, grad_at
+from nicehooks.interventions import ablate, capture, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
 from nicehooks.paths import ModulePath
 from nicehooks.selection import Site, select
@@ -77,10 +81,13 @@ __all__ = [
     "captured",
     "describe",
     "edit",
+    "functional",
     "fused_attention_as_steps",
+    "grad_at",
     "patch",
     "select",
     "sites",
+    "splice",
     "steer",
     "suspend",
 ]

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import activation_files, internals, trees
+from nicehooks.arithmetic import Number, combine
 from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.paths import EVERY_CALL, OUTPUT, ModulePath
+from nicehooks.parts import expanded, is_within, means_several, parsed
+from nicehooks.paths import OUTPUT, ModulePath
 from nicehooks.seen import Calls, Watch, describe
 from nicehooks.selection import Site
-from nicehooks.trees import STAR, Chain
+from nicehooks.trees import Chain
 
 
 class ActivationCache(dict[str, Any]):
@@ -84,7 +86,7 @@ class ActivationCache(dict[str, Any]):
         if dict.__contains__(self, text):
             return text, ()
         path = ModulePath.parse(text)
-        return None if _means_several(path) else self._whole_of(path)
+        return None if means_several(path) else self._whole_of(path)
 
     def _whole_of(self, path: ModulePath) -> tuple[str, Chain] | None:
         found = self._whole_under(path)
@@ -268,7 +270,7 @@ class ActivationCache(dict[str, Any]):
 
     def _at_path(self, path: ModulePath) -> list[str]:
         """The keys that `path` selects; each alternative in its braces has to select something."""
-        options = path.alternatives()
+        options = list(path.alternatives())
         found = [(option, part) for key in self for option in options for part in self._parts(key, option)]
         parts = [part for _, part in found]
         for option in options:
@@ -280,16 +282,16 @@ class ActivationCache(dict[str, Any]):
 
     def _parts(self, key: str, path: ModulePath) -> list[str]:
         """The keys of what `path` selects in the value at `key`."""
-        own = _parsed(key)
+        own = parsed(key)
         if own is None or not path.matches(own.plain_name):
             return []
         if path.call is None and path.port == OUTPUT and not path.chain:
             return [key]
-        if not _is_within(own, path):
+        if not is_within(own, path):
             return []
         value, rest = dict.__getitem__(self, key), path.chain[len(own.chain) :]
         whole = value[0] if type(value) is Calls and value else value
-        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in _expanded(whole, rest)]
+        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in expanded(whole, rest)]
 
     def stack(self, where: Any = True) -> Tensor:
         """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
@@ -318,7 +320,7 @@ class ActivationCache(dict[str, Any]):
             value = self._read(path, *found)
             return list(value) if type(value) is Calls else [value]
         wanted = ModulePath.parse(str(path))
-        numbers = {own.call for key in self if (own := _parsed(key)) is not None and isinstance(own.call, int)}
+        numbers = {own.call for key in self if (own := parsed(key)) is not None and isinstance(own.call, int)}
         each = [one for number in sorted(numbers) if (one := replace(wanted, call=number)) in self]
         if not each:
             raise NotCaptured(_not_captured(self, path))
@@ -352,8 +354,8 @@ class ActivationCache(dict[str, Any]):
         if isinstance(other, Mapping):
             theirs = ActivationCache(cast(Any, other))
             common = [key for key in self if dict.__contains__(theirs, key)]
-            return self._like([(key, _combine(self[key], theirs[key], op, key)) for key in common])
-        if isinstance(other, Tensor | NUMBER):
+            return self._like([(key, combine(op, self[key], theirs[key], key)) for key in common])
+        if isinstance(other, Tensor | Number):
             return self.map(lambda tensor: op(tensor, other))
         return NotImplemented
 
@@ -448,82 +450,6 @@ def _text(key: Any) -> str | None:
     return str(key) if isinstance(key, str | ModulePath | Site) else None
 
 
-def _parsed(key: str) -> ModulePath | None:
-    """The path that `key` is; the keys of somebody else's file may be none."""
-    try:
-        return ModulePath.parse(str(key))
-    except PathError:
-        return None
-
-
-def _means_several(path: ModulePath) -> bool:
-    several_calls = EVERY_CALL in (path.call, path.port.call)
-    return several_calls or path.is_wild or path.has_stars or len(path.alternatives()) > 1
-
-
-def _is_within(own: ModulePath, path: ModulePath) -> bool:
-    """Whether the value at `own`, of a module that `path` matches, is what `path` selects, or has that in it."""
-    ports = replace(own.port, call=None) == replace(path.port, call=None)
-    calls = _is_call(own.call, path.call) and _is_call(own.port.call, path.port.call)
-    steps = len(own.chain) <= len(path.chain) and all(map(_is_step, own.chain, path.chain))
-    return ports and calls and steps
-
-
-def _is_call(call: Any, wanted: Any) -> bool:
-    return call == wanted or (wanted == EVERY_CALL and call is not None)
-
-
-def _is_step(step: Any, wanted: Any) -> bool:
-    if isinstance(step, tuple) and isinstance(wanted, tuple):
-        return len(step) == len(wanted) and all(map(_is_step, step, wanted))
-    return isinstance(step, int | str) if wanted is STAR else step == wanted
-
-
-def _expanded(value: Any, chain: Chain) -> Iterator[Chain]:
-    """`chain` with each index of `value` in the place of a `*`."""
-    for done, step in enumerate(chain):
-        items = list(step) if isinstance(step, tuple) else [step]
-        stars = [position for position, item in enumerate(items) if item is STAR]
-        if stars:
-            for index in range(trees.length(trees.get(value, chain[:done]), items, stars[0])):
-                items[stars[0]] = index
-                one = tuple(items) if isinstance(step, tuple) else index
-                yield from _expanded(value, (*chain[:done], one, *chain[done + 1 :]))
-            return
-    yield chain
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-NUMBER = int | float | complex
-
-
-def _combine(a: Any, b: Any, op: Callable[[Any, Any], Any], path: str) -> Any:
-    """`op` of the tensors of `a` and `b`; what is no tensor in either stays that of `a`."""
-    if isinstance(a, Tensor | NUMBER) and isinstance(b, Tensor | NUMBER):
-        return _combine_leaves(a, b, op, path)
-    node, other = trees.open_node(a), trees.open_node(b)
-    if node is None and other is None and not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return a
-    if node is None or other is None or set(node.entries) != set(other.entries):
-        raise TreeMismatch(f"at {path!r}: {describe(a)} and {describe(b)} have different structures.")
-    theirs = dict(zip(other.entries, other.children, strict=True))
-    pairs = zip(node.entries, node.children, strict=True)
-    return node.rebuild([_combine(x, theirs[name], op, path + trees.show_step(name)) for name, x in pairs])
-
-
-def _combine_leaves(a: Any, b: Any, op: Callable[[Any, Any], Any], path: str) -> Any:
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return a
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and not _broadcast(a, b):
-        raise TreeMismatch(f"at {path!r}: {describe(a)} and {describe(b)} do not broadcast.")
-    return op(a, b)
-
-
-def _broadcast(a: Tensor, b: Tensor) -> bool:
-    return all(x == y or 1 in (x, y) for x, y in zip(reversed(a.shape), reversed(b.shape), strict=False))
-
-
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 STALE = (
@@ -545,7 +471,7 @@ NO_WHERE = (
 
 def _not_captured(cache: ActivationCache, key: Any) -> str:
     shown, sites, keys = _text(key), _sites(cache), [str(one) for one in cache]
-    if shown is not None and _means_several(ModulePath.parse(shown)):
+    if shown is not None and means_several(ModulePath.parse(shown)):
         return SEVERAL.format(key=shown, sites=sites)
     near = difflib.get_close_matches(str(key), keys, n=3, cutoff=0.3) or keys[:3]
     have = f"nearest: {', '.join(near)}" if near else "it is empty"
@@ -561,11 +487,10 @@ def _sites(cache: ActivationCache) -> str:
 
 @dataclass(frozen=True)
 class _Rest:
-    """What is left of a cache without its tensors: its keys, its structure, and its leaves with `Tensor` for each."""
+    """What is left of a cache without its tensors: its keys, and its values with `Tensor` in the place of each."""
 
     keys: list[str]
-    structure: Any
-    leaves: list[Any]
+    values: list[Any]
 
 
 def _flatten_cache(cache: ActivationCache) -> tuple[list[Any], Any]:
@@ -581,16 +506,20 @@ def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if len(tensors) in (0, len(leaves)):
         return values, keys
-    structure = optree.tree_structure(cast(Any, values), none_is_leaf=True, namespace=trees.NAMESPACE)
-    return tensors, _Rest(keys, structure, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    return tensors, _Rest(keys, trees.map_tensors(lambda tensor: Tensor, values))
 
 
 def _build_cache(values: Iterable[Any], context: Any) -> ActivationCache:
     if isinstance(context, _Rest):
-        tensors = iter(values)
-        leaves = [next(tensors) if leaf is Tensor else leaf for leaf in context.leaves]
-        values, context = cast(Any, optree.tree_unflatten(context.structure, leaves)), context.keys
+        values, context = _filled(context.values, iter(values)), context.keys
     return ActivationCache(zip(context, values, strict=True))
+
+
+def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    if tree is Tensor:
+        return next(tensors)
+    node = trees.open_node(tree)
+    return tree if node is None else node.rebuild([_filled(child, tensors) for child in node.children])
 
 
 internals.register_torch_node(ActivationCache, _flatten_cache, _build_cache)

@@ -43,6 +43,8 @@ def open_node(tree: Any) -> Node | None:
 
 def leaves(tree: Any) -> list[Any]:
     """All leaves of `tree` in order; `None` is a leaf."""
+    if isinstance(tree, Tensor):
+        return [tree]
     node = open_node(tree)
     return [tree] if node is None else [leaf for child in node.children for leaf in leaves(child)]
 
@@ -108,9 +110,9 @@ def _is_plain_mapping(kind: type) -> bool:
     return issubclass(kind, dict) and kind.__setitem__ in (dict.__setitem__, OrderedDict.__setitem__)
 
 
-def _sort_of_mapping(kind: type) -> str:
+def _sort_of_mapping(kind: Any) -> str:
     """A dict that looks up items in a way of its own, as `ModelOutput` does, takes positions too."""
-    return "mapping" if getattr(kind, "__getitem__") is dict.__getitem__ else "counted mapping"  # noqa: B009
+    return "mapping" if kind.__getitem__ is dict.__getitem__ else "counted mapping"
 
 
 def _open_sequence(tree: Any) -> Node:
@@ -118,7 +120,7 @@ def _open_sequence(tree: Any) -> Node:
 
 
 def _open_named_tuple(tree: Any) -> Node:
-    return Node(list(tree), list(tree._fields), type(tree)._make)
+    return Node(list(tree), list(tree._fields), lambda new: tuple.__new__(type(tree), new))
 
 
 def _open_structseq(tree: Any) -> Node:
@@ -157,7 +159,7 @@ def _open_dataclass(tree: Any) -> Node:
     return Node([getattr(tree, name) for name in names], names, rebuild)
 
 
-def _like(tree: Any, base: type) -> Any:
+def _like(tree: Any, base: Any) -> Any:
     """A new object of the type of `tree`, with the attributes of `tree`; its constructor has nothing to add to them."""
     new = base.__new__(type(tree))
     for name, value in getattr(tree, "__dict__", {}).items():

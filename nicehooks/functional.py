@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nicehooks.activations import ActivationCache
-from nicehooks.interventions import capture
-from nicehooks.selection import Where
+from nicehooks.errors import SiteNotFound, TreeMismatch, UnsupportedModule
+from nicehooks.interventions import capture, edit, patch
+from nicehooks.paths import Port
+from nicehooks.selection import Census, Where, select, unwrap
+from nicehooks.trees import map_tensors
 
 
 def captured(model: nn.Module, *where: Where, **options: Any) -> Callable[..., tuple[Any, ActivationCache]]:
@@ -36,3 +42,115 @@ def captured(model: nn.Module, *where: Where, **options: Any) -> Callable[..., t
         return output, acts
 
     return run
+
+
+def functional(model: nn.Module, *where: Where) -> Callable[..., tuple[Any, ActivationCache]]:
+    """The pure function `f(params, *args, patches=None, **kwargs) -> (output, activations)`.
+
+    It is differentiable in each of its three arguments: parameters, patches, inputs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> params, x = dict(model.named_parameters()), torch.ones(5, 4)
+    >>> f = functional(model, "0")
+    >>> output, acts = f(params, x, patches={"0[:, 0]": 7.0})
+    >>> acts["0"][0, 0].item()
+    7.0
+    >>> torch.func.grad(lambda params: f(params, x)[0].sum())(params)["0.weight"].shape
+    torch.Size([3, 4])
+
+    Args:
+        model: any module. Its own parameters stand in for those that `params` does not name.
+        where: what the activations are of: paths, sites, … (see `select`); every module if there is none.
+
+    Raises:
+        SiteNotFound: `params` names something that is no parameter or buffer of the model.
+        TreeMismatch: `params` has two values for one parameter, under two names.
+    """
+
+    def run(
+        params: Mapping[str, Tensor], *args: Any, patches: Mapping[Any, Any] | None = None, **kwargs: Any
+    ) -> tuple[Any, ActivationCache]:
+        with ExitStack() as stack:
+            if patches:
+                stack.enter_context(patch(model, patches))
+            acts = stack.enter_context(capture(model, *where))
+            everywhere = _for_every_place(model, params)
+            output = torch.func.functional_call(unwrap(model), everywhere, args, kwargs, tie_weights=False)
+        return output, acts
+
+    return run
+
+
+def _for_every_place(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`params` for every place that a parameter is tied to, with one name per place.
+
+    `functional_call` cannot put back one submodule that it finds under two names, so it is told of each place once, and
+    not left to find ties by itself.
+    """
+    census = Census(model)
+    places: dict[int, list[str]] = {}  # of each tensor
+    for name, module in {census.first[id(m)]: m for m in census.names.values()}.items():
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            places.setdefault(id(tensor), []).append(f"{name}.{own}" if name else own)
+    given: dict[int, str] = {}
+    for name, value in params.items():
+        owner, _, own = name.rpartition(".")
+        module = census.names.get(owner)
+        held = {} if module is None else {**module._parameters, **module._buffers}
+        if own not in held:
+            raise SiteNotFound(f"{type(census.root).__name__} has no parameter or buffer {name!r}.")
+        first = given.setdefault(id(held[own]), name)
+        if params[first] is not value:
+            raise TreeMismatch(f"{first!r} and {name!r} are one parameter, but came with two values.")
+    return {place: params[name] for tensor, name in given.items() for place in places[tensor]}
+
+
+def grad_at(
+    model: nn.Module, where: Where, metric: Callable[[Any], Tensor]
+) -> Callable[..., tuple[Tensor, ActivationCache]]:
+    """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
+
+    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    >>> value, grads = grad_at(model, "*", lambda output: output.sum())(torch.ones(5, 4))
+    >>> grads["0"].shape, grads["1"].unique().item()
+    (torch.Size([5, 3]), 1.0)
+
+    Args:
+        model: any module.
+        where: paths, sites, … of outputs (see `select`).
+        metric: `metric(output)` is a scalar tensor.
+
+    Raises:
+        UnsupportedModule: a site is not an output: write `h.3`, not `h.3@grad`.
+        SiteNotReached: the metric does not depend on a site.
+    """
+    sites = select(model, where)
+    if any(site.path.port.kind != "output" for site in sites):
+        raise UnsupportedModule("grad_at takes the paths of outputs, 'h.3': it adds the gradient by itself.")
+    paths = {str(site): str(replace(site.path, port=Port("grad"))) for site in sites}
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
+        nothing: list[Tensor] = []
+
+        def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
+            nothing.append(zero)
+            value = metric(model(*args, **kwargs))
+            return value, value
+
+        plain = [replace(site.path, chain=()) for site in sites]  # whole values: a node of the graph at each site
+        with edit(model, plain, lambda value: map_tensors(lambda t: _plus(t, nothing[-1]), value)):
+            with capture(model, list(paths.values())) as grads:
+                _, value = torch.func.grad(valued, has_aux=True)(torch.zeros(()))
+        return value, ActivationCache({key: grads[path] for key, path in paths.items()})
+
+    return run
+
+
+def _plus(tensor: Tensor, zero: Tensor) -> Tensor:
+    return tensor + zero if tensor.is_floating_point() else tensor

@@ -86,7 +86,7 @@ CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
-Constant = TypeVar("Constant", bound=Callable[..., bool | str])
+Simple = TypeVar("Simple", bound=Callable[..., bool | str])
 
 
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
@@ -100,7 +100,7 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
     return True
 
 
-def evaluated_while_tracing(function: Constant) -> Constant:
+def evaluated_while_tracing(function: Simple) -> Simple:
     """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.2 … 2.13).
 
     What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
@@ -128,6 +128,11 @@ def wrapped_child(module: nn.Module) -> str | None:
     """The name of the child that `module` transparently wraps, if it is such a wrapper."""
     name = WRAPPED_CHILD.get(type(module).__name__)
     return name if name is not None and type(module).__module__.startswith("torch.") else None
+
+
+def pre_hooks(module: nn.Module) -> list[Any]:
+    """The forward pre-hooks of `module` (torch 2.2 … 2.13)."""
+    return list(module._forward_pre_hooks.values())
 
 
 def is_scripted(module: object) -> bool:

@@ -1,4 +1,4 @@
-"""The interventions: capture, patch, edit, ablate, steer, suspend."""
+"""The interventions: capture, patch, edit, ablate, steer, splice, suspend."""
 
 from __future__ import annotations
 
@@ -329,6 +329,45 @@ def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
     if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
         raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
     return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
+
+
+def splice(
+    model: nn.Module, where: Where, module: Callable[[Tensor], Any], error: bool = False, *, steps: Any = None, calls: Any = None
+) -> edit:
+    """Sends values through `module`, an autoencoder, say.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model, autoencoder = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 3)
+    >>> x = torch.ones(5, 4)
+    >>> with splice(model, "0", autoencoder):
+    ...     torch.equal(model(x), autoencoder(model[0](x)).relu())
+    True
+    >>> with splice(model, "0", autoencoder, error=True):
+    ...     torch.allclose(model(x), model[0](x).relu(), atol=1e-6)
+    True
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        module: what the value, a tensor, goes through; it returns a tensor of the same shape.
+        error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients go
+            through the reconstruction.
+        steps: as for `edit`.
+        calls: as for `edit`.
+    """
+    if not callable(module):
+        raise TypeError(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
+    return _named("splice", edit(model, where, lambda value: _spliced(value, module, error), steps=steps, calls=calls))
+
+
+def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TreeMismatch(f"{trees.describe(value)} is no tensor that could go through a module")
+    new = module(value)
+    if not isinstance(new, Tensor) or new.shape != value.shape:
+        raise TreeMismatch(f"{trees.describe(new)} came out of the module for {trees.describe(value)}")
+    return new + (value - new).detach() if error else new
 
 
 def _named(verb: str, context: edit) -> edit:

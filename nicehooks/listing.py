@@ -67,9 +67,10 @@ class SiteTable(Sequence[SiteRecord]):
             from rich.console import Console
         except ImportError:
             return self.plain()
-        file = io.StringIO()  # text alone, whatever Python runs in: no colours, no notebook, no lines broken
-        console = Console(file=file, width=160, color_system=None, force_jupyter=False, highlight=False)
-        console.print(self.__rich__(), soft_wrap=True)
+        file = io.StringIO()  # text alone, whatever Python runs in: no colours, no notebook, no line broken or cut
+        width = 2 * max(map(len, self.plain().splitlines()))
+        console = Console(file=file, width=width, color_system=None, force_jupyter=False, highlight=False)
+        console.print(self.__rich__())
         return "\n".join([line.rstrip() for line in file.getvalue().splitlines()])
 
     __repr__ = __str__

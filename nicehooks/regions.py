@@ -27,9 +27,10 @@ class Heads:
 
 
 class Constant:
-    """A constant of a module, known by its name: a copy of it and what is unpickled are the constant itself."""
+    """A constant of a module, known by its name: its copies, and what is unpickled, are the constant itself."""
 
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, module: str, name: str, text: str) -> None:
+        self.__module__ = module
         self._name = name
         self._text = text
 
@@ -40,7 +41,7 @@ class Constant:
         return self._name
 
 
-STAR = Constant("STAR", "*")
+STAR = Constant(__name__, "STAR", "*")
 """`*` in a subscript: one site per index."""
 
 

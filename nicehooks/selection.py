@@ -88,7 +88,7 @@ class Census:
     """Every name of every module of a model.
 
     A transparent wrapper (`torch.compile`, `DistributedDataParallel`) is not a module of its own here: the module in it
-    has its name, with and without the wrapper's.
+    has its name. The name that the wrapper gives it is known too, after all others, but has to be spelled out.
 
     Attributes:
         root: the model, out of its wrappers.
@@ -99,10 +99,26 @@ class Census:
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[str, nn.Module] = {}
         self.first: dict[int, str] = {}
-        for name, module in _walk(model, [""], []):
-            self.names.setdefault(name, module)
+        self._marked: dict[str, str] = {}
+        for marked, module in sorted(_walk(model, [""], []), key=lambda pair: WRAPPED in pair[0]):
+            name = marked.replace(WRAPPED, "")
+            if name not in self.names:
+                self.names[name] = module
+                self._marked[name] = marked
             self.first.setdefault(id(module), name)
         self.root = self.names[""]
+
+    def matching(self, path: ModulePath) -> list[tuple[str, nn.Module]]:
+        """The names that `path` matches, with their modules; a wildcard does not stand for what a wrapper adds."""
+        return [
+            (name, module)
+            for name, module in self.names.items()
+            if path.matches(name) and (WRAPPED not in self._marked[name] or not path.matches(self._marked[name]))
+        ]
+
+    def unwrapped(self) -> list[tuple[str, nn.Module]]:
+        """The names without those that a wrapper gives, with their modules."""
+        return [(name, module) for name, module in self.names.items() if WRAPPED not in self._marked[name]]
 
     @cached_property
     def _encoders(self) -> dict[str, nn.Module]:
@@ -111,7 +127,7 @@ class Census:
 
     def encoders_around(self, name: str) -> list[nn.Module]:
         """The encoders and encoder layers that have the module called `name` somewhere in them."""
-        return [encoder for outer, encoder in self._encoders.items() if name.startswith(f"{outer}." if outer else "") and name]
+        return [encoder for outer, encoder in self._encoders.items() if _is_below(name, outer)]
 
     def other_names(self, name: str) -> list[str]:
         """The other names of the module called `name`."""
@@ -119,11 +135,16 @@ class Census:
         return [other for other, same in self.names.items() if same is module and other != name]
 
 
+WRAPPED = "\0"
+"""In a name that `_walk` yields, before the part that the child of a wrapper has in it."""
+
+
 def _walk(module: nn.Module, names: list[str], path: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Each name of each module below `module`; a module that contains itself is not entered again."""
     inner = internals.wrapped_child(module)
     if inner is not None:
-        yield from _walk(module._modules[inner], [*names, *(_join(name, inner) for name in names)], path)  # pyright: ignore
+        child: Any = module._modules[inner]
+        yield from _walk(child, [*names, *(_join(name, WRAPPED + inner) for name in names)], path)
         return
     for name in names:
         yield name, module
@@ -136,6 +157,11 @@ def _walk(module: nn.Module, names: list[str], path: list[nn.Module]) -> Iterato
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
+
+
+def _is_below(name: str, outer: str) -> bool:
+    """Whether the module called `name` is somewhere in the one called `outer`."""
+    return name.startswith(f"{outer}.") if outer else name != ""
 
 
 # --- selecting --------------------------------------------------------------------------------------------------------
@@ -220,7 +246,7 @@ class _Finder:
         return ([], True) if item is False else (self._chosen(item), True)
 
     def _at_path(self, path: ModulePath) -> list[Site]:
-        named = [(name, module) for name, module in self.census.names.items() if path.matches(name)]
+        named = self.census.matching(path)
         sites = self._sites(named, path)
         if not sites:
             self._refuse_scripted(path)
@@ -234,7 +260,7 @@ class _Finder:
                 raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
 
     def _chosen(self, item: Where) -> list[Site]:
-        named = [(name, module) for name, module in self.census.names.items() if _chooses(item, name, module)]
+        named = [(name, module) for name, module in self.census.unwrapped() if _chooses(item, name, module)]
         sites = self._sites(named, EVERYTHING)
         if not sites:
             root = type(self.census.root).__name__
@@ -286,7 +312,8 @@ def _chooses(item: Where, name: str, module: nn.Module) -> bool:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether `module` can be called at all; a `ModuleList` cannot."""
-    return internals.is_scripted(module) or type(module).forward is not internals.no_forward or "forward" in vars(module)
+    has_own = type(module).forward is not internals.no_forward or "forward" in vars(module)
+    return has_own or internals.is_scripted(module)
 
 
 def has_parameter(module: nn.Module, name: str) -> bool:
@@ -298,10 +325,10 @@ def parameter_names(module: nn.Module) -> list[str]:
     """The names of the parameters, buffers, parametrized and recomputed tensors that `module` itself has."""
     if internals.is_scripted(module):
         return []
+    own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
     parametrized = list(getattr(module, "parametrizations", {}))
-    hooked = [name for hook in module._forward_pre_hooks.values() if (name := getattr(hook, "name", None)) in vars(module)]
-    own = [name for table in (module._parameters, module._buffers) for name, value in table.items() if value is not None]
-    return [*own, *parametrized, *hooked]
+    named = [getattr(hook, "name", None) for hook in internals.pre_hooks(module)]
+    return [*own, *parametrized, *(name for name in named if name in vars(module))]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -310,6 +337,9 @@ SCRIPTED = (
     "{name!r} is a {kind}: TorchScript runs its forward outside of Python, where nothing can be captured or changed.\n"
     "  Use the original nn.Module instead of the scripted one, or select only modules around it."
 )
+
+TAKES_MORE = ("patch", "edit", "steer")
+"""The verbs that need more than a model and a path."""
 
 
 def _nothing_matches(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> str:
@@ -341,7 +371,8 @@ def _nearest(census: Census, path: ModulePath, verb: str) -> Iterator[str]:
     if not path.is_wild and path.plain_name in names:
         return
     right = best if path.is_wild or "{" in path.name else _same_numbers(path.name, names)
-    wrong, good = (f'{verb}(model, "{text}")' for text in (path, replace(path, name=right)))
+    more = ", …" if verb in TAKES_MORE else ""
+    wrong, good = (f'{verb}(model, "{text}"{more})' for text in (path, replace(path, name=right)))
     width = max(len(wrong), len(good))
     yield f"    {wrong:<{width}}  # incorrect"
     yield f"    {good:<{width}}  # correct"

@@ -35,7 +35,7 @@ __all__ = [
     "usable",
 ]
 
-KEEP = Constant("KEEP", "KEEP")
+KEEP = Constant(__name__, "KEEP", "KEEP")
 """In a tree of new values: leave this part as it is."""
 
 

@@ -1,0 +1,190 @@
+"""`functional`, `grad_at` and `splice`: differentiable in everything, one forward, the model untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, jacrev, vmap
+from worlds import inputs, make, state, total
+
+from nicehooks import (
+    SiteNotFound,
+    SiteNotReached,
+    TreeMismatch,
+    UnsupportedModule,
+    capture,
+    functional,
+    grad_at,
+    patch,
+    splice,
+)
+
+
+def params_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_functional_is_the_model_on_other_parameters():
+    model, other = make("Mlp"), make("Mlp")
+    params = {name: p * 2 for name, p in params_of(model).items()}
+    other.load_state_dict(params)
+    before = state(model)
+    output, acts = functional(model, "blocks.*")(params, inputs())
+    with capture(other, "blocks.*") as expected:
+        assert torch.equal(output, other(inputs()))
+    assert all(torch.equal(acts[key], expected[key]) for key in expected)
+    assert state(model) == before
+
+
+def test_functional_is_differentiable_in_each_argument():
+    model = make("Mlp")
+    f = functional(model, "head")
+    params, value = params_of(model), torch.randn(5, 6)
+
+    def loss(params, value, x):
+        return total(f(params, x, patches={"blocks.1": value})[0]) + total(f(params, x)[1]["head"])
+
+    found = grad(loss, argnums=(0, 1, 2))(params, value, inputs())
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    v, x = value.clone().requires_grad_(), inputs().requires_grad_()
+    loss(leaves, v, x).backward()
+    assert all(torch.allclose(found[0][name], leaf.grad, atol=1e-6) for name, leaf in leaves.items())
+    assert torch.allclose(found[1], v.grad) and torch.allclose(found[2], x.grad, atol=1e-6)
+    assert v.grad.any() and x.grad.any()
+
+
+def test_functional_over_an_ensemble_and_over_examples():
+    model = make("Mlp")
+    stacked = {name: torch.stack([p, p * 2, p * 3]) for name, p in params_of(model).items()}
+    outs, acts = vmap(functional(model, "embed"), in_dims=(0, None))(stacked, inputs())
+    for i in range(3):
+        out, act = functional(model, "embed")({name: p[i] for name, p in stacked.items()}, inputs())
+        assert torch.allclose(outs[i], out, atol=1e-5) and torch.allclose(acts["embed"][i], act["embed"], atol=1e-6)
+    per_example = vmap(grad(lambda params, x: total(functional(model)(params, x)[0])), in_dims=(None, 0))
+    assert per_example(params_of(model), inputs())["head.bias"].shape == (5, 2)
+    assert jacrev(lambda p: functional(model)(p, inputs())[0])(params_of(model))["head.bias"].shape == (5, 2, 2)
+
+
+class Shared(nn.Module):
+    """One submodule under two names, and tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4, bias=False)
+        self.again = self.embed
+        self.head = nn.Linear(4, 4, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.again(self.embed(x)))
+
+
+@pytest.mark.parametrize("names", [["embed.weight"], ["again.weight"], ["embed.weight", "again.weight"], ["head.weight"]])
+def test_functional_is_safe_for_shared_and_tied_parameters(names):
+    model = Shared()
+    before, clean = state(model), model(inputs())
+    new = torch.randn(4, 4)
+    for _ in range(2):
+        output, _ = functional(model)(dict.fromkeys(names, new), inputs())
+        assert torch.allclose(output, inputs() @ new.T @ new.T @ new.T, atol=1e-5)
+        assert state(model) == before
+        assert torch.equal(model(inputs()), clean)
+
+
+def test_functional_says_what_is_wrong():
+    with pytest.raises(SiteNotFound, match="Mlp has no parameter or buffer 'nope'"):
+        functional(make("Mlp"))({"nope": torch.ones(1)}, inputs())
+    with pytest.raises(TreeMismatch, match="'embed.weight' and 'again.weight' are one parameter"):
+        functional(Shared())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
+
+
+# --- grad_at ----------------------------------------------------------------------------------------------------------
+
+
+def by_differences(model, path, metric):
+    with capture(model, path) as acts, torch.no_grad():
+        model(inputs())
+    return grad(lambda value: metric(_with(model, path, value)))(acts[path])
+
+
+def _with(model, path, value):
+    with patch(model, path, value):
+        return model(inputs())
+
+
+@pytest.mark.parametrize("path", ["embed", "blocks.1", "blocks.0.1[:, -1]", "head", ""])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_at_sites(path, frozen):
+    model = make("Mlp").requires_grad_(not frozen)
+    value, grads = grad_at(model, path, total)(inputs())
+    assert torch.allclose(value, total(model(inputs())))
+    assert list(grads) == [path]
+    assert torch.allclose(grads[path], by_differences(model, path, total), atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_forward_serves_all_sites():
+    model = make("Mlp")
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(args))
+    _, grads = grad_at(model, ["blocks.*", "embed"], total)(inputs())
+    assert len(calls) == 1 and len(grads) == 4
+
+
+def test_gradients_of_each_example():
+    model = make("Mlp")
+    values, grads = vmap(grad_at(model, "blocks.*", total))(inputs())
+    for i, x in enumerate(inputs()):
+        value, expected = grad_at(model, "blocks.*", total)(x)
+        assert torch.allclose(values[i], value)
+        assert all(torch.allclose(grads[key][i], expected[key], atol=1e-6) for key in expected)
+
+
+def test_grad_at_says_what_is_wrong():
+    model = make("Mlp")
+    with pytest.raises(UnsupportedModule, match="takes the paths of outputs"):
+        grad_at(model, "embed@grad", total)
+    with pytest.raises(SiteNotReached, match="no gradient came by"):
+        grad_at(model, "embed", lambda output: torch.ones(()))(inputs())
+
+
+# --- splice -----------------------------------------------------------------------------------------------------------
+
+
+def test_splice_sends_values_through_a_module():
+    model, autoencoder = make("Mlp"), nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+    with capture(model, "blocks.1") as acts:
+        clean = model(inputs())
+    with splice(model, "blocks.1", autoencoder), capture(autoencoder, "1") as latents:
+        out = model(inputs())
+    with patch(model, "blocks.1", autoencoder(acts["blocks.1"])):
+        assert torch.equal(out, model(inputs()))
+    assert latents["1"].shape == (5, 9)
+    with splice(model, "blocks.1", autoencoder, error=True):
+        assert torch.allclose(model(inputs()), clean, atol=1e-5)
+
+
+def test_gradients_go_through_the_reconstruction_and_past_the_error():
+    model, autoencoder = make("Mlp"), nn.Linear(6, 6)
+    found = {}
+    for error in (False, True):
+        x = inputs().requires_grad_()
+        with splice(model, "embed", autoencoder, error=error):
+            model(x).sum().backward()
+        found[error] = x.grad, autoencoder.weight.grad
+        autoencoder.weight.grad = None
+    y = model.embed(inputs().requires_grad_())
+    assert found[True][1].any() and found[False][1].any()
+    (through,) = torch.autograd.grad(autoencoder(y).sum(), y)
+    assert torch.allclose(through, autoencoder.weight.sum(0).expand_as(through))
+
+
+def test_splice_says_what_does_not_fit():
+    model = make("Mlp")
+    with pytest.raises(TreeMismatch, match=r"splice at 'head': Tensor\[5, 3\] float32 came out of the module"), splice(
+        model, "head", nn.Linear(2, 3)
+    ):
+        model(inputs())
+    with pytest.raises(TypeError, match="takes a module or a function"):
+        splice(model, "head", 3)
