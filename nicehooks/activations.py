@@ -209,7 +209,8 @@ class ActivationCache(dict[str, Any]):
         watch = Watch.over(value)
         if keep == "all":
             before = dict.get(self, key)
-            watch = Watch([*(self._watch(key) or ()), *watch])
+            if type(before) is Calls:
+                watch = Watch([*(self._watch(key) or ()), *watch])
             value = Calls([*before, value]) if type(before) is Calls else Calls([value])
         self[key] = value
         self._seen[key] = watch
@@ -511,7 +512,7 @@ def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any
 
 def _build_cache(values: Iterable[Any], context: Any) -> ActivationCache:
     if isinstance(context, _Rest):
-        values, context = _filled(context.values, iter(values)), context.keys
+        return _build_cache(_filled(context.values, iter(values)), context.keys)
     return ActivationCache(zip(context, values, strict=True))
 
 

@@ -25,13 +25,15 @@ class Node(NamedTuple):
 
     Attributes:
         children: what it holds.
-        entries: the position, key or field name of each child.
+        entries: the position of each child in a tuple or list; else its key or field name.
+        names: the same, with field names where a tuple has them.
         rebuild: builds one like it around other children; no constructor is called, except where one was registered.
         counted: whether its children have positions beside their names, as fields have and keys have not.
     """
 
     children: list[Any]
     entries: list[Any]
+    names: list[Any]
     rebuild: Callable[[Iterable[Any]], Any]
     counted: bool = True
 
@@ -65,10 +67,10 @@ def describe(value: Any) -> str:
     if node is None:
         return "None" if value is None else type(value).__name__
     inner = [describe(child) for child in node.children]
-    if isinstance(value, tuple | list) and node.entries == list(range(len(inner))):
+    if isinstance(value, tuple | list) and node.names is node.entries:
         name = "" if type(value) in (tuple, list) else type(value).__name__
         return f"{name}({', '.join(inner)})" if isinstance(value, tuple) else f"{name}[{', '.join(inner)}]"
-    named = ", ".join(f"{name}: {text}" for name, text in zip(node.entries, inner, strict=True))
+    named = ", ".join(f"{name}: {text}" for name, text in zip(node.names, inner, strict=True))
     return f"{{{named}}}" if type(value) is dict else f"{type(value).__name__}({named})"
 
 
@@ -116,23 +118,26 @@ def _sort_of_mapping(kind: Any) -> str:
 
 
 def _open_sequence(tree: Any) -> Node:
-    return Node(list(tree), list(range(len(tree))), type(tree))
+    positions = list(range(len(tree)))
+    return Node(list(tree), positions, positions, type(tree))
 
 
 def _open_named_tuple(tree: Any) -> Node:
-    return Node(list(tree), list(tree._fields), lambda new: tuple.__new__(type(tree), new))
+    return Node(list(tree), list(range(len(tree))), list(tree._fields), lambda new: tuple.__new__(type(tree), new))
 
 
 def _open_structseq(tree: Any) -> Node:
-    return Node(list(tree), list(optree.structseq_fields(type(tree))), lambda new: type(tree)(list(new)))
+    names = list(optree.structseq_fields(type(tree)))
+    return Node(list(tree), list(range(len(tree))), names, lambda new: type(tree)(list(new)))
 
 
 def _open_mapping(tree: Any) -> Node:
-    return Node(list(tree.values()), list(tree), lambda new: _like_mapping(tree, new), counted=False)
+    keys = list(tree)
+    return Node(list(tree.values()), keys, keys, lambda new: _like_mapping(tree, new), counted=False)
 
 
 def _open_counted_mapping(tree: Any) -> Node:
-    return Node(list(tree.values()), list(tree), lambda new: _like_mapping(tree, new))
+    return _open_mapping(tree)._replace(counted=True)
 
 
 def _like_mapping(tree: Any, children: Iterable[Any]) -> Any:
@@ -156,7 +161,7 @@ def _open_dataclass(tree: Any) -> Node:
             object.__setattr__(new, name, child)
         return new
 
-    return Node([getattr(tree, name) for name in names], names, rebuild)
+    return Node([getattr(tree, name) for name in names], names, names, rebuild)
 
 
 def _like(tree: Any, base: Any) -> Any:
@@ -173,14 +178,15 @@ def _open_registered_with_torch(tree: Any) -> Node:
     named = isinstance(context, list | tuple) and len(context) == len(children)
     named = named and all([isinstance(name, str) for name in context])
     entries = list(context) if named else list(range(len(children)))
-    return Node(list(children), entries, lambda new: unflatten(list(new), context))
+    return Node(list(children), entries, entries, lambda new: unflatten(list(new), context))
 
 
 def _open_known_to_optree(tree: Any) -> Node | None:
     if optree.tree_is_leaf(tree, none_is_leaf=True):
         return None
     children, context, entries, unflatten = optree.tree_flatten_one_level(tree, none_is_leaf=True)
-    return Node(list(children), list(entries), lambda new: unflatten(context, tuple(new)))
+    names = list(entries)
+    return Node(list(children), names, names, lambda new: unflatten(context, tuple(new)))
 
 
 _OPENERS: dict[str, Callable[[Any], Node | None]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any, TypeVar
 
 import optree.registry
@@ -52,6 +54,15 @@ def transform_size(transform: Any) -> int | None:
     return functorch.CVmapInterpreterPtr(transform).batchSize()
 
 
+version_counter: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""The version counter of a tensor; raises `RuntimeError` for one made under `inference_mode` (torch 2.2 … 2.13)."""
+
+
+def flat_weights(module: nn.RNNBase) -> list[Tensor]:
+    """The weights of a recurrent module in the order in which its kernel takes them (torch 2.2 … 2.13)."""
+    return [getattr(module, name) for name in module._flat_weights_names]
+
+
 def version(value: Tensor) -> int:
     """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
     while functorch.is_functorch_wrapped_tensor(value):
@@ -65,6 +76,16 @@ def version(value: Tensor) -> int:
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread (torch 2.2 … 2.13)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def context_of_backward() -> Context | None:
+    """The context in which the backward pass around this line was started.
+
+    Autograd runs what is on an accelerator in threads of its own, and carries the context along (torch 2.6 … 2.13).
+    """
+    if not in_backward() or not torch._C._is_key_in_tls("context"):
+        return None
+    return torch._C._get_obj_in_tls("context")
 
 
 def in_checkpoint() -> bool:

@@ -15,7 +15,7 @@ from nicehooks import internals, trees
 from nicehooks.activations import ActivationCache
 from nicehooks.contexts import Intervention, Plan
 from nicehooks.errors import TreeMismatch
-from nicehooks.internals import innermost_transform
+from nicehooks.internals import innermost_transform, version_counter
 from nicehooks.paths import ModulePath
 from nicehooks.ports import Pairs
 from nicehooks.rebinding import StopForward, tap_of
@@ -204,7 +204,7 @@ class _WholeOutput(OutputRule):
         if type(value) is not Tensor or innermost_transform() is not None:
             return self.through(None, value)
         try:
-            version = value._version
+            version = version_counter(value)
         except RuntimeError:  # made under inference_mode
             return self.through(None, value)
         cache = self.action.cache
@@ -332,7 +332,13 @@ def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
 
 
 def splice(
-    model: nn.Module, where: Where, module: Callable[[Tensor], Any], error: bool = False, *, steps: Any = None, calls: Any = None
+    model: nn.Module,
+    where: Where,
+    module: Callable[[Tensor], Any],
+    error: bool = False,
+    *,
+    steps: Any = None,
+    calls: Any = None,
 ) -> edit:
     """Sends values through `module`, an autoencoder, say.
 
@@ -340,19 +346,21 @@ def splice(
     >>> from torch import nn
     >>> model, autoencoder = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 3)
     >>> x = torch.ones(5, 4)
-    >>> with splice(model, "0", autoencoder):
-    ...     torch.equal(model(x), autoencoder(model[0](x)).relu())
+    >>> clean = model(x)
+    >>> with splice(model, "0", autoencoder), capture(model, "0") as acts:
+    ...     _ = model(x)
+    >>> torch.equal(acts["0"], autoencoder(model[0](x)))
     True
     >>> with splice(model, "0", autoencoder, error=True):
-    ...     torch.allclose(model(x), model[0](x).relu(), atol=1e-6)
+    ...     torch.allclose(model(x), clean, atol=1e-6)
     True
 
     Args:
         model: any module.
         where: a path, a site, … (see `select`).
         module: what the value, a tensor, goes through; it returns a tensor of the same shape.
-        error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients go
-            through the reconstruction.
+        error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
+            go through the reconstruction.
         steps: as for `edit`.
         calls: as for `edit`.
     """

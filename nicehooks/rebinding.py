@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from nicehooks import sessions
-from nicehooks.sessions import HERE, LOCK, Session
+from nicehooks.sessions import HERE, LOCK, Session, acts_in_backward
 
 
 class StopForward(BaseException):
@@ -129,7 +129,7 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
         value = tap.function(tap.module(), *args, **kwargs)
         for rule in tap.rules:
             session = rule.session
-            if session in active or session.attached:
+            if session in active or session.attached or acts_in_backward(session):
                 value = rule.output(value)
             else:
                 session.elsewhere = True
@@ -144,7 +144,7 @@ def _acting(tap: Tap, active: frozenset[Session]) -> list[Rule]:
     acting: list[Rule] = []
     for rule in tap.rules:
         session = rule.session
-        if session not in active and not session.attached:
+        if not (session in active or session.attached or acts_in_backward(session)):
             session.elsewhere = True
         elif rule.suspends:
             for silent in acting:

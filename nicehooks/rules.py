@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -140,14 +140,24 @@ RECOMPUTED = (
 )
 
 
-def _star_ranges(value: Any, chain: Chain) -> Iterator[range]:
+def _star_ranges(value: Any, chain: Chain) -> Iterator[Sequence[Any]]:
+    """What each `*` in `chain` stands for in `value`."""
     for step in chain:
         items = list(step) if isinstance(step, tuple) else [step]
         for position, item in enumerate(items):
             if item is STAR:
-                yield range(trees.length(value, items, position))
-                items[position] = 0
+                indices = _indices(value, items, position)
+                yield indices
+                items[position] = indices[0] if indices else 0
         value = trees.get(value, (tuple(items) if isinstance(step, tuple) else items[0],))
+
+
+def _indices(value: Any, items: list[Any], position: int) -> Sequence[Any]:
+    """Positions, or in a mapping its keys: each site's path reads as in Python."""
+    count = trees.length(value, items, position)
+    node = trees.open_node(value)
+    entries = range(count) if node is None else node.entries
+    return [entry if type(entry) in (int, str) else number for number, entry in enumerate(entries)]
 
 
 class OutputRule(SiteRule):

@@ -105,6 +105,8 @@ class Session:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
         here = 0 if torch.compiler.is_compiling() else HERE.number
         found = self._progress.get(here)
+        if found is None and len(self._progress) == 1 and here and internals.in_backward():
+            return next(iter(self._progress.values()))  # a thread of autograd's own goes on with the forward's
         if found is None:
             found = self._progress[here] = Progress()
         return found
@@ -174,6 +176,15 @@ def end(session: Session) -> None:
     HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)
     with LOCK:
         _used_slots.discard(session.slot)
+
+
+def acts_in_backward(session: Session) -> bool:
+    """Whether `session` acts in the thread that started the backward pass around this line, if there is one.
+
+    Only asked where it does not act by itself: a checkpointed region runs again, in a thread of autograd's own.
+    """
+    context = internals.context_of_backward()
+    return context is not None and session in context.get(_active, frozenset())
 
 
 def is_acting(session: Any) -> bool:

@@ -98,12 +98,12 @@ def _child(tree: Any, step: Any) -> tuple[Node, int]:
     node = open_node(tree)
     if node is None:
         raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {describe(tree)}")
-    if step in node.entries:
-        return node, node.entries.index(step)
+    if step in node.names:
+        return node, node.names.index(step)
     count = len(node.children)
     if node.counted and isinstance(step, int) and -count <= step < count:
         return node, step % count
-    have = ", ".join(repr(entry) for entry in node.entries) or "nothing"
+    have = ", ".join(repr(name) for name in node.names) or "nothing"
     raise TreeMismatch(f"{show_step(step)} is not in {describe(tree)}, which has {have}")
 
 

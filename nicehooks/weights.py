@@ -6,6 +6,7 @@ import weakref
 
 from torch import nn
 
+from nicehooks import internals
 from nicehooks.parameters import Override, StandIn
 from nicehooks.rebinding import Frame, Rule
 from nicehooks.rules import Action, OutputRule, SiteRule
@@ -39,8 +40,7 @@ class ParameterRule(SiteRule):
             frame.enter(Override(self, places, None if new is old else new))  # pyright: ignore[reportArgumentType]
         module = frame.tap.module()
         if isinstance(module, nn.RNNBase) and any([module is holder for holder in self.modules()]):
-            weights = [getattr(module, name) for name in module._flat_weights_names]
-            frame.module = frame.enter(StandIn(module, {"_flat_weights": weights}, FLAT_WEIGHTS))
+            frame.module = frame.enter(StandIn(module, {"_flat_weights": internals.flat_weights(module)}, FLAT_WEIGHTS))
 
     def after(self, frame: Frame) -> None:
         pass

@@ -170,6 +170,7 @@ def test_gradients_flow_through_a_compiled_intervention():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor itself uses what torch has deprecated
 def test_with_the_default_backend():
     model = make("Mlp")
     run = torch.compile(model, fullgraph=True)

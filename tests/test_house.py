@@ -1,0 +1,296 @@
+"""The house: its public names, its floors, what it imports and what it leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import nicehooks
+
+HOUSE = Path(nicehooks.__file__).parent
+FILES = {path.stem: ast.parse(path.read_text()) for path in sorted(HOUSE.rglob("*.py")) if path.stem != "__init__"}
+FLOORS = re.findall(r"^    (\w+)  ", inspect.cleandoc(nicehooks.__doc__ or ""), re.MULTILINE)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_these_are_the_public_names() -> None:
+    assert nicehooks.__all__ == [
+        "KEEP",
+        "ActivationCache",
+        "CheckpointWarning",
+        "ContextMisuse",
+        "ModulePath",
+        "NiceHooksError",
+        "NiceHooksWarning",
+        "NotCalledWarning",
+        "NotCaptured",
+        "NotReachedWarning",
+        "PathError",
+        "Site",
+        "SiteNotFound",
+        "SiteNotReached",
+        "StaleActivation",
+        "TreeMismatch",
+        "UnsupportedModule",
+        "ablate",
+        "capture",
+        "captured",
+        "describe",
+        "edit",
+        "functional",
+        "fused_attention_as_steps",
+        "grad_at",
+        "patch",
+        "select",
+        "sites",
+        "splice",
+        "steer",
+        "suspend",
+    ]
+
+
+def test_the_package_shows_the_public_names_and_no_others() -> None:
+    shown = {
+        name for name, thing in vars(nicehooks).items() if not name.startswith("_") and not inspect.ismodule(thing)
+    }
+    assert shown == set(nicehooks.__all__)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    pyproject = (HOUSE.parent / "pyproject.toml").read_text()
+    assert re.findall(r'^version = "(.*)"$', pyproject, re.MULTILINE) == [nicehooks.__version__]
+    assert (HOUSE / "py.typed").exists()
+
+
+def test_every_error_is_a_nicehooks_error_and_every_warning_a_nicehooks_warning() -> None:
+    """But for the one that ends a forward early, which no `except Exception` of a model may catch."""
+    strangers: set[str] = set()
+    for info in pkgutil.iter_modules([str(HOUSE)]):
+        for name, thing in vars(importlib.import_module(f"nicehooks.{info.name}")).items():
+            if (
+                isinstance(thing, type)
+                and issubclass(thing, BaseException)
+                and thing.__module__.startswith("nicehooks")
+            ):
+                base = nicehooks.NiceHooksWarning if issubclass(thing, Warning) else nicehooks.NiceHooksError
+                strangers |= set() if issubclass(thing, base) else {name}
+    assert strangers == {"StopForward"}
+
+
+ERRORS: list[tuple[type, type]] = [
+    (nicehooks.PathError, ValueError),
+    (nicehooks.SiteNotFound, LookupError),
+    (nicehooks.NotCaptured, KeyError),
+    (nicehooks.NotCaptured, nicehooks.SiteNotFound),
+    (nicehooks.TreeMismatch, TypeError),
+    (nicehooks.ContextMisuse, RuntimeError),
+    (nicehooks.NiceHooksWarning, UserWarning),
+]
+
+
+@pytest.mark.parametrize(("ours", "pythons"), ERRORS, ids=[f"{ours.__name__}-{base.__name__}" for ours, base in ERRORS])
+def test_errors_are_also_what_python_calls_them(ours: type, pythons: type) -> None:
+    assert issubclass(ours, pythons)
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+
+def imports_of(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every import below `tree`, wherever it stands: the module, and the name taken from it, if any."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def neighbours_of(file: str) -> set[str]:
+    """The files of the house that `file` imports from; "" for names that it takes from the package itself."""
+    found: set[str] = set()
+    for module, name in imports_of(FILES[file]):
+        if module == "nicehooks":
+            found.add(name if name in FILES else "")
+        elif module.startswith("nicehooks."):
+            found.add(module.split(".")[1])
+    return found
+
+
+def test_the_map_shows_floors_that_are_there() -> None:
+    assert len(FLOORS) >= 14
+    assert FLOORS[0] == "errors"
+    assert set(FLOORS) <= set(FILES)
+    assert len(set(FLOORS)) == len(FLOORS)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_only_from_the_floors_below_it(floor: str) -> None:
+    assert neighbours_of(floor) <= set(FLOORS[: FLOORS.index(floor)])
+
+
+def test_what_the_map_does_not_show_stands_on_top_of_it() -> None:
+    """The commands and jobs use the library; they may use each other, but not in a circle."""
+    top = set(FILES) - set(FLOORS)
+    assert {"cli", "loading", "plotting"} <= top | set(FLOORS)
+    assert [floor for floor in FLOORS if neighbours_of(floor) & (top | {""})] == []
+    order = list(TopologicalSorter({file: neighbours_of(file) & top for file in top}).static_order())
+    assert set(order) == top
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def run_at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a file that run when it is imported."""
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            continue
+        yield statement
+        for inner in ("body", "orelse", "finalbody"):
+            yield from run_at_import(getattr(statement, inner, []))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_importing_a_file_needs_only_torch_and_optree(file: str) -> None:
+    """Everything else is an extra, imported where it is used."""
+    needed: set[str] = set()
+    for statement in run_at_import(FILES[file].body):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            needed |= {module.split(".")[0] for module, _ in imports_of(statement)}
+    assert needed - set(sys.stdlib_module_names) <= {"torch", "optree", "nicehooks"}
+
+
+def in_a_new_python(code: str) -> str:
+    """What `code` prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_importing_the_package_loads_no_extra_and_no_compiler() -> None:
+    heavy = [
+        "transformers",
+        "rich",
+        "matplotlib",
+        "safetensors",
+        "gguf",
+        "accelerate",
+        "pandas",
+        "torch._dynamo",
+        "sympy",
+    ]
+    loaded = in_a_new_python(
+        f"""
+import sys, torch
+before = set(sys.modules)
+import nicehooks
+print([name for name in {heavy} if name in set(sys.modules) - before])
+"""
+    )
+    assert loaded == "[]\n"
+
+
+def test_importing_the_package_touches_nothing_of_python_or_torch() -> None:
+    """No global is set, no class is changed, no thread is started, nothing is printed."""
+    changed = in_a_new_python(
+        """
+import copyreg, logging, random, sys, threading, warnings
+import torch, optree
+from torch import nn
+
+tables = [table for name, table in vars(nn.modules.module).items() if name.startswith("_global_")]
+
+def globals_of_others():
+    return {
+        "hooks": (sys.excepthook, sys.displayhook, threading.excepthook, sys.gettrace(), sys.getprofile()),
+        "filters": list(warnings.filters),
+        "copyreg": dict(copyreg.dispatch_table),
+        "loggers": logging.root.handlers[:],
+        "random": random.getstate(),
+        "seed": torch.initial_seed(),
+        "rng": torch.get_rng_state().tolist(),
+        "modes": (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
+        "classes": [dict(vars(kind)) for kind in (nn.Module, nn.Linear, torch.Tensor, nn.Parameter)],
+        "global hooks": [dict(table) for table in tables if isinstance(table, dict)],
+        "threads": threading.active_count(),
+    }
+
+before = globals_of_others()
+import nicehooks
+after = globals_of_others()
+print([name for name in before if before[name] != after[name]])
+"""
+    )
+    assert changed == "[]\n"
+
+
+# --- private APIs -----------------------------------------------------------------------------------------------------
+
+
+def is_private(dotted: str) -> bool:
+    """Whether a part of a dotted name begins with one underscore."""
+    return any(part.startswith("_") and not part.startswith("__") for part in dotted.split("."))
+
+
+def dotted_names(tree: ast.AST) -> Iterator[str]:
+    """Everything in a file that reads `torch.….…`, `nn.….…` or `optree.….…`, imports included."""
+    for module, name in imports_of(tree):
+        if module.split(".")[0] in ("torch", "optree"):
+            yield f"{module}.{name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"(torch|nn|optree)\.", ast.unparse(node)):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "internals"])
+def test_private_apis_of_torch_are_touched_in_internals_alone(file: str) -> None:
+    assert sorted({name for name in dotted_names(FILES[file]) if is_private(name)}) == []
+
+
+def test_internals_does_touch_them() -> None:
+    """So that the test above looks for what there is."""
+    private = {name for name in dotted_names(FILES["internals"]) if is_private(name)}
+    assert {"torch._C._functorch", "torch.utils._pytree."} <= private
+
+
+def names_of_our_own() -> set[str]:
+    """Every name that a file of the house gives to something."""
+    own: set[str] = set()
+    for node in (node for tree in FILES.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    slots = [ast.literal_eval(n.value) for t in FILES.values() for n in ast.walk(t) if _is_slots(n)]  # type: ignore[attr-defined]
+    return own.union(*slots)
+
+
+def _is_slots(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__slots__"]
+
+
+TABLES = {"_modules", "_parameters", "_buffers"}
+"""The tables of an `nn.Module`, which it has had under these names in every version."""
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "internals"])
+def test_private_attributes_of_others_are_read_in_internals_alone(file: str) -> None:
+    """Of tensors and modules, that is; what begins so in a named tuple is public."""
+    public = {"_asdict", "_fields", "_make", "_replace"} | TABLES
+    private = {node.attr for node in ast.walk(FILES[file]) if isinstance(node, ast.Attribute) and is_private(node.attr)}
+    assert sorted(private - names_of_our_own() - public) == []

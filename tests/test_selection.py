@@ -1,0 +1,606 @@
+"""What selects sites, in every form, in which order, under which names; and what is said where nothing is selected."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nicehooks import (
+    ModulePath,
+    NiceHooksError,
+    PathError,
+    SiteNotFound,
+    UnsupportedModule,
+    ablate,
+    capture,
+    edit,
+    patch,
+    select,
+    steer,
+)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(4, 12)
+        self.c_proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.c_proj(self.c_attn(x)[..., :4]), None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.attn(x)[0])
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(7, 4)
+        self.h = nn.ModuleList(Block() for _ in range(12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        for block in self.h:
+            x = block(x)
+        return x
+
+
+class GPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = Transformer()
+        self.lm_head = nn.Linear(4, 7, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.transformer(ids))
+
+
+MODEL = GPT()
+IDS = torch.arange(6).reshape(2, 3)
+BLOCKS = [f"transformer.h.{i}" for i in range(12)]
+
+
+def texts(model: nn.Module, *where: Any) -> list[str]:
+    return [str(site) for site in select(model, *where)]
+
+
+# --- the forms of a where ---------------------------------------------------------------------------------------------
+
+ATTENTIONS = [f"{block}.attn" for block in BLOCKS]
+FORMS: dict[str, tuple[Any, list[str]]] = {
+    "a path": ("transformer.h.3", ["transformer.h.3"]),
+    "a parsed path": (ModulePath.parse("transformer.h.3[0]"), ["transformer.h.3[0]"]),
+    "a site": (select(MODEL, "transformer.h.3[:, -1]")[0], ["transformer.h.3[:, -1]"]),
+    "a list": (["lm_head", "transformer.h.3"], ["lm_head", "transformer.h.3"]),
+    "a nested list": (
+        ["lm_head", ["transformer.wte", ("transformer.h.3",)]],
+        ["lm_head", "transformer.wte", "transformer.h.3"],
+    ),
+    "a set of one": ({"lm_head"}, ["lm_head"]),
+    "a generator": ((f"transformer.h.{i}" for i in (0, 1)), ["transformer.h.0", "transformer.h.1"]),
+    "a mapping": ({"lm_head": 1.0, "transformer.wte": 2.0}, ["lm_head", "transformer.wte"]),
+    "False": (False, []),
+    "False in a list": ([False, "lm_head"], ["lm_head"]),
+    "a regular expression": (re.compile(r"h\.1\d$"), ["transformer.h.10", "transformer.h.11"]),
+    "a predicate over names": (lambda name, module: name.endswith(".attn"), ATTENTIONS),
+    "a predicate over modules": (lambda name, module: getattr(module, "out_features", 0) == 7, ["lm_head"]),
+    "a type": (Attention, ATTENTIONS),
+    "a list of types": ([nn.Embedding, Transformer], ["transformer.wte", "transformer"]),
+    "a base type": (nn.Embedding.__mro__[0], ["transformer.wte"]),
+    "a module": (MODEL.transformer.h[3], ["transformer.h.3"]),
+    "the model": (MODEL, [""]),
+    "a sub-model's part": (MODEL.transformer.h[3].attn.c_proj, ["transformer.h.3.attn.c_proj"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_a_where_selects_its_sites(form: str) -> None:
+    where, expected = FORMS[form]
+    assert texts(MODEL, where) == expected
+
+
+def test_true_and_no_where_at_all_select_every_module_that_can_be_called() -> None:
+    every = ["", "transformer", "transformer.wte"]
+    for block in BLOCKS:
+        every += [block, f"{block}.attn", f"{block}.attn.c_attn", f"{block}.attn.c_proj", f"{block}.mlp"]
+    every.append("lm_head")
+    assert texts(MODEL, True) == every
+    assert texts(MODEL) == every
+    assert texts(MODEL, "**") == every
+    assert texts(MODEL, nn.Module) == every
+    assert texts(MODEL, re.compile("")) == every
+    assert texts(MODEL, lambda name, module: True) == every
+
+
+def test_several_wheres_are_one_list() -> None:
+    assert texts(MODEL, "lm_head", Attention, False, ["transformer.wte"]) == ["lm_head", *ATTENTIONS, "transformer.wte"]
+
+
+def test_a_site_is_selected_once_however_often_it_is_named() -> None:
+    """But another part of the same module, or another port, is another site."""
+    assert texts(MODEL, "lm_head", "*", nn.Linear, "lm_head")[:2] == ["lm_head", "transformer"]
+    assert texts(MODEL, "lm_head", "*", "lm_head") == ["lm_head", "transformer"]
+    other = ["lm_head", "lm_head[0]", "lm_head@input", "lm_head@weight", "lm_head#0"]
+    assert texts(MODEL, other, other) == other
+
+
+@pytest.mark.parametrize(
+    "context", [capture, ablate, lambda m, w: edit(m, w, lambda v: v), lambda m, w: patch(m, {w: 0.0})]
+)
+def test_every_context_takes_every_form(context: Any) -> None:
+    """The contexts select with the same words as `select`."""
+    site = select(MODEL, "lm_head")[0]
+    forms = ("lm_head", ModulePath.parse("lm_head"), site, ("lm_head",), re.compile("lm_head"), MODEL.lm_head)
+    for where in (*forms, lambda name, module: name == "lm_head"):
+        called: list[Tensor] = []
+        with context(MODEL, where), edit(MODEL, "lm_head", called.append):
+            MODEL(IDS)
+        assert len(called) == 1
+
+
+def test_patch_takes_a_value_for_each_form() -> None:
+    """In a mapping, the keys may be of different forms; each brings its own value."""
+    with patch(MODEL, {nn.Embedding: 1.0, "transformer": 2.0, MODEL.lm_head: 3.0}), capture(MODEL) as acts:
+        MODEL(IDS)
+    found = [acts[name].unique().tolist() for name in ("transformer.wte", "transformer", "lm_head")]
+    assert found == [[1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("what", [42, None, 1.5, [None], ["lm_head", 3]])
+def test_what_is_no_where_says_what_is(what: Any) -> None:
+    shown = what[-1] if isinstance(what, list) else what
+    with pytest.raises(PathError) as caught:
+        select(MODEL, what)
+    assert str(caught.value) == (
+        f"{shown!r} selects no sites: write a path, a Site, True, a regular expression, a predicate "
+        "(name, module) -> bool, a module type, a module, or a list of them"
+    )
+
+
+# --- sites ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_knows_its_module_and_its_path() -> None:
+    site = select(MODEL, "transformer.h.3.attn@input[0]")[0]
+    assert site.name == "transformer.h.3.attn"
+    assert site.module is MODEL.transformer.h[3].attn
+    assert site.path == ModulePath.parse("transformer.h.3.attn@input[0]")
+    assert str(site) == "transformer.h.3.attn@input[0]"
+    assert repr(site) == "Site('transformer.h.3.attn@input[0]')"
+
+
+def test_a_site_equals_itself_and_its_text() -> None:
+    """So that a site, a text and a path find the same entry of a cache or of a dict."""
+    first, again = (select(MODEL, "lm_head[0]")[0] for _ in range(2))
+    assert first == again
+    assert first == "lm_head[0]"
+    assert first != "lm_head"
+    assert first != 3
+    assert {first: 1}["lm_head[0]"] == 1
+    assert select(GPT(), "lm_head[0]")[0] != first
+
+
+def test_every_site_is_what_its_own_text_selects() -> None:
+    """Names with special characters too: a site's text is a path that selects just it."""
+    model = nn.Sequential()
+    for name in ("a*b", "#", "x/y", "[0]", "@input", "{a,b}", "\\", "two words", " ", "é", "0"):
+        model.add_module(name, nn.ReLU())
+    for site in select(model, True, "**@input[0]"):
+        assert select(model, str(site)) == [site]
+    with capture(model, True) as acts:
+        model(torch.ones(1))
+    assert list(acts) == [str(site) for site in (*select(model, "*"), *select(model, ""))]
+
+
+def test_a_site_of_one_model_is_a_path_for_another() -> None:
+    """A site of another model selects the module of the same name; there, it is another site."""
+    other = GPT()
+    site = select(MODEL, "transformer.h.3")[0]
+    (found,) = select(other, site)
+    assert found.module is other.transformer.h[3]
+    assert found != site
+    with pytest.raises(SiteNotFound):
+        select(nn.Sequential(nn.ReLU()), site)
+
+
+def test_a_site_does_not_keep_its_model_alive() -> None:
+    model = nn.Sequential(nn.ReLU())
+    (site,), alive = select(model, "0"), weakref.ref(model)
+    del model
+    assert alive() is None
+    with pytest.raises(SiteNotFound) as caught:
+        site.module  # noqa: B018
+    assert str(caught.value) == "the module of site '0' no longer exists"
+
+
+# --- one module, several names ----------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """`a`, `b` and `group.c` are one module; `a.0` is therefore `b.0` and `group.c.0`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.ReLU())
+        self.b = self.a
+        self.group = nn.ModuleDict({"c": self.a})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "group.c"])
+def test_each_name_of_a_shared_module_selects_it(name: str) -> None:
+    """A site has the name that was asked for, and a cache finds the value under each of them."""
+    model = Shared()
+    (site,) = select(model, name)
+    assert (str(site), site.module) == (name, model.a)
+    assert texts(model, f"{name}.0") == [f"{name}.0"]
+    with capture(model, name) as acts:
+        model(torch.ones(2))
+    assert list(acts) == [name]
+    for other in ("a", "b", "group.c"):
+        assert acts[other] is acts[name]
+        assert acts[f"{other}[0]"].item() == 1.0
+
+
+@pytest.mark.parametrize("where", ["**", True, "{a,b,group.c}", ["b", "a"], re.compile("a|b|c"), nn.Sequential])
+def test_a_shared_module_is_selected_once(where: Any) -> None:
+    model = Shared()
+    assert [site.module for site in select(model, where)].count(model.a) == 1
+
+
+def test_a_shared_module_with_a_special_name_is_selected_once() -> None:
+    """What a backslash adds to a site's text does not make it another site."""
+    model = nn.Sequential(nn.ReLU())
+    model.add_module("a*b", model[0])
+    assert texts(model, "0", "a\\*b") == ["0"]
+
+
+class Recursive(nn.Module):
+    """A module that holds itself, and a child that holds its parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.me = self
+        self.child = nn.Module()
+        self.child.forward = lambda x: x
+        self.child.parent = self
+        self.layer = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.child(x))
+
+
+def test_a_module_that_contains_itself_is_walked_through_once() -> None:
+    model = Recursive()
+    assert texts(model) == ["", "child", "layer"]
+    with capture(model) as acts:
+        model(torch.ones(1))
+    assert list(acts) == ["child", "layer", ""]
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ddp() -> Iterator[nn.Module]:
+    """A `DistributedDataParallel` model, alone in its group."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield nn.parallel.DistributedDataParallel(GPT())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Any:
+    """`torch.compile`, once it is imported, which warns about torch's own code; it only wraps, and compiles nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(nn.ReLU())
+    return torch.compile
+
+
+def wrapped(kind: str, request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, str]:
+    """The wrapped model, the model, and the wrapper's prefix."""
+    if kind == "compile":
+        model = GPT()
+        return request.getfixturevalue("compiler")(model), model, "_orig_mod"
+    if kind == "DDP":
+        model = request.getfixturevalue("ddp")
+        return model, model.module, "module"
+    if kind == "DataParallel":
+        model = GPT()
+        return nn.DataParallel(model), model, "module"
+    model = GPT()
+    return nn.DataParallel(request.getfixturevalue("compiler")(model)), model, "module._orig_mod"
+
+
+WRAPPERS = pytest.mark.parametrize("kind", ["compile", "DDP", "DataParallel", "both"])
+
+
+@WRAPPERS
+def test_names_match_with_and_without_the_prefix_of_a_wrapper(kind: str, request: pytest.FixtureRequest) -> None:
+    wrapper, model, prefix = wrapped(kind, request)
+    block = model.transformer.h[3]
+    for path in ("transformer.h.3", f"{prefix}.transformer.h.3"):
+        (site,) = select(wrapper, path)
+        assert (str(site), site.module) == (path, block)
+    assert [site.module for site in select(wrapper, f"{prefix}.transformer.h.*")] == list(model.transformer.h)
+    assert select(wrapper, prefix)[0].module is model
+
+
+@WRAPPERS
+@pytest.mark.parametrize("where", ["", "*", "**", "*.*", "**.attn", True, nn.Linear, nn.Module, re.compile("^[^.]*$")])
+def test_a_wrapper_is_not_there(kind: str, where: Any, request: pytest.FixtureRequest) -> None:
+    """A wildcard, a type and a regular expression select in a wrapped model what they select in the model itself."""
+    wrapper, model, _ = wrapped(kind, request)
+    assert texts(wrapper, where) == texts(model, where)
+    assert [site.module for site in select(wrapper, where)] == [site.module for site in select(model, where)]
+
+
+@WRAPPERS
+def test_a_path_written_for_the_wrapper_works_after_unwrapping_and_back(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    """A site of the wrapped model is a site of the model, and the other way round."""
+    wrapper, model, _ = wrapped(kind, request)
+    for one, other in ((wrapper, model), (model, wrapper)):
+        assert texts(other, select(one, "transformer.h.3[0]")) == ["transformer.h.3[0]"]
+
+
+def test_a_wrapper_inside_a_model_is_not_there_either(compiler: Any) -> None:
+    model = GPT()
+    model.transformer.h[1] = compiler(model.transformer.h[1])
+    assert texts(model, "transformer.h.*") == BLOCKS
+    assert texts(model, "transformer.h.1.*") == ["transformer.h.1.attn", "transformer.h.1.mlp"]
+    assert texts(model, "transformer.h.1._orig_mod.attn") == ["transformer.h.1._orig_mod.attn"]
+    assert texts(model, True) == texts(MODEL, True)
+
+
+def test_a_model_of_the_users_own_with_a_child_called_module_is_no_wrapper() -> None:
+    class DistributedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x)
+
+    assert texts(DistributedDataParallel(), True) == ["", "module"]
+
+
+def test_ddp_is_captured_by_the_models_own_names(ddp: nn.Module) -> None:
+    with torch.no_grad(), capture(ddp, "transformer.h.{0,11}", "module.lm_head") as acts:
+        output = ddp(IDS)
+    assert list(acts) == ["transformer.h.0", "transformer.h.11", "module.lm_head"]
+    assert acts["lm_head"] is acts["module.lm_head"]
+    assert torch.equal(acts["lm_head"], output)
+
+
+# --- ports ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_path_selects_the_modules_that_have_it() -> None:
+    assert texts(MODEL, "lm_head@weight") == ["lm_head@weight"]
+    assert texts(MODEL, "transformer.h.3.**@bias") == [
+        "transformer.h.3.attn.c_attn@bias",
+        "transformer.h.3.attn.c_proj@bias",
+        "transformer.h.3.mlp@bias",
+    ]
+    assert texts(MODEL, "*@weight") == ["lm_head@weight"]
+    normed = nn.Sequential(nn.BatchNorm1d(2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert texts(normed, "*@running_mean") == ["0@running_mean"]
+    assert texts(normed, "*@weight") == ["0@weight", "1@weight"]
+
+
+def test_a_list_can_be_asked_for_a_parameter_though_it_is_never_called() -> None:
+    model = nn.Sequential(nn.ReLU())
+    model.add_module("weights", nn.ParameterList([torch.zeros(2), torch.zeros(2)]))
+    assert texts(model, "weights@1") == ["weights@1"]
+
+
+# --- nothing matches --------------------------------------------------------------------------------------------------
+
+NOTHING: dict[str, tuple[nn.Module, Any, str]] = {
+    "a number too large": (
+        MODEL.transformer,
+        "h.33",
+        """\
+no module matches 'h.33' in Transformer.
+  nearest names: h.0 … h.11
+    select(model, "h.33")  # incorrect
+    select(model, "h.11")  # correct""",
+    ),
+    "another family's name": (
+        MODEL,
+        "blocks.3",
+        """\
+no module matches 'blocks.3' in GPT.
+  nearest names: transformer.h.0 … transformer.h.11
+    select(model, "blocks.3")         # incorrect
+    select(model, "transformer.h.3")  # correct""",
+    ),
+    "another family's wildcard": (
+        MODEL,
+        "blocks.*",
+        """\
+no module matches 'blocks.*' in GPT.
+  nearest names: transformer.h.0 … transformer.h.11
+    select(model, "blocks.*")         # incorrect
+    select(model, "transformer.h.*")  # correct""",
+    ),
+    "a missing prefix": (
+        MODEL,
+        "h.3.attn@input[0]",
+        """\
+no module matches 'h.3.attn@input[0]' in GPT.
+  nearest names: transformer.h.0.attn … transformer.h.11.attn
+    select(model, "h.3.attn@input[0]")              # incorrect
+    select(model, "transformer.h.3.attn@input[0]")  # correct""",
+    ),
+    "a misspelt child": (
+        MODEL,
+        "transformer.h.3.mpl[:, -1]",
+        """\
+no module matches 'transformer.h.3.mpl[:, -1]' in GPT.
+  nearest names: transformer.h.0.mlp … transformer.h.11.mlp
+    select(model, "transformer.h.3.mpl[:, -1]")  # incorrect
+    select(model, "transformer.h.3.mlp[:, -1]")  # correct""",
+    ),
+    "another case": (
+        MODEL,
+        "Transformer.H.3",
+        """\
+no module matches 'Transformer.H.3' in GPT.
+  nearest names: transformer.h.0 … transformer.h.11
+    select(model, "Transformer.H.3")  # incorrect
+    select(model, "transformer.h.3")  # correct""",
+    ),
+    "one of several alternatives": (
+        MODEL,
+        "transformer.h.{0,3,33}",
+        """\
+no module matches 'transformer.h.33' in GPT.
+  nearest names: transformer.h.0 … transformer.h.11
+    select(model, "transformer.h.33")  # incorrect
+    select(model, "transformer.h.11")  # correct""",
+    ),
+    "a range that is too long": (
+        MODEL,
+        "transformer.h.{10..13}",
+        """\
+no module matches 'transformer.h.12' in GPT.
+  nearest names: transformer.h.0 … transformer.h.11
+    select(model, "transformer.h.12")  # incorrect
+    select(model, "transformer.h.11")  # correct""",
+    ),
+    "one of two names": (
+        MODEL,
+        ["lm_head", "lmhead"],
+        """\
+no module matches 'lmhead' in GPT.
+  nearest names: lm_head
+    select(model, "lmhead")   # incorrect
+    select(model, "lm_head")  # correct""",
+    ),
+    "a model without children": (nn.Linear(2, 2), "fc", "no module matches 'fc' in Linear."),
+    "a list": (
+        MODEL,
+        "transformer.h",
+        "'transformer.h' is a ModuleList, which is never called itself.\n  its children: 'transformer.h.*'",
+    ),
+    "a part of a list": (
+        MODEL,
+        "transformer.h[0]",
+        "'transformer.h' is a ModuleList, which is never called itself.\n  its children: 'transformer.h.*[0]'",
+    ),
+    "a parameter that is not there": (
+        MODEL,
+        "transformer.h.3.mlp@wieght",
+        "module 'transformer.h.3.mlp' (Linear) has no parameter 'wieght'; it has: weight, bias.",
+    ),
+    "a parameter that is None": (
+        MODEL,
+        "lm_head@bias",
+        "module 'lm_head' (Linear) has no parameter 'bias'; it has: weight.",
+    ),
+    "a parameter of a module that has none": (
+        MODEL,
+        "transformer.h.3@weight",
+        "module 'transformer.h.3' (Block) has no parameter 'weight'; it has: none of its own.",
+    ),
+    "a type": (MODEL, nn.LSTM, "LSTM selects no module that is ever called in GPT."),
+    "a type that is no module": (MODEL, int, "int selects no module that is ever called in GPT."),
+    "a regular expression": (
+        MODEL,
+        re.compile("blocks"),
+        "re.compile('blocks') selects no module that is ever called in GPT.",
+    ),
+    "a predicate": (MODEL, lambda name, module: False, "<lambda> selects no module that is ever called in GPT."),
+    "a module of another model": (MODEL, nn.ReLU(), "this ReLU selects no module that is ever called in GPT."),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_where_nothing_is_selected_the_message_says_what_is_near(case: str) -> None:
+    model, where, message = NOTHING[case]
+    with pytest.raises(SiteNotFound) as caught:
+        select(model, where)
+    assert str(caught.value) == message
+    assert isinstance(caught.value, LookupError)
+    assert isinstance(caught.value, NiceHooksError)
+
+
+VERBS: dict[str, Any] = {
+    'capture(model, "{path}")': lambda path: capture(MODEL, path),
+    'ablate(model, "{path}")': lambda path: ablate(MODEL, path),
+    'patch(model, "{path}", …)': lambda path: patch(MODEL, path, 0.0),
+    'edit(model, "{path}", …)': lambda path: edit(MODEL, path, lambda value: value),
+    'steer(model, "{path}", …)': lambda path: steer(MODEL, path, torch.zeros(4)),
+}
+
+
+@pytest.mark.parametrize("call", VERBS)
+def test_the_line_to_write_is_the_callers_own(call: str) -> None:
+    """On entry, with the verb that was used and the arguments that it needs; making the context does nothing."""
+    context = VERBS[call]("blocks.3")
+    with pytest.raises(SiteNotFound) as caught, context:
+        raise AssertionError("not reached")
+    wrong, right = call.format(path="blocks.3"), call.format(path="transformer.h.3")
+    assert str(caught.value).splitlines()[2:] == [f"    {wrong:<{len(right)}}  # incorrect", f"    {right}  # correct"]
+
+
+def test_a_path_that_matches_nothing_raises_beside_good_ones() -> None:
+    """And leaves nothing behind."""
+    before = [dict(vars(module)) for module in MODEL.modules()]
+    with pytest.raises(SiteNotFound), capture(MODEL, "**", "lm_head", "nope"):
+        raise AssertionError("not reached")
+    with pytest.raises(SiteNotFound), patch(MODEL, {"lm_head": 0.0, "nope": 0.0}):
+        raise AssertionError("not reached")
+    assert [dict(vars(module)) for module in MODEL.modules()] == before
+
+
+def test_alternatives_are_strict_where_wildcards_are_not() -> None:
+    """Each alternative of a brace has to match; a wildcard may match anything, but not nothing."""
+    assert texts(MODEL, "transformer.h.{0,1}*.mlp") == [f"transformer.h.{i}.mlp" for i in (0, 1, 10, 11)]
+    assert texts(MODEL, "{transformer.*,lm_head}") == ["transformer.wte", "lm_head"]
+    with pytest.raises(SiteNotFound, match=r"'transformer\.h\.12\*\.mlp'"):
+        select(MODEL, "transformer.h.{0,12}*.mlp")
+    with pytest.raises(SiteNotFound, match=r"'blocks\.\*'"):
+        select(MODEL, "{transformer.*,blocks.*}")
+
+
+# --- TorchScript ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("where", ["1", "*", True, nn.Module, "1@input", "1@weight"])
+def test_torchscript_is_refused_by_name(where: Any) -> None:
+    """Wherever it would be selected; the modules around it can be selected."""
+    model = nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedModule) as caught:
+        select(model, where)
+    assert str(caught.value) == (
+        "'1' is a RecursiveScriptModule: TorchScript runs its forward outside of Python, where nothing can be captured "
+        "or changed.\n"
+        "  Use the original nn.Module instead of the scripted one, or select only modules around it."
+    )
+    assert texts(model, "", "0") == ["", "0"]
