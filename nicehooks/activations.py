@@ -2,9 +2,10 @@
 
 NOTE [What a cache keeps alive]
 A value that left the cache is free, so what was captured is watched through weak references. The shortest way into a
-cache (`_WholeOutput`) cannot afford to make one, and stores `(tensor, version)` in `_seen` beside the value; it becomes
-a `Watch` when the value is read first. `__setitem__` is that of `dict` for the same reason. So all that can outlive its
-place is a value that nobody has read and that `cache[key] = …` has replaced: until `key` is read.
+cache (`_WholeOutput`) cannot afford to make one (60 ns), and stores `(tensor, version)` in `_seen` beside the value; it
+becomes a `Watch` when the value is read first. For the same reason neither `__setitem__` nor `__delitem__` is
+overridden: either would make a store slow (60 ns more). So a value that nobody has read yet may outlive its place after
+`del cache[key]`, until anything is read, and after `cache[key] = …`, until `key` is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from nicehooks import activation_files, internals, trees
 from nicehooks.arithmetic import Number, combine
 from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.parts import expanded, is_within, means_several, parsed
+from nicehooks.parts import is_within, means_several, parsed
 from nicehooks.paths import OUTPUT, ModulePath
 from nicehooks.seen import Calls, Watch, describe
 from nicehooks.selection import Site
@@ -117,6 +118,8 @@ class ActivationCache(dict[str, Any]):
     def _fresh(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
         if self._seen and not torch.compiler.is_compiling():
+            if len(self._seen) > len(self):
+                self._forget()
             watch = self._watch(key)
             if watch is not None and watch.notices(value):
                 raise StaleActivation(STALE.format(key=key))
@@ -128,6 +131,11 @@ class ActivationCache(dict[str, Any]):
         if type(seen) is tuple:
             seen = self._seen[key] = Watch.before(*seen)
         return seen
+
+    def _forget(self) -> None:
+        """Lets go of what has left the cache; see NOTE [What a cache keeps alive]."""
+        for key in [key for key in self._seen if not dict.__contains__(self, key)]:
+            del self._seen[key]
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(cache) and {**cache} read through __getitem__ too
@@ -149,13 +157,6 @@ class ActivationCache(dict[str, Any]):
 
     # writing
 
-    def __delitem__(self, key: Any) -> None:
-        text = _text(key)
-        if text is None or not dict.__contains__(self, text):
-            raise NotCaptured(_not_captured(self, key))
-        super().__delitem__(text)
-        self._seen.pop(text, None)
-
     def pop(self, key: Any, *default: Any) -> Any:
         text = _text(key)
         if text is None or not dict.__contains__(self, text):
@@ -164,6 +165,7 @@ class ActivationCache(dict[str, Any]):
             raise NotCaptured(_not_captured(self, key))
         value = self._fresh(text)
         del self[text]
+        self._seen.pop(text, None)
         return value
 
     def popitem(self) -> tuple[str, Any]:
@@ -219,7 +221,7 @@ class ActivationCache(dict[str, Any]):
         """Watches over the values that are those of `other`; the watch over another value notices nothing."""
         for key in other:
             watch = other._watch(key)
-            if watch is not None:
+            if watch is not None and dict.__contains__(self, key):
                 self._seen[key] = watch
 
     def _like(self, values: Any) -> ActivationCache:
@@ -292,7 +294,7 @@ class ActivationCache(dict[str, Any]):
             return []
         value, rest = dict.__getitem__(self, key), path.chain[len(own.chain) :]
         whole = value[0] if type(value) is Calls and value else value
-        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in expanded(whole, rest)]
+        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in trees.each_index(whole, rest)]
 
     def stack(self, where: Any = True) -> Tensor:
         """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
@@ -510,6 +512,10 @@ def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any
     return tensors, _Rest(keys, trees.map_tensors(lambda tensor: Tensor, values))
 
 
+def _flatten_for_optree(cache: Any) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[str, ...]]:
+    return tuple(cache.values()), tuple(cache), tuple(cache)
+
+
 def _build_cache(values: Iterable[Any], context: Any) -> ActivationCache:
     if isinstance(context, _Rest):
         return _build_cache(_filled(context.values, iter(values)), context.keys)
@@ -526,7 +532,7 @@ def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:
 internals.register_torch_node(ActivationCache, _flatten_cache, _build_cache)
 optree.register_pytree_node(
     ActivationCache,
-    lambda cache: (tuple(cache.values()), tuple(cache), tuple(cache)),
+    _flatten_for_optree,
     lambda keys, values: _build_cache(values, keys),
     namespace=internals.EVERY_NAMESPACE,
 )

@@ -64,7 +64,8 @@ def written_back(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], old: Arguments, new: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the keyword arguments, with what has changed put where the caller had put the old ones."""
-    positional, by_name = list(args), dict(kwargs)
+    positional = list(args)
+    by_name: dict[Any, Any] = dict(kwargs)
     for name, value in new.items():
         position = name if isinstance(name, int) else names.index(name) if name in names else len(args)
         if name in by_name or position >= len(args):

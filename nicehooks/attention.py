@@ -1,4 +1,4 @@
-"""Attention in its steps: what `scaled_dot_product_attention` computes in one fused kernel, as functions one can reach."""
+"""Attention in its steps: what a fused kernel computes at once, as functions that a path can reach."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_steps_wanted() -> bool:
     return _wanted.get() > 0
 
 
-class fused_attention_as_steps(AbstractContextManager[None]):  # noqa: N801 (a context)
+class fused_attention_as_steps(AbstractContextManager[None]):
     """Runs `scaled_dot_product_attention` as its explicit steps, so that `@softmax()` exists and can be patched.
 
     >>> import torch
@@ -35,9 +35,9 @@ class fused_attention_as_steps(AbstractContextManager[None]):  # noqa: N801 (a c
     >>> acts["@softmax()"].shape, torch.allclose(out, model(x), atol=1e-5)
     (torch.Size([1, 2, 3, 3]), True)
 
-    The steps are `matmul` (the scaled scores, `[batch, head, query, key]`), `__add__` (a mask), `softmax` (the pattern),
-    `dropout`, and `matmul` again (the values). Causal, masked and grouped-query attention are covered. It acts in the thread
-    or task that entered it, and equals the fused result to rounding (1e-5 in float32).
+    The steps are `matmul` (the scaled scores, `[batch, head, query, key]`), `add` (a mask), `softmax` (the pattern),
+    `dropout`, and `matmul` again (the values). Causal, masked and grouped-query attention are covered. It acts in the
+    thread or task that entered it, and equals the fused result to rounding (1e-5 in float32).
     """
 
     def __enter__(self) -> None:

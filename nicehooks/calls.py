@@ -103,9 +103,11 @@ class CallWatcher(AbstractContextManager[None]):
         frame = self.frame
         methods = {rule.path.port.name for rule in self.rules if is_method(frame.module, rule.path.port.name)}
         if methods:
-            frame.module = self.stack.enter_context(StandIn(frame.module, {name: None for name in methods}, tuple(methods)))
+            frame.module = self.stack.enter_context(StandIn(frame.module, dict.fromkeys(methods), tuple(methods)))
             for name in methods:
-                frame.module.__dict__[name] = self._watching(name, MethodType(getattr(type(frame.module), name), frame.module))
+                frame.module.__dict__[name] = self._watching(
+                    name, MethodType(getattr(type(frame.module), name), frame.module)
+                )
         self.stack.enter_context(_Running(frame))
         self.stack.enter_context(_Mode(self))
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import optree
+import torch
 from torch import Tensor
 
 from nicehooks import internals
@@ -85,7 +86,7 @@ def _sort_of(kind: type) -> str:
 
 @lru_cache(maxsize=4096)
 def _find_sort(kind: type) -> str:
-    if kind in (type(None), bool, int, float, str):
+    if kind in (type(None), bool, int, float, str, torch.Size):
         return "leaf"
     if kind in (tuple, list):
         return "sequence"
@@ -147,13 +148,15 @@ def _like_mapping(tree: Any, children: Iterable[Any]) -> Any:
     if kind is defaultdict:
         return defaultdict(tree.default_factory, zip(tree, children, strict=True))
     new = _like(tree, OrderedDict if isinstance(tree, OrderedDict) else dict)
+    if isinstance(tree, defaultdict):
+        new.default_factory = tree.default_factory
     for key, child in zip(tree, children, strict=True):
         new[key] = child
     return new
 
 
 def _open_dataclass(tree: Any) -> Node:
-    names = [name for name in tree.__dataclass_fields__ if hasattr(tree, name)]
+    names = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
 
     def rebuild(children: Iterable[Any]) -> Any:
         new = _like(tree, object)

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     groups: list[_Group]
     holders: list[nn.Module]
     counting: bool
+    keys: frozenset[str]
 
 
 class Intervention:
@@ -172,7 +173,8 @@ class Intervention:
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         for index, rule in enumerate(rules):
             rule.index = index
-        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules))
+        keys = frozenset([rule.key for rule in rules])
+        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules), keys)
 
     def _counts(self, rules: list[SiteRule]) -> bool:
         """Whether steps, calls, or the depth in the root model matter."""
@@ -180,8 +182,11 @@ class Intervention:
 
     # never silent
 
+    def _all_reached(self, session: Session, plan: Plan) -> bool:
+        return not plan.keys.difference(session.reached)
+
     def _check(self, session: Session, plan: Plan) -> None:
-        missed = next(self._unreached(session, plan), None)
+        missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
         if missed is not None and not session.called and not self._acted(session, plan):
             warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
         elif missed is not None:
@@ -216,8 +221,8 @@ class Intervention:
 
 
 CHECKPOINTED = (
-    "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and the "
-    "intervention has to act there too: run backward inside the context."
+    "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and "
+    "the intervention has to act there too: run backward inside the context."
 )
 
 ACTIVE_ALREADY = (
@@ -245,8 +250,8 @@ def _reason(rule: SiteRule, session: Session) -> str:
     if session.suspended:
         return "it was called inside suspend(model) only."
     return (
-        "nothing called this module. Its parent may use the weights without calling it, may call it only in another mode "
-        "or for other inputs, or may hold another module under this name by now."
+        "nothing called this module. Its parent may use the weights without calling it, may call it only in another "
+        "mode or for other inputs, or may hold another module under this name by now."
     )
 
 

@@ -3,11 +3,11 @@
 NOTE [How a gradient is reached]
 A hook on the tensor itself sees its gradient wherever autograd runs: in plain backward, under `torch.func.grad` and
 `vmap(grad)`, in double backward, behind in-place layers. Hooks of one tensor run in the order in which they were set,
-which is the order of the interventions. A tensor that nothing has made differentiable (frozen parameters, inputs without
-gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
+which is the order of the interventions. A tensor that nothing has made differentiable (frozen parameters, inputs
+without gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
 
-A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets a
-node of its own in the graph (a view), or the hook would see the gradients of all uses.
+A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets
+a node of its own in the graph (a view), or the hook would see the gradients of all uses.
 
 A hook outlives its context, with the graph it is in. It does nothing once the session is over: backward belongs inside.
 """

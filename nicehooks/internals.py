@@ -13,10 +13,10 @@ import torch
 import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
-# --- torch.func levels (torch 2.2 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
+# --- torch.func levels (torch 2.4 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
 
 innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
 """The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
@@ -55,11 +55,11 @@ def transform_size(transform: Any) -> int | None:
 
 
 version_counter: Callable[[Tensor], int] = operator.attrgetter("_version")
-"""The version counter of a tensor; raises `RuntimeError` for one made under `inference_mode` (torch 2.2 … 2.13)."""
+"""The version counter of a tensor; raises `RuntimeError` for one made under `inference_mode` (torch 2.4 … 2.13)."""
 
 
 def flat_weights(module: nn.RNNBase) -> list[Tensor]:
-    """The weights of a recurrent module in the order in which its kernel takes them (torch 2.2 … 2.13)."""
+    """The weights of a recurrent module in the order in which its kernel takes them (torch 2.4 … 2.13)."""
     return [getattr(module, name) for name in module._flat_weights_names]
 
 
@@ -74,7 +74,7 @@ def version(value: Tensor) -> int:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs in this thread (torch 2.2 … 2.13)."""
+    """Whether a backward pass runs in this thread (torch 2.4 … 2.13)."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -91,7 +91,7 @@ def context_of_backward() -> Context | None:
 def in_checkpoint() -> bool:
     """Whether this line runs in an activation-checkpointed region whose forward backward will run again.
 
-    torch (2.2 … 2.13) leaves no other mark of it than its frames on the stack.
+    torch (2.4 … 2.13) leaves no other mark of it than its frames on the stack.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -122,7 +122,7 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
 
 
 def evaluated_while_tracing(function: Simple) -> Simple:
-    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.2 … 2.13).
+    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
 
     What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
     """
@@ -133,7 +133,7 @@ def evaluated_while_tracing(function: Simple) -> Simple:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 no_forward = nn.Module.forward
-"""What `type(module).forward` is for containers that define none (torch 2.2 … 2.13)."""
+"""What `type(module).forward` is for containers that define none (torch 2.4 … 2.13)."""
 
 WRAPPED_CHILD = {
     "OptimizedModule": "_orig_mod",
@@ -142,7 +142,7 @@ WRAPPED_CHILD = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
-"""Wrappers that stand transparently around one child, and its name in them (torch 2.2 … 2.13)."""
+"""Wrappers that stand transparently around one child, and its name in them (torch 2.4 … 2.13)."""
 
 
 def wrapped_child(module: nn.Module) -> str | None:
@@ -152,7 +152,7 @@ def wrapped_child(module: nn.Module) -> str | None:
 
 
 def pre_hooks(module: nn.Module) -> list[Any]:
-    """The forward pre-hooks of `module` (torch 2.2 … 2.13)."""
+    """The forward pre-hooks of `module` (torch 2.4 … 2.13)."""
     return list(module._forward_pre_hooks.values())
 
 
@@ -165,7 +165,7 @@ def is_scripted(module: object) -> bool:
 
 
 def torch_node(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """How `torch.utils._pytree` (torch 2.2 … 2.13) takes `kind` apart and puts it together, if it knows it."""
+    """How `torch.utils._pytree` (torch 2.4 … 2.13) takes `kind` apart and puts it together, if it knows it."""
     node = torch_pytree.SUPPORTED_NODES.get(kind)
     return None if node is None else (node.flatten_fn, node.unflatten_fn)
 

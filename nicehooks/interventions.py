@@ -122,6 +122,9 @@ class capture(Intervention):
         if not session.attached:  # a handle gives its cache to whoever asks; a context has given it already
             self._action.begin(0)
 
+    def _all_reached(self, session: Session, plan: Plan) -> bool:
+        return not plan.keys.difference(dict.keys(self._action.cache)).difference(session.reached)
+
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:
         return rule.key in session.reached or dict.__contains__(self._action.cache, rule.key)
 
@@ -208,7 +211,7 @@ class _WholeOutput(OutputRule):
         except RuntimeError:  # made under inference_mode
             return self.through(None, value)
         cache = self.action.cache
-        if self.key in cache._seen and internals.in_backward():  # pyright: ignore[reportPrivateUsage]
+        if value.requires_grad and self.key in cache._seen and internals.in_backward():  # pyright: ignore[reportPrivateUsage]
             return value  # a checkpointed region runs again: this was captured in the forward
         cache[self.key] = value
         cache._seen[self.key] = (value, version)  # pyright: ignore[reportPrivateUsage]
@@ -488,7 +491,7 @@ class suspend(Intervention):
     def _make_plan(self) -> Any:
         modules = {id(module): module for module in unwrap(self.model).modules()}
         tapped = [module for module in modules.values() if (tap := tap_of(module)) is not None and tap.rules]
-        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False)
+        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset())
 
 
 def _show_where(where: Where) -> str:

@@ -2,11 +2,11 @@
 
 NOTE [A table that two threads read differently]
 While a parameter port of a module is in use, the module's `_parameters` (or `_buffers`) is replaced by a dict with the
-same entries, of which single look-ups, and they alone, see the overrides that are open in the thread or task that reads.
-`nn.Module` finds a parameter by such a look-up; `parameters()`, `state_dict()`, `to()` and optimizers go through the
-entries, and see and change the real tensors. Nothing is swapped in the model, so nothing can be left behind or be seen by
-another thread. What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`, the weight
-that `torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
+same entries, of which single look-ups, and they alone, see the overrides that are open in the thread or task that
+reads. `nn.Module` finds a parameter by such a look-up; `parameters()`, `state_dict()`, `to()` and optimizers go through
+the entries, and see and change the real tensors. Nothing is swapped in the model, so nothing can be left behind or be
+seen by another thread. What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`,
+the weight that `torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
 """
 
 from __future__ import annotations

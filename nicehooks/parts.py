@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from nicehooks import trees
 from nicehooks.errors import PathError
 from nicehooks.paths import EVERY_CALL, ModulePath
-from nicehooks.trees import STAR, Chain
+from nicehooks.trees import STAR
 
 
 def parsed(key: str) -> ModulePath | None:
@@ -42,17 +40,3 @@ def _is_step(step: Any, wanted: Any) -> bool:
     if isinstance(step, tuple) and isinstance(wanted, tuple):
         return len(step) == len(wanted) and all(map(_is_step, step, wanted))
     return isinstance(step, int | str) if wanted is STAR else step == wanted
-
-
-def expanded(value: Any, chain: Chain) -> Iterator[Chain]:
-    """`chain` with each index of `value` in the place of a `*`."""
-    for done, step in enumerate(chain):
-        items = list(step) if isinstance(step, tuple) else [step]
-        stars = [position for position, item in enumerate(items) if item is STAR]
-        if stars:
-            for index in range(trees.length(trees.get(value, chain[:done]), items, stars[0])):
-                items[stars[0]] = index
-                one = tuple(items) if isinstance(step, tuple) else index
-                yield from expanded(value, (*chain[:done], one, *chain[done + 1 :]))
-            return
-    yield chain

@@ -1,14 +1,14 @@
 """The tap: what stands in for a module's `forward` while interventions are active on it.
 
 NOTE [One tap per module, kept]
-A module has one tap for its whole life, made when the first intervention selects it. While rules are active the instance's
-`__dict__` has the tap's `forward`; with the last rule it is gone, and the model has no trace of this library. The tap
-itself stays in a table beside the model, because `torch.compile` recognises the function and does not compile again. It
-knows its module by a weak reference only, so neither the table nor a forgotten handle keeps a model alive.
+A module has one tap for its whole life, made when the first intervention selects it. While rules are active the
+instance's `__dict__` has the tap's `forward`; with the last rule it is gone, and the model has no trace of this
+library. The tap itself stays in a table beside the model, because `torch.compile` recognises the function and does not compile
+again. It knows its module by a weak reference only, so neither the table nor a forgotten handle keeps a model alive.
 
 NOTE [Copies of a tapped module]
-`copy.deepcopy` and `pickle` ask the instance for `__reduce_ex__` before they ask its class. A tapped module answers with
-what its class says, less the tap's own two entries: the copy is a clean model.
+`copy.deepcopy` and `pickle` ask the instance for `__reduce_ex__` before they ask its class. A tapped module answers
+with what its class says, less the tap's own two entries: the copy is a clean model.
 
 NOTE [Order]
 The rules of a tap are in the order in which their contexts were entered, and act in this order: on the arguments before
@@ -232,7 +232,8 @@ class _Reduce:
 
     def __call__(self, protocol: Any = 2) -> Any:
         module: Any = self.module()
-        reduced = type(module).__reduce_ex__(module, protocol)
+        of_class: Any = type(module).__reduce_ex__
+        reduced = of_class(module, protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
         return (*reduced[:2], _clean(module, reduced[2]), *reduced[3:])

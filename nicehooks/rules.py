@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths import EVERY_CALL, ModulePath, expand_stars
+from nicehooks.paths import EVERY_CALL, ModulePath
 from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Site
 from nicehooks.sessions import Session
 from nicehooks.steps import When
-from nicehooks.trees import STAR, Chain
+from nicehooks.trees import Chain
 
 
 class Action:
@@ -107,11 +106,11 @@ class SiteRule(Rule):
         path = ModulePath.parse(key)
         lead = path.chain[: len(path.chain) - len(chain)]
         try:
-            sizes = list(_star_ranges(value, chain))
+            chains = list(trees.each_index(value, chain))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
-        for found in expand_stars(replace(path, chain=chain), sizes):
-            value = self._act_once(value, found.chain, str(replace(path, chain=(*lead, *found.chain))))
+        for found in chains:
+            value = self._act_once(value, found, str(replace(path, chain=(*lead, *found))))
         return value
 
     def _act_once(self, value: Any, chain: Chain, key: str) -> Any:
@@ -140,26 +139,6 @@ RECOMPUTED = (
 )
 
 
-def _star_ranges(value: Any, chain: Chain) -> Iterator[Sequence[Any]]:
-    """What each `*` in `chain` stands for in `value`."""
-    for step in chain:
-        items = list(step) if isinstance(step, tuple) else [step]
-        for position, item in enumerate(items):
-            if item is STAR:
-                indices = _indices(value, items, position)
-                yield indices
-                items[position] = indices[0] if indices else 0
-        value = trees.get(value, (tuple(items) if isinstance(step, tuple) else items[0],))
-
-
-def _indices(value: Any, items: list[Any], position: int) -> Sequence[Any]:
-    """Positions, or in a mapping its keys: each site's path reads as in Python."""
-    count = trees.length(value, items, position)
-    node = trees.open_node(value)
-    entries = range(count) if node is None else node.entries
-    return [entry if type(entry) in (int, str) else number for number, entry in enumerate(entries)]
-
-
 class OutputRule(SiteRule):
     """The result of a module."""
 
@@ -175,7 +154,7 @@ class OutputRule(SiteRule):
         frame.value = self.through(frame, frame.value)
 
 
-# --- rules that are of no site ------------------------------------------------------------------------------------------
+# --- rules that are of no site ----------------------------------------------------------------------------------------
 
 
 class StepRule(Rule):

@@ -2,18 +2,18 @@
 
 NOTE [Two views of who is active]
 Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
-`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and where Dynamo
-meets the read of the `ContextVar` it is taught to see None, which sends traced code to the `threading.local`. There,
-sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second context
-of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the numbers: a
-task may still hold a copy of the context in which a number belonged to somebody who has left.
+`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and where
+Dynamo meets the read of the `ContextVar` it is taught to see None, which sends traced code to the `threading.local`.
+There, sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second
+context of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the
+numbers: a task may still hold a copy of the context in which a number belonged to somebody who has left.
 
 What traced code reads, it is guarded on, and what it is guarded on must be the same in the next entry: so traced code
 writes what it has seen, and reads a count only if an intervention asks for one.
 
 NOTE [Steps and calls are counted per thread]
-A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each thread
-counts its own steps, and its own calls within a step.
+A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each
+thread counts its own steps, and its own calls within a step.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Functions here raise `TreeMismatch` with the bare fact; the public edge adds the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "Node",
     "assign",
     "describe",
+    "each_index",
     "fits",
     "get",
     "leaves",
@@ -75,6 +76,26 @@ def length(tree: Any, items: list[Any], position: int) -> int:
     if not 0 <= dim < tree.ndim:
         raise TreeMismatch(f"[*] is at dimension {dim} of {describe(tree)}")
     return tree.shape[dim]
+
+
+def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
+    """`chain` with each index that `tree` has in the place of a `*`: positions, and in a mapping its keys."""
+    for done, step in enumerate(chain):
+        items = list(step) if isinstance(step, tuple) else [step]
+        stars = [position for position, item in enumerate(items) if item is STAR]
+        if stars:
+            for index in _indices(get(tree, chain[:done]), items, stars[0]):
+                items[stars[0]] = index
+                one = tuple(items) if isinstance(step, tuple) else index
+                yield from each_index(tree, (*chain[:done], one, *chain[done + 1 :]))
+            return
+    yield chain
+
+
+def _indices(tree: Any, items: list[Any], position: int) -> list[Any]:
+    node = open_node(tree)
+    entries = range(length(tree, items, position)) if node is None else node.entries
+    return [entry if type(entry) in (int, str) else number for number, entry in enumerate(entries)]
 
 
 def _step(tree: Any, step: Any) -> Any:

@@ -14,7 +14,7 @@ from nicehooks.selection import Census, Site, has_forward
 from nicehooks.steps import When
 
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
-"""What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.2 … 2.13)."""
+"""What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.4 … 2.13)."""
 
 
 class ParameterRule(SiteRule):

@@ -94,9 +94,12 @@ def test_changed(model, path):
 
 
 def test_order_holds_for_results_and_arguments(model):
-    with edit(model, "attention@softmax().input[0]", lambda s: s + 1), edit(
-        model, "attention@softmax().input[0]", lambda s: s * 2
-    ), edit(model, "attention@softmax()", lambda p: p + 1), edit(model, "attention@softmax()", lambda p: p * 2):
+    with (
+        edit(model, "attention@softmax().input[0]", lambda s: s + 1),
+        edit(model, "attention@softmax().input[0]", lambda s: s * 2),
+        edit(model, "attention@softmax()", lambda p: p + 1),
+        edit(model, "attention@softmax()", lambda p: p * 2),
+    ):
         out = model(inputs())
     _, _, expected = by_hand(model, inputs(), scores=lambda s: (s + 1) * 2, pattern=lambda p: (p + 1) * 2)
     assert torch.equal(out, expected)

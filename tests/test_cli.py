@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from language_models import save_tiny, shipped
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from nicehooks import UnsupportedModule, cli, plotting, sites, terminal
@@ -50,17 +51,21 @@ def with_hand_written_hooks(model: torch.nn.Module, blocks: list[torch.nn.Module
 
         return hook
 
+    def difference(inputs: dict[str, torch.Tensor]) -> float:
+        logits = model(**inputs).logits[0, -1].double()
+        return (logits[pair.answer] - logits[pair.wrong]).item()
+
     with torch.no_grad():
         handles = [block.register_forward_hook(record) for block in blocks]
-        top = pair.logit_difference(model(**pair.clean)).item()
+        top = difference(pair.clean)
         for handle in handles:
             handle.remove()
-        floor = pair.logit_difference(model(**pair.corrupted)).item()
+        floor = difference(pair.corrupted)
         grid = torch.zeros(len(blocks), len(pair.tokens), dtype=torch.double)
         for layer, block in enumerate(blocks):
             for position in range(len(pair.tokens)):
                 handle = block.register_forward_hook(replace(layer, position))
-                grid[layer, position] = (pair.logit_difference(model(**pair.corrupted)).item() - floor) / (top - floor)
+                grid[layer, position] = (difference(pair.corrupted) - floor) / (top - floor)
                 handle.remove()
     return grid
 
@@ -147,6 +152,17 @@ def test_findings_of_a_single_position():
     )
 
 
+def test_a_token_at_the_start_is_part_of_the_prompts_and_not_of_the_answers(tiny: str):
+    _, tokenizer = load(tiny)
+    start = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+    tokenizer.backend_tokenizer.post_processor = start
+    pair = encode_pair(tokenizer, "When Mary", "When John", " Mary", " John")
+    assert pair.clean["input_ids"].tolist() == [[0, 1, 2]]
+    assert pair.corrupted["input_ids"].tolist() == [[0, 1, 3]]
+    assert pair.tokens == ["<unk>", "When", "Mary/John"]
+    assert (pair.answer, pair.wrong) == (2, 3)
+
+
 # --- the jobs ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +207,13 @@ def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"{sites(model, **encode(tokenizer, cli.CLEAN))}\n"
 
 
-def test_a_pipe_that_closes_early_is_no_error(tiny: str):
-    command = f"{sys.executable} -m nicehooks.cli sites --model {tiny} | true"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+A_LINE = "import sys; from nicehooks import cli; cli.sites_job = print; sys.exit(cli.main(['sites']))"
+
+
+@pytest.mark.parametrize("program", ["-m nicehooks.cli sites --model {}", f'-c "{A_LINE}"'], ids=["long", "short"])
+def test_a_pipe_that_closes_early_is_no_error(program: str, tiny: str):
+    command = f"set -o pipefail; {sys.executable} {program.format(tiny)} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (0, False, False)
 
 
@@ -351,6 +371,8 @@ def test_a_heat_map_has_its_labels_as_they_are():
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == columns
     assert [label.get_text() for label in axes.get_yticklabels()] == ["3"]
+    labels = [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title]
+    assert not any(label.get_parse_math() for label in labels)
     assert axes.images[0].get_clim() == (-2.0, 2.0)
     figure.canvas.draw()
 

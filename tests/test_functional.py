@@ -80,7 +80,9 @@ class Shared(nn.Module):
         return self.head(self.again(self.embed(x)))
 
 
-@pytest.mark.parametrize("names", [["embed.weight"], ["again.weight"], ["embed.weight", "again.weight"], ["head.weight"]])
+@pytest.mark.parametrize(
+    "names", [["embed.weight"], ["again.weight"], ["embed.weight", "again.weight"], ["head.weight"]]
+)
 def test_functional_is_safe_for_shared_and_tied_parameters(names):
     model = Shared()
     before, clean = state(model), model(inputs())
@@ -95,7 +97,7 @@ def test_functional_is_safe_for_shared_and_tied_parameters(names):
 def test_functional_says_what_is_wrong():
     with pytest.raises(SiteNotFound, match="Mlp has no parameter or buffer 'nope'"):
         functional(make("Mlp"))({"nope": torch.ones(1)}, inputs())
-    with pytest.raises(TreeMismatch, match="'embed.weight' and 'again.weight' are one parameter"):
+    with pytest.raises(TreeMismatch, match=r"'embed\.weight' and 'again\.weight' are one parameter"):
         functional(Shared())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
 
 
@@ -182,8 +184,9 @@ def test_gradients_go_through_the_reconstruction_and_past_the_error():
 
 def test_splice_says_what_does_not_fit():
     model = make("Mlp")
-    with pytest.raises(TreeMismatch, match=r"splice at 'head': Tensor\[5, 3\] float32 came out of the module"), splice(
-        model, "head", nn.Linear(2, 3)
+    with (
+        pytest.raises(TreeMismatch, match=r"splice at 'head': Tensor\[5, 3\] float32 came out of the module"),
+        splice(model, "head", nn.Linear(2, 3)),
     ):
         model(inputs())
     with pytest.raises(TypeError, match="takes a module or a function"):

@@ -260,6 +260,7 @@ STEPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("verb", ["steer", "patch", "edit", "ablate"])
+@pytest.mark.parametrize("way", [WAYS["greedy"], WAYS["sampled"], WAYS["beams"]], ids=["greedy", "sampled", "beams"])
 def test_steps_are_decode_steps(model, blocks, way, steps, verb):
     wanted, expected_steps = STEPS[steps]
     block, prompt = blocks[0], left_padded()

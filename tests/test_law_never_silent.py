@@ -31,7 +31,9 @@ from nicehooks import (
 # --- nothing matches --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["nowhere", "blocks.33", "blocks.{0,7}", "*.nothing", nn.LSTM, lambda name, module: False])
+@pytest.mark.parametrize(
+    "where", ["nowhere", "blocks.33", "blocks.{0,7}", "*.nothing", nn.LSTM, lambda name, module: False]
+)
 def test_a_path_that_matches_nothing_raises_beside_good_ones(where):
     model = make("Mlp")
     with pytest.raises(SiteNotFound), capture(model, "head", where):
@@ -42,7 +44,9 @@ def test_a_path_that_matches_nothing_raises_beside_good_ones(where):
 
 def test_a_container_is_no_site():
     model = make("Mlp")
-    with pytest.raises(SiteNotFound, match=r"'blocks' is a ModuleList, which is never called itself.\n  its children: 'blocks.\*'"):
+    with pytest.raises(
+        SiteNotFound, match=r"'blocks' is a ModuleList, which is never called itself.\n  its children: 'blocks.\*'"
+    ):
         capture(model, "blocks").__enter__()
     with capture(model, "**") as acts:
         model(inputs())
@@ -84,7 +88,9 @@ class Half(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize("context", [capture, ablate, lambda m, p: patch(m, p, 1.0), lambda m, p: steer(m, p, torch.ones(4))])
+@pytest.mark.parametrize(
+    "context", [capture, ablate, lambda m, p: patch(m, p, 1.0), lambda m, p: steer(m, p, torch.ones(4))]
+)
 def test_a_site_that_is_not_reached_raises_on_exit(context):
     model = Half()
     before = state(model)
@@ -122,8 +128,8 @@ def test_the_reason_is_given_for_attention():
     with pytest.raises(SiteNotReached) as caught, capture(model, "out_proj"):
         model(x, x, x)
     assert str(caught.value) == (
-        "'out_proj' was never reached in MultiheadAttention: nn.MultiheadAttention hands the weights of its out_proj to a "
-        "fused function and never calls it. What comes out of it is the output of the attention: '[0]'.\n"
+        "'out_proj' was never reached in MultiheadAttention: nn.MultiheadAttention hands the weights of its out_proj "
+        "to a fused function and never calls it. What comes out of it is the output of the attention: '[0]'.\n"
         "  while capture(model, 'out_proj') was active"
     )
 
@@ -254,7 +260,10 @@ def test_torchscript_is_refused_by_name():
     model = make("Mlp")
     model.head = torch.jit.script(nn.Linear(6, 2))
     for where in ("head", "**", nn.Module, model.head):
-        with pytest.raises(UnsupportedModule, match="'head' is a RecursiveScriptModule: TorchScript"), capture(model, where):
+        with (
+            pytest.raises(UnsupportedModule, match="'head' is a RecursiveScriptModule: TorchScript"),
+            capture(model, where),
+        ):
             pytest.fail("entered")
     with pytest.raises(UnsupportedModule, match="''"), capture(torch.jit.trace(make("Mlp"), inputs()), ""):
         pytest.fail("entered")
@@ -314,7 +323,10 @@ class Checkpointed(nn.Module):
 def test_an_edit_in_a_checkpointed_region_warns_that_backward_must_run_inside(reentrant):
     model = Checkpointed(reentrant)
     x = inputs().requires_grad_()
-    with pytest.warns(NiceHooksWarning, match="backward inside the context"), edit(model, "inner.1", lambda value: value * 2):
+    with (
+        pytest.warns(NiceHooksWarning, match="backward inside the context"),
+        edit(model, "inner.1", lambda value: value * 2),
+    ):
         out = model(x)
     del out
     with warnings.catch_warnings():
@@ -333,7 +345,10 @@ def test_an_edit_in_a_checkpointed_region_warns_that_backward_must_run_inside(re
 
 def test_dtype_is_cast_and_shape_is_broadcast_as_in_an_assignment():
     model = make("Mlp")
-    with patch(model, {"embed[:, 0]": torch.arange(5), "head": torch.ones(1, 1, 2, dtype=torch.float64)}), capture(model, "*") as acts:
+    with (
+        patch(model, {"embed[:, 0]": torch.arange(5), "head": torch.ones(1, 1, 2, dtype=torch.float64)}),
+        capture(model, "*") as acts,
+    ):
         out = model(inputs())
     assert out.dtype == torch.float32
     assert (out == 1).all()
@@ -352,9 +367,10 @@ def test_a_tensor_where_the_module_returns_a_tuple():
     with pytest.raises(TreeMismatch) as caught, edit(model, "", lambda value: value[0] * 2):
         model(inputs())
     assert str(caught.value) == (
-        "edit at '': Tensor[5, 3] float32 came where (Tensor[5, 3] float32, (Tensor[1, 3] float32, Tensor[1, 3] float32)) "
-        "stands.\n"
-        "  the value there is (Tensor[5, 3] float32, (Tensor[1, 3] float32, Tensor[1, 3] float32)); choose a part of it:\n"
+        "edit at '': Tensor[5, 3] float32 came where "
+        "(Tensor[5, 3] float32, (Tensor[1, 3] float32, Tensor[1, 3] float32)) stands.\n"
+        "  the value there is (Tensor[5, 3] float32, (Tensor[1, 3] float32, Tensor[1, 3] float32)); "
+        "choose a part of it:\n"
         '    edit(model, "[0]", …)'
     )
 
@@ -375,10 +391,13 @@ def test_a_subscript_that_does_not_fit(path, text):
     with pytest.raises(TreeMismatch) as caught, capture(model, path):
         model(inputs())
     if text is not None:
-        assert str(caught.value) == text.replace("'head['x']'", '"head[\'x\']"')
+        assert str(caught.value) == text.replace("'head['x']'", "\"head['x']\"")
     assert path.partition("@")[0].partition("[")[0].partition("/")[0] in str(caught.value)
 
 
 def test_a_path_with_a_mistake_is_noticed_on_entry():
-    with pytest.raises(PathError, match=r"this bracket is never closed\n    head\[:, 0\n        \^"), capture(make("Mlp"), "head[:, 0"):
+    with (
+        pytest.raises(PathError, match=r"this bracket is never closed\n    head\[:, 0\n        \^"),
+        capture(make("Mlp"), "head[:, 0"),
+    ):
         pytest.fail("entered")

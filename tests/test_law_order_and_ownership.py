@@ -271,7 +271,10 @@ def test_sites_of_another_model_are_found_by_name():
 
 def test_a_context_around_a_submodule_counts_its_own_steps():
     outer = nn.Sequential(make("Mlp"), nn.Identity())
-    with edit(outer[0], "embed", lambda value: value * 0, steps=0), edit(outer, "0.head", lambda value: value + 1, steps=1):
+    with (
+        edit(outer[0], "embed", lambda value: value * 0, steps=0),
+        edit(outer, "0.head", lambda value: value + 1, steps=1),
+    ):
         first, second = outer(inputs()), outer(inputs())
     assert not same(first, second)
 

@@ -62,7 +62,11 @@ def test_under_either_name(path):
 
 def test_one_module_under_two_names():
     model = Tied()
-    with patch(model, "again@weight", 0.0), patch(model, "block@bias", 1.0), capture(model, "again", "block", keep="all") as acts:
+    with (
+        patch(model, "again@weight", 0.0),
+        patch(model, "block@bias", 1.0),
+        capture(model, "again", "block", keep="all") as acts,
+    ):
         model(TOKENS)
     assert list(acts) == ["again"]
     assert len(acts["block"]) == 2

@@ -217,7 +217,10 @@ def test_functional_call_inside_and_outside(model):
     assert acts[f"{owner}@{own}"] is weights[name]
     with patch(model, f"{owner}@{own}", 0.25):
         patched_out = torch.func.functional_call(model, weights, (inputs(),))
-    assert torch.equal(patched_out, torch.func.functional_call(model, {**weights, name: torch.full_like(weights[name], 0.25)}, (inputs(),)))
+    assert torch.equal(
+        patched_out,
+        torch.func.functional_call(model, {**weights, name: torch.full_like(weights[name], 0.25)}, (inputs(),)),
+    )
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 

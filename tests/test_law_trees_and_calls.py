@@ -129,7 +129,10 @@ def test_a_module_that_returns_none():
     with capture(model, "inner") as acts, edit(model, "inner", lambda value: value):
         assert model(inputs()) is None
     assert acts["inner"] is None and "inner" in acts
-    with pytest.raises(TreeMismatch, match=r"\[0\] needs a tensor or a container, not None"), capture(model, "inner[0]"):
+    with (
+        pytest.raises(TreeMismatch, match=r"\[0\] needs a tensor or a container, not None"),
+        capture(model, "inner[0]"),
+    ):
         model(inputs())
 
 
@@ -173,7 +176,10 @@ def test_an_argument_that_was_not_passed_has_its_default():
     assert list(acts.values()) == [1.0, 1.0]
     with patch(model, "gate@input['scale']", 2.0):
         assert torch.equal(model(inputs()), clean * 2)
-    with pytest.raises(TreeMismatch, match=r"gate@input\['nothing'\].*'value', 'by'"), capture(model, "gate@input['nothing']"):
+    with (
+        pytest.raises(TreeMismatch, match=r"gate@input\['nothing'\].*'value', 'by'"),
+        capture(model, "gate@input['nothing']"),
+    ):
         model(inputs())
 
 
@@ -206,7 +212,16 @@ def test_names_that_are_words_of_the_language():
     x = inputs()
     with capture(model, "*", "input@input[0]", "@input[1]", "@input['other']", "output@weight") as acts:
         model(x, x + 1, other=x + 2)
-    assert list(acts) == ["@input[1]", "@input['other']", "output@weight", "input@input[0]", "input", "output", "forward_", "grad"]
+    assert list(acts) == [
+        "@input[1]",
+        "@input['other']",
+        "output@weight",
+        "input@input[0]",
+        "input",
+        "output",
+        "forward_",
+        "grad",
+    ]
     assert torch.equal(acts["@input[1]"], x + 1)
     assert torch.equal(acts["@input['other']"], x + 2)
     with patch(model, {"@input[0]": 0.0, "@input['other']": 0.0, "@input[1]": 0.0}):
@@ -263,7 +278,11 @@ def test_calls_by_number():
     assert torch.equal(out, model.block(torch.zeros(5, 4)))
     with ablate(model, "block", calls=1):
         assert torch.equal(model(inputs()), out)
-    with ablate(model, "block", calls=slice(0, 2)), ablate(model, "block", calls=[0]), ablate(model, "block", calls=lambda k: k < 2):
+    with (
+        ablate(model, "block", calls=slice(0, 2)),
+        ablate(model, "block", calls=[0]),
+        ablate(model, "block", calls=lambda k: k < 2),
+    ):
         assert torch.equal(model(inputs()), out)
     with pytest.raises(SiteNotReached), capture(model, "block#3"):
         model(inputs())
@@ -322,7 +341,11 @@ def test_steps():
 
 def test_detach_clone_to_and_map():
     model = make("Mlp")
-    with capture(model, "head") as plain, capture(model, "head", detach=True) as detached, capture(model, "head", clone=True) as cloned:
+    with (
+        capture(model, "head") as plain,
+        capture(model, "head", detach=True) as detached,
+        capture(model, "head", clone=True) as cloned,
+    ):
         model(inputs())
     assert plain["head"].requires_grad and not detached["head"].requires_grad
     assert detached["head"].data_ptr() == plain["head"].data_ptr() != cloned["head"].data_ptr()
@@ -380,4 +403,6 @@ def test_edit_sees_the_site_and_may_leave_the_value():
 
     with edit(model, ["blocks.*", "head@input[0]"], note):
         assert torch.equal(model(inputs()), clean)
-    assert seen == [(f"blocks.{i}", f"blocks.{i}", model.blocks[i]) for i in range(3)] + [("head", "head@input[0]", model.head)]
+    assert seen == [(f"blocks.{i}", f"blocks.{i}", model.blocks[i]) for i in range(3)] + [
+        ("head", "head@input[0]", model.head)
+    ]

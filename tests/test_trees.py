@@ -7,7 +7,7 @@ import dataclasses
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -396,8 +396,9 @@ def test_a_named_tuple_is_rebuilt_without_its_constructor() -> None:
 class Rich:
     """What dataclasses can have beside plain fields."""
 
+    kind: ClassVar[str] = "rich"
     value: Tensor
-    scale: dataclasses.InitVar[float]
+    scale: dataclasses.InitVar[float] = 1.0
     norm: Any = dataclasses.field(init=False)
     hidden: str = dataclasses.field(default="hidden", repr=False, compare=False, kw_only=True)
 
@@ -421,7 +422,10 @@ REBUILDS: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("how", REBUILDS)
 def test_a_rebuilt_dataclass_has_all_that_it_had(how: str) -> None:
-    """Fields that `__init__` does not take, and attributes that are no fields, stay; `__post_init__` does not run."""
+    """Fields that `__init__` does not take, and attributes that are no fields, stay; `__post_init__` does not run.
+
+    What only the class has, or `__init__` takes, stays there.
+    """
     record = Rich(torch.zeros(1), 3.0, hidden="mine")
     result = REBUILDS[how](record, "value")
     assert vars(result) == {"value": torch.ones(1), "norm": 3.0, "hidden": "mine", "beside": "no field"}
