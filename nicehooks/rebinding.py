@@ -3,8 +3,9 @@
 NOTE [One tap per module, kept]
 A module has one tap for its whole life, made when the first intervention selects it. While rules are active the
 instance's `__dict__` has the tap's `forward`; with the last rule it is gone, and the model has no trace of this
-library. The tap itself stays in a table beside the model, because `torch.compile` recognises the function and does not compile
-again. It knows its module by a weak reference only, so neither the table nor a forgotten handle keeps a model alive.
+library. The tap itself stays in a table beside the model, because `torch.compile` recognises the function and does not
+compile again. It knows its module by a weak reference only, so neither the table nor a forgotten handle keeps a model
+alive.
 
 NOTE [Copies of a tapped module]
 `copy.deepcopy` and `pickle` ask the instance for `__reduce_ex__` before they ask its class. A tapped module answers

@@ -50,6 +50,8 @@ class Watch(list[tuple[Any, Any]]):
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    if type(value) is tuple and all([one is None or type(one) is Tensor for one in value]):
+        return [one for one in value if one is not None]  # what attention modules return: worth a short way
     return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
 
 
