@@ -10,3 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 with warnings.catch_warnings():  # torch's own module for jvp uses its own deprecated torch.jit.script when it is loaded
     warnings.simplefilter("ignore", DeprecationWarning)
     import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests are in the same run, but last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
