@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import sessions
-from nicehooks.errors import CheckpointWarning, ContextMisuse, NotCalledWarning, NotReachedWarning, SiteNotReached
+from nicehooks.errors import (
+    CheckpointWarning,
+    ContextMisuse,
+    NotCalledWarning,
+    NotReachedWarning,
+    SiteNotFound,
+    SiteNotReached,
+)
 from nicehooks.parameters import stand_in, step_back
 from nicehooks.ports import Pairs, rules_for, slow_path_rules
 from nicehooks.rebinding import bind, unbind
@@ -123,11 +130,11 @@ class Intervention:
                 self._plan = self._make_plan()
             plan = self._plan
             session = self._session = Session(plan.label, attached)
-        session.counting = plan.counting
-        for _, rule in plan.pairs:
-            rule.session = session
         done = 0
         try:
+            session.counting = plan.counting
+            for _, rule in plan.pairs:
+                rule.session = session
             for module in plan.holders:
                 done += 1
                 stand_in(module)
@@ -160,13 +167,16 @@ class Intervention:
         sites: list[Site] = []
         for where, action in self._actions():
             made: dict[Any, Pairs] = {}  # a site that two items select is one site
-            for group in select_groups(self.model, where, self.verb):
+            selected = select_groups(self.model, where, self.verb)
+            for group in selected:
                 keys = [site.key for site in group.sites]
                 for key, site in zip(keys, group.sites, strict=True):
                     if key not in made:
                         made[key] = self._rules(site, action)
                 groups.append(_Group(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
                 sites += group.sites
+            if not made and not any(group.where is False for group in selected):
+                raise SiteNotFound(EMPTY.format(verb=self.verb))
             pairs += [pair for of_site in made.values() for pair in of_site]
         pairs += slow_path_rules(sites)
         holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
@@ -190,6 +200,7 @@ class Intervention:
         if missed is not None and not session.called and not self._acted(session, plan):
             warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
         elif missed is not None:
+            self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
         if session.checkpointed and not session.recomputed:
             warnings.warn(CHECKPOINTED.format(context=self), CheckpointWarning, stacklevel=3)
@@ -224,6 +235,8 @@ CHECKPOINTED = (
     "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and "
     "the intervention has to act there too: run backward inside the context."
 )
+
+EMPTY = "{verb}(model, …) was given an empty list of sites, perhaps by a filter. To select none, write False."
 
 ACTIVE_ALREADY = (
     "this {verb}(…) is active already: one object is one intervention.\n"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import trees
+from nicehooks import internals, trees
 from nicehooks.arguments import InputRule
 from nicehooks.errors import TreeMismatch
 from nicehooks.paths import ModulePath
@@ -104,6 +104,8 @@ def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool)
         return tensor
     if aliased:  # the same tensor is used elsewhere, with other gradients: this use of it gets a node of its own
         tensor = tensor.view_as(tensor)
+    if not tensor.requires_grad and internals.innermost_transform() is not None:
+        return tensor  # what the transform differentiates does not come by here
     if not tensor.requires_grad:  # a clone, because an in-place layer may not write to a leaf
         tensor = tensor.detach().requires_grad_().clone()
     session = rule.session

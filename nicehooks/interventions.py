@@ -437,7 +437,8 @@ class _Patch(Action):
     verb = "patch"
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        # Dynamo compiles anew for each int, but not for each float.
+        self.value = float(value) if type(value) is int and abs(value) < 2**53 else value
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         return self.instead_of(value)

@@ -7,6 +7,7 @@ import weakref
 from torch import nn
 
 from nicehooks import internals
+from nicehooks.errors import UnsupportedModule
 from nicehooks.parameters import Override, StandIn
 from nicehooks.rebinding import Frame, Rule
 from nicehooks.rules import Action, OutputRule, SiteRule
@@ -70,6 +71,8 @@ class AttributeRule(SiteRule):
 def parameter_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[tuple[nn.Module, Rule]]:
     """The rules for a site that is a parameter; see `ports.rules_for`."""
     owner, name = site.module, site.path.port.name
+    if when.numbers_calls:
+        raise UnsupportedModule(f"{str(site)!r}: a parameter has no calls; choose the steps of the model with steps=.")
     if name in getattr(owner, "parametrizations", {}):
         return [(owner.parametrizations[name], OutputRule(site, action, when))]  # type: ignore[index]
     if name in vars(owner):

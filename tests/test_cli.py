@@ -212,7 +212,7 @@ A_LINE = "import sys; from nicehooks import cli; cli.sites_job = print; sys.exit
 
 @pytest.mark.parametrize("program", ["-m nicehooks.cli sites --model {}", f'-c "{A_LINE}"'], ids=["long", "short"])
 def test_a_pipe_that_closes_early_is_no_error(program: str, tiny: str):
-    command = f"set -o pipefail; {sys.executable} {program.format(tiny)} | true"
+    command = f"set -o pipefail; unset PYTHONUNBUFFERED; {sys.executable} {program.format(tiny)} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (0, False, False)
 

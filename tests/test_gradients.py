@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from worlds import Nested, Pair, inputs, make, state, total
 
@@ -189,6 +189,13 @@ def test_no_gradient_is_said():
         model(inputs())
     with torch.no_grad(), pytest.raises(SiteNotReached), capture(model, "head@grad"):
         model(inputs())
+
+
+def test_no_gradient_under_a_transform_is_said_too():
+    model = make("Mlp").requires_grad_(False)
+    for run in (lambda: vmap(model)(inputs()), lambda: jvp(model, (inputs(),), (inputs(),))):
+        with pytest.raises(SiteNotReached, match="no gradient came by"), capture(model, "embed@grad"):
+            run()
 
 
 def test_a_graph_outlives_its_context_without_effect():

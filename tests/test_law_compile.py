@@ -90,6 +90,16 @@ def test_the_same_object_again_compiles_nothing():
     assert graphs() == 2
 
 
+def test_new_numbers_compile_nothing_for_long():
+    """A float becomes an input of the graph the second time; an int goes as a float."""
+    model = make("Mlp")
+    run = compiled(model)
+    for i in range(12):
+        with patch(model, "blocks.1", i), ablate(model, "embed", value=i / 2):
+            run(inputs())
+    assert graphs() <= 3
+
+
 def test_a_model_compiled_inside_and_a_second_instance():
     model, twin = make("Mlp"), make("Mlp")
     run = compiled(model)

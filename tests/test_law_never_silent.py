@@ -53,6 +53,36 @@ def test_a_container_is_no_site():
     assert "blocks" not in list(acts)
 
 
+def test_an_empty_list_is_no_selection():
+    model = make("Mlp")
+    for context in (capture(model, []), ablate(model, []), edit(model, (), abs), capture(model, [[]])):
+        with pytest.raises(SiteNotFound, match="was given an empty list of sites"), context:
+            pytest.fail("entered")
+    with capture(model, False) as acts, ablate(model, False), patch(model, {}):
+        model(inputs())
+    assert not acts
+
+
+def test_a_parameter_has_no_calls():
+    model = make("Mlp")
+    for context in (ablate(model, "head#1@weight"), ablate(model, "head@weight", calls=0)):
+        with pytest.raises(UnsupportedModule, match="a parameter has no calls"), context:
+            pytest.fail("entered")
+
+
+def test_a_module_that_was_replaced_is_found_at_the_next_entry():
+    model = make("Mlp")
+    context = capture(model, "head")
+    with context:
+        model(inputs())
+    model.head = nn.Linear(6, 3)
+    with pytest.raises(SiteNotReached, match="may hold another module under this name by now"), context:
+        model(inputs())
+    with context as acts:
+        model(inputs())
+    assert acts["head"].shape == (5, 3)
+
+
 def test_wrong_arguments_are_noticed_at_once():
     model = make("Mlp")
     for wrong in (
