@@ -86,6 +86,8 @@ def raw_hooks(modules: Modules) -> Iterator[dict[str, Any]]:
 class Trace:
     """One traced module in the style of baukit: an object which is itself a context and retains what its hook saw."""
 
+    output: Any = None
+
     def __init__(self, module: nn.Module, retain_output: bool = True, detach: bool = False, edit: Any = None):
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if edit is not None:
