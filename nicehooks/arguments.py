@@ -8,6 +8,7 @@ from nicehooks.rebinding import Frame
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site
 from nicehooks.steps import When
+from nicehooks.trees import Chain
 
 
 class InputRule(SiteRule):
@@ -25,9 +26,15 @@ class InputRule(SiteRule):
         arguments = arguments_of(names, frame.args, frame.kwargs)
         if self.chain:
             self._complete(arguments, names, defaults)
-        changed = self.through(frame, arguments)
+        changed = self.through(frame, arguments, self._by_name(names))
         if changed is not arguments:
             frame.args, frame.kwargs = written_back(names, frame.args, frame.kwargs, arguments, changed)
+
+    def _by_name(self, names: tuple[str, ...]) -> Chain:
+        """The chain, with the name of the parameter for its position."""
+        first = self.chain[0] if self.chain else None
+        known = type(first) is int and 0 <= first < len(names)
+        return (names[first], *self.chain[1:]) if known else self.chain  # pyright: ignore[reportArgumentType]
 
     def _complete(self, arguments: Arguments, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
         """Adds the default of the argument that the path names, where the caller did not pass it."""

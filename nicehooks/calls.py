@@ -64,9 +64,12 @@ class CallRule(SiteRule):
         key = self.key_of_call(frame, number)
         if key is None:
             return value
-        self.note_checkpoint()
+        first = self.key not in self.session.reached
         self.session.reached[self.key] = True
-        return self.act(value, self.chain, key)
+        new = self.act(value, self.chain, key)
+        if self.action.changes:
+            self.note_checkpoint(first, new)
+        return new
 
 
 class OtherForwardRule(Rule):

@@ -15,7 +15,7 @@ A hook outlives its context, with the graph it is in. It does nothing once the s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class GradientRule(SiteRule):
         self.number(frame)
 
     def after(self, frame: Frame) -> None:
-        frame.value = watched(self, frame, frame.value)
+        frame.value = watched(self, frame, frame.value, self.chain)
 
 
 class InputGradientRule(InputRule):
@@ -59,19 +59,20 @@ class InputGradientRule(InputRule):
     __slots__ = ()
     reason = NO_GRADIENT
 
-    def through(self, frame: Frame | None, value: Any) -> Any:
-        return value if frame is None else watched(self, frame, value)
+    def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
+        return value if frame is None else watched(self, frame, value, self.chain if chain is None else chain)
 
 
-def watched(rule: SiteRule, frame: Frame, value: Any) -> Any:
+def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
     """`value` with the rule on the gradient of each of its tensors that the path leads to, or leads into."""
     key = rule.key_of(frame)
     if key is None:
         return value
     try:
-        way, rest = _split(value, rule.chain)
+        way, rest = _split(value, chain)
         used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
-        return trees.rewrite(value, way, lambda part: _watch_all(rule, part, way, rest, ModulePath.parse(key), used))
+        found = _Found(rule, ModulePath.parse(key), len(way), rest, used)
+        return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
 
@@ -84,17 +85,40 @@ def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
     return chain, ()
 
 
-def _watch_all(rule: SiteRule, part: Any, way: Chain, rest: Chain, path: ModulePath, used: set[int]) -> Any:
+class _Found(NamedTuple):
+    """Where the tensors are whose gradients are wanted.
+
+    Attributes:
+        rule: the rule whose action the gradients go through.
+        path: the path of the site.
+        taken: how many steps of the path lead to the tensors.
+        rest: the steps that lead on in them.
+        used: the tensors, by `id`, that have another use than this one.
+    """
+
+    rule: SiteRule
+    path: ModulePath
+    taken: int
+    rest: Chain
+    used: set[int]
+
+    def key(self, more: Chain) -> str:
+        """The path of the tensor at the end of `more`."""
+        chain = self.path.chain
+        return str(replace(self.path, chain=(*chain[: self.taken], *more, *chain[self.taken :])))
+
+
+def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     """Every tensor in `part` has a gradient of its own, and a key of its own."""
     if isinstance(part, Tensor):
-        aliased = id(part) in used
-        used.add(id(part))
-        return _watch(rule, part, rest, str(replace(path, chain=(*way, *rest))), aliased)
+        aliased = id(part) in found.used
+        found.used.add(id(part))
+        return _watch(found.rule, part, found.rest, found.key(more), aliased)
     node = trees.open_node(part)
     if node is None:
         return part
     inner = zip(node.entries, node.children, strict=True)
-    children = [_watch_all(rule, child, (*way, entry), rest, path, used) for entry, child in inner]
+    children = [_watch_all(found, child, (*more, entry)) for entry, child in inner]
     same = all([new is old for new, old in zip(children, node.children, strict=True)])
     return part if same else node.rebuild(children)
 

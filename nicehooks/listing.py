@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from nicehooks import internals, trees
+from nicehooks.errors import UnsupportedModule
 from nicehooks.interventions import capture
 from nicehooks.paths import escape
 from nicehooks.rebinding import Rule, Tap, tap_of
 from nicehooks.rules import SiteRule
-from nicehooks.selection import Census, has_forward, parameter_names
+from nicehooks.selection import SCRIPTED, Census, has_forward, parameter_names, unwrap
 from nicehooks.sessions import is_acting
 
 
@@ -146,6 +147,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
 
 def _run(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """What each site returned, call by call, described."""
+    if internals.is_scripted(unwrap(model)):
+        raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
     with torch.no_grad(), capture(model, _runs_in_python, keep="all", map=trees.describe) as acts:
         model(*args, **kwargs)
     return dict(acts)

@@ -81,23 +81,34 @@ class SiteRule(Rule):
             return None
         return self.key.replace("#*", f"#{number}", 1) if self.path.call == EVERY_CALL else self.key
 
-    def through(self, frame: Frame | None, value: Any) -> Any:
+    def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
         key = self.key_of(frame)
         if key is None:
             return value
-        if self.action.changes and not torch.compiler.is_compiling():
-            self.note_checkpoint()
+        first = self.key not in self.session.reached
         self.session.reached[self.key] = True
-        return self.act(value, self.chain, key)
+        new = self.act(value, self.chain if chain is None else chain, key)
+        if self.action.changes and not torch.compiler.is_compiling():
+            self.note_checkpoint(first, new)
+        return new
 
-    def note_checkpoint(self) -> None:
-        """Notices a forward that backward will run again, and that it does; the stack is searched once per site."""
+    def note_checkpoint(self, search: bool, value: Any = None) -> None:
+        """Notices a forward that backward will run again, and that it does.
+
+        Args:
+            search: whether to search the stack for a checkpointed region; once per site is enough.
+            value: what takes the place of the value at the site. Backward may reach it without running so much of the
+                region again that this rule acts.
+        """
         session = self.session
         if session.checkpointed and internals.in_backward():
             session.recomputed = True
-        elif self.key not in session.reached and internals.in_checkpoint():
+        elif search and internals.in_checkpoint():
             session.checkpointed = True
+            for tensor in trees.leaves(value):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(partial(_note_backward, session))
 
     def act(self, value: Any, chain: Chain, key: str) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
@@ -137,6 +148,10 @@ RECOMPUTED = (
     "{key!r}: activation checkpointing runs a part of the model again in backward, where it cannot be told which of "
     "several calls this is. Turn checkpointing off, or choose all calls."
 )
+
+
+def _note_backward(session: Session, gradient: Tensor) -> None:
+    session.recomputed = True
 
 
 class OutputRule(SiteRule):

@@ -312,8 +312,9 @@ def _chooses(item: Where, name: str, module: nn.Module) -> bool:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether `module` can be called at all; a `ModuleList` cannot."""
-    has_own = type(module).forward is not internals.no_forward or "forward" in vars(module)
-    return has_own or internals.is_scripted(module)
+    if internals.is_scripted(module):
+        return True
+    return type(module).forward is not internals.no_forward or "forward" in vars(module)
 
 
 def has_parameter(module: nn.Module, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import nn
 
 from nicehooks import internals
@@ -39,6 +40,8 @@ class ParameterRule(SiteRule):
             new = self.through(frame, old)
             places = [(reference(), name) for reference, name in self.places]
             frame.enter(Override(self, places, None if new is old else new))  # pyright: ignore[reportArgumentType]
+        if self.action.changes and not torch.compiler.is_compiling():
+            self.note_checkpoint(search=not self.session.checkpointed)
         module = frame.tap.module()
         if isinstance(module, nn.RNNBase) and any([module is holder for holder in self.modules()]):
             frame.module = frame.enter(StandIn(module, {"_flat_weights": internals.flat_weights(module)}, FLAT_WEIGHTS))

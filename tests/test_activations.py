@@ -163,6 +163,14 @@ def test_a_cache_is_made_of_what_a_dict_is_made_of() -> None:
         assert ActivationCache(values)["a"] is X
 
 
+def test_keep_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match=r"^keep='some': it is 'first', 'last' or 'all'$"):
+        capture(MODEL, "plus", keep="some")  # pyright: ignore[reportArgumentType]
+    first, last = run("plus", keep="first"), run("plus", keep="last")
+    assert numbers(first) == numbers({"plus": X + 1})
+    assert numbers(last) == numbers({"plus": X + 2})
+
+
 def test_a_site_that_two_items_select_is_captured_once_per_call() -> None:
     assert {key: len(calls) for key, calls in run("plus", "*", nn.Module, keep="all").items()} == {
         "plus": 2,
@@ -393,8 +401,15 @@ def test_a_value_made_in_inference_mode_goes_stale_too() -> None:
 
 @pytest.mark.parametrize(
     "made",
-    [lambda acts: acts.copy(), copy.copy, ActivationCache, lambda acts: acts.select("plus"), lambda acts: acts | {}],
-    ids=["copy", "copy.copy", "another cache", "select", "|"],
+    [
+        lambda acts: acts.copy(),
+        copy.copy,
+        ActivationCache,
+        lambda acts: acts.select("plus"),
+        lambda acts: acts | {},
+        lambda acts: ActivationCache() | acts,
+    ],
+    ids=["copy", "copy.copy", "another cache", "select", "| a dict", "| a cache"],
 )
 def test_a_cache_made_of_a_cache_notices_as_well(made: Callable[[ActivationCache], ActivationCache]) -> None:
     """It has the very same tensors, so it may be made while the model runs, before they are overwritten."""
@@ -459,6 +474,15 @@ def test_arithmetic_of_caches_is_on_the_common_keys(op: Any, kind: Any) -> None:
     other = op(right, left)
     assert type(other) is ActivationCache
     assert numbers(other) == numbers({"b": op(X + 7, X + 1), "c": (op(X + 5, X + 2), None)})
+
+
+def test_a_sequence_is_combined_with_another_by_position() -> None:
+    """So that what was loaded, where named tuples have become tuples, fits what is captured."""
+    pair, plain = ActivationCache({"a": Pair(X, None)}), ActivationCache({"a": (X + 1, None)})
+    assert numbers(plain - pair) == numbers({"a": (X * 0 + 1, None)})
+    assert type((pair - plain)["a"]) is Pair
+    with pytest.raises(TreeMismatch):
+        plain - {"a": {"left": X, "right": None}}
 
 
 def test_caches_can_be_summed_and_averaged() -> None:
@@ -603,6 +627,29 @@ def test_a_cache_knows_no_modules(where: Any) -> None:
         SOME.select(where)
 
 
+@pytest.mark.parametrize(
+    ("where", "shown"), [(re.compile("^plus$"), "'^plus$'"), (str.isdigit, "'isdigit'")], ids=["pattern", "predicate"]
+)
+def test_a_test_of_the_keys_that_selects_nothing_is_said(where: Any, shown: str) -> None:
+    with pytest.raises(SiteNotFound) as caught:
+        SOME.select(["head", where])
+    assert str(caught.value) == f"{shown} selects nothing in this cache of 23 sites."
+
+
+def test_a_part_does_not_stand_for_the_whole() -> None:
+    with pytest.raises(SiteNotFound):
+        run("tree[1][0]").select("tree[1]")
+
+
+def test_a_module_is_selected_under_each_of_its_names() -> None:
+    model = nn.Sequential(nn.ReLU())
+    model.add_module("same", model[0])
+    with capture(model, "0") as acts:
+        model(X)
+    assert list(acts.select("same[0]")) == ["same[0]"]
+    assert acts.select("same[0]")["same[0]"].tolist() == X[0].tolist()
+
+
 def test_stack_is_one_tensor_with_a_new_leading_dimension() -> None:
     stacked = SOME.select("h.{0..2}@input[0]").stack()
     assert torch.equal(stacked, torch.stack([X, X + 1, X + 2]))
@@ -699,6 +746,7 @@ def same(a: Any, b: Any) -> bool:
 @settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=4), savable, max_size=3))
 @example({"a": (X, X + 1), "a/1": X + 2})
+@example({"__metadata__": X})
 @example({"": X, "h.3[:, -1]/2['\"\\']": [X.T, {"é": X[:, 0], 1: None}]})
 def test_what_is_saved_is_loaded_again(values: dict[str, Any]) -> None:
     """Bit for bit, in order, whatever the keys, and tensors that share memory too."""

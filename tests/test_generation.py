@@ -466,6 +466,25 @@ def test_threads_generate_under_contexts_of_their_own(model, blocks):
     assert len({tuple(text.flatten().tolist()) for text in expected}) == 4  # four different texts
 
 
+def test_threads_count_their_own_steps_under_one_handle(model, blocks):
+    prompts = [left_padded(), PROMPTS["one"](), left_padded(), PROMPTS["one"]()]
+    expected: list[Tensor] = []
+    for prompt in prompts:
+        with stepwise_hook(model, blocks[1], lambda value, step: value + VECTOR * (step in (2, 3))):
+            expected.append(generate(model, prompt, do_sample=False))
+    start = threading.Barrier(len(prompts))
+
+    def run(prompt: dict[str, Tensor]) -> Tensor:
+        start.wait()
+        return generate(model, prompt, do_sample=False)
+
+    handle = steer(model, blocks[1], VECTOR, steps=slice(2, 4)).attach()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        results = list(pool.map(run, prompts))
+    handle.remove()
+    assert same(results, expected)
+
+
 def test_a_task_carries_its_context_into_the_thread_that_generates(model, blocks):
     prompt = PROMPTS["one"]()
     with stepwise_hook(model, blocks[1], lambda value, step: value + VECTOR * (step > 0)):

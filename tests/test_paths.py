@@ -395,6 +395,7 @@ ERRORS = [
     ("h.0|}", "this brace has no partner"),
     ("h.|{a,{b,c}}", "braces do not nest"),
     ("h.|{9..4}", "this range is empty: its first number is the larger one"),
+    ("h.|{0..10000}", "this range has more than 10000 numbers"),
     ("h|..attn", "a module name is missing beside this dot"),
     ("|.h", "a module name is missing beside this dot"),
     ("h|.", "a module name is missing beside this dot"),

@@ -77,12 +77,14 @@ def unchanged(value: Any) -> Any:
 def test_capture_sees_every_call_that_hooks_see(arch, model):
     inputs = arch.inputs(1)
     expected_output, expected = outputs_by_hooks(model, lambda: model(**inputs))
-    with capture(model, "**", keep="all") as acts:
+    with capture(model, "**", keep="all") as acts, capture(model, "**#*") as calls:
         output = model(**inputs)
     assert same(output, expected_output)
     assert list(acts) == list(expected)  # the very modules, in the order in which they finished
     for name, values in expected.items():
         assert same(list(acts[name]), values), name
+        assert all(same(calls[f"{name}#{number}"], value) for number, value in enumerate(values)), name
+    assert len(calls) == sum(map(len, expected.values()))
 
 
 @pytest.mark.parametrize(("keep", "index"), [("first", 0), ("last", -1)])
@@ -848,18 +850,28 @@ def test_a_model_in_bfloat16(name, attention):
         output = model(ids)
     assert acts[block].dtype == output["logits"].dtype == torch.bfloat16
     assert same(output["logits"], expected["logits"])
+    whole = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(8))
+    with changed_by_hook(model, block, lambda x: whole.bfloat16()):
+        expected = model(ids)
+    for change in (patch(model, block, whole), edit(model, block, lambda value: whole)):
+        with change:
+            assert same(model(ids)["logits"], expected["logits"])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)])
 def test_patching_between_modes(arch, model, mode):
     """Values that were captured under one mode stand in under no mode, and the other way round."""
-    inputs, block = arch.inputs(1), arch.blocks[-1]
+    inputs, block = arch.inputs(1), arch.blocks[0]
     with mode(), capture(model, block) as acts:
         within = model(**inputs)
     with patch(model, acts):
         output = model(**inputs)
+    with edit(model, block, lambda value: acts[block]), steer(model, block, acts[block][0, 0] * 0):
+        again = model(**inputs)
+        answer(again).sum().backward()  # autograd can work with them
     if mode in (torch.no_grad, torch.inference_mode):
         assert same(answer(output), answer(within).clone())
+        assert same(answer(again), answer(within).clone())
     with capture(model, block) as plain:
         expected = answer(model(**inputs))
     with mode(), patch(model, {block: plain[block] * 2}), capture(model, block) as seen:

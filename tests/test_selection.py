@@ -592,7 +592,7 @@ def test_alternatives_are_strict_where_wildcards_are_not() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("where", ["1", "*", True, nn.Module, "1@input", "1@weight"])
+@pytest.mark.parametrize("where", ["1", "*", True, nn.Module, "1@input", "1@weight", "1.inside", "1.**"])
 def test_torchscript_is_refused_by_name(where: Any) -> None:
     """Wherever it would be selected; the modules around it can be selected."""
     model = nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(2, 2)))
@@ -604,3 +604,5 @@ def test_torchscript_is_refused_by_name(where: Any) -> None:
         "  Use the original nn.Module instead of the scripted one, or select only modules around it."
     )
     assert texts(model, "", "0") == ["", "0"]
+    with pytest.raises(UnsupportedModule, match="^'' is a RecursiveScriptModule"):
+        select(model[1], "inside")

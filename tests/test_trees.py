@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import optree
 import pytest
 import torch
+import torch.utils._pytree as torch_pytree
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -444,11 +446,39 @@ def test_a_rebuilt_dict_has_all_that_it_had(how: str) -> None:
     assert list(REBUILDS[how]({"b": torch.zeros(1), "a": None}, "b")) == ["b", "a"]
 
 
+class TorchBox:
+    """Registered with torch's pytrees; the context is a list that names nothing."""
+
+    def __init__(self, *contents: Any) -> None:
+        self.contents = contents
+
+
+class OptreeBox(TorchBox):
+    """Registered with optree for everybody."""
+
+
+torch_pytree.register_pytree_node(
+    TorchBox, lambda b: (list(b.contents), [1] * len(b.contents)), lambda c, _: TorchBox(*c)
+)
+optree.register_pytree_node(
+    OptreeBox, lambda b: (b.contents, None), lambda _, c: OptreeBox(*c), namespace=optree.registry.__GLOBAL_NAMESPACE
+)
+
+
+@pytest.mark.parametrize("kind", [TorchBox, OptreeBox, lambda *contents: deque(contents, maxlen=5)])
+def test_what_others_have_registered_is_taken_apart_as_they_say(kind: Any) -> None:
+    """Its children have positions."""
+    box = kind(torch.zeros(1), None, torch.ones(1))
+    changed = rewrite(box, (-1,), lambda value: value + 1)
+    assert type(changed) is type(box)
+    assert (get(changed, (2,)).item(), get(changed, (1,))) == (2.0, None)
+    assert get(changed, (0,)) is get(box, (0,))
+    assert [leaf if leaf is None else leaf.item() for leaf in leaves(map_tensors(torch.neg, box))] == [0.0, None, -1.0]
+    assert getattr(changed, "maxlen", 5) == 5
+
+
 def test_other_peoples_pytrees_stay_as_they_are() -> None:
     """Making types known to this library changes nothing for optree's and torch's own users."""
-    import optree
-    import torch.utils._pytree as torch_pytree
-
     record = Record(torch.zeros(1), None)
     map_tensors(torch.clone, record)
     assert optree.tree_leaves(record) == [record]
@@ -600,6 +630,14 @@ MISMATCHES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: assign({"a": T23}, {"a": T23, "c": T23}),
         "{a: Tensor[2, 3] float32, c: Tensor[2, 3] float32} came where {a: Tensor[2, 3] float32} stands",
     ),
+    "a dict for a tuple": (
+        lambda: assign((T23, None), {"a": T23, "b": None}),
+        "{a: Tensor[2, 3] float32, b: None} came where (Tensor[2, 3] float32, None) stands",
+    ),
+    "a tuple for a dict": (
+        lambda: assign({"a": T23, "b": None}, (T23, None)),
+        "(Tensor[2, 3] float32, None) came where {a: Tensor[2, 3] float32, b: None} stands",
+    ),
     "another dataclass": (
         lambda: assign(Record(T23, None), Frozen(T23, None)),
         "Frozen(first: Tensor[2, 3] float32, second: None) came where "
@@ -695,6 +733,10 @@ AT_SITES: dict[str, tuple[Callable[[], Any], str]] = {
     "a star too many": (
         lambda: capture(MODEL, "fc[0, 0, *]"),
         "capture at 'fc[0, 0, *]': [*] is at dimension 2 of Tensor[2, 3] float32.",
+    ),
+    "a star before too many": (
+        lambda: capture(MODEL, "fc[..., *, 0, 0]"),
+        "capture at 'fc[..., *, 0, 0]': [*] is at dimension -1 of Tensor[2, 3] float32.",
     ),
     "a star of None": (
         lambda: capture(MODEL, "nothing[*]"),
