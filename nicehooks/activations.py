@@ -53,6 +53,7 @@ class ActivationCache(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
         super().__init__(values)
+        self._pass_starts: dict[str, int] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
         self._other_names: Callable[[str], list[str]] = _no_other_names
         if isinstance(values, ActivationCache):
@@ -200,6 +201,15 @@ class ActivationCache(dict[str, Any]):
     def clear(self) -> None:
         super().clear()
         self._seen.clear()
+
+    def insert_call(self, key: str, value: Any, new_pass: bool) -> None:
+        """Stores the gradient of one call: each backward pass brings those of the last calls first."""
+        calls = dict.get(self, key, Calls())
+        start = len(calls) if new_pass else self._pass_starts.get(key, 0)
+        self._pass_starts[key] = start
+        calls = Calls([*calls[:start], value, *calls[start:]])
+        self[key] = calls
+        self._seen[key] = Watch.over(calls)
 
     def record(self, key: str, value: Any, keep: str = "last") -> None:
         """Stores a captured value, with its version, to notice when it is overwritten later."""

@@ -65,7 +65,6 @@ class CallRule(SiteRule):
         if key is None:
             return value
         first = self.key not in self.session.reached
-        self.session.reached[self.key] = True
         new = self.act(value, self.chain, key)
         if self.action.changes:
             self.note_checkpoint(first, new)

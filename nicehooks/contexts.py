@@ -178,6 +178,8 @@ class Intervention:
             if not made and not any(group.where is False for group in selected):
                 raise SiteNotFound(EMPTY.format(verb=self.verb))
             pairs += [pair for of_site in made.values() for pair in of_site]
+        if not groups:
+            raise SiteNotFound(EMPTY.format(verb=self.verb))
         pairs += slow_path_rules(sites)
         holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
@@ -258,6 +260,11 @@ def _reason(rule: SiteRule, session: Session) -> str:
         return f"the module that owns it was not called, and {site.path.port.name!r} is there only while it runs."
     if rule.reason:
         return rule.reason
+    if rule.chain and session.called:
+        return (
+            "either nothing called this module, or the part of its value that the path selects was empty every time "
+            "(as [:, 50:60] is of 8 positions)."
+        )
     if rule.when.counts and session.called:
         return f"the model ran, but not once with {rule.when.shown}."
     if session.suspended:

@@ -14,6 +14,7 @@ A hook outlives its context, with the graph it is in. It does nothing once the s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,6 +62,10 @@ class InputGradientRule(InputRule):
 
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         return value if frame is None else watched(self, frame, value, self.chain if chain is None else chain)
+
+
+_order = itertools.count()
+"""Numbers the values whose gradients are watched: backward comes to the last call of a module first."""
 
 
 def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
@@ -132,12 +137,12 @@ def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool)
         return tensor  # what the transform differentiates does not come by here
     if not tensor.requires_grad:  # a clone, because an in-place layer may not write to a leaf
         tensor = tensor.detach().requires_grad_().clone()
-    session = rule.session
+    session, order = rule.session, next(_order)
 
     def on_gradient(gradient: Tensor) -> Tensor | None:
         if session.ended:
             return None
-        session.reached[rule.key] = True
+        session.order = order
         new = rule.act(gradient, rest, key)
         return None if new is gradient else new
 

@@ -115,8 +115,9 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
 
     Importing Dynamo takes about a second, so this library never imports it by itself.
     """
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "substitute_in_graph"):
-        return False
+    dynamo = sys.modules.get("torch._dynamo")
+    if not hasattr(dynamo, "substitute_in_graph") or not hasattr(torch.compiler, "substitute_in_graph"):
+        return False  # not loaded, or being loaded by another thread at this moment
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
     return True
 

@@ -143,7 +143,19 @@ class _OtherNames:
 class _Capture(Action):
     """Puts what comes by into a cache."""
 
-    __slots__ = ("cache", "clone", "detach", "expected", "is_plain", "keep", "map", "stop", "takes_site", "to")
+    __slots__ = (
+        "cache",
+        "clone",
+        "detach",
+        "expected",
+        "is_plain",
+        "keep",
+        "map",
+        "orders",
+        "stop",
+        "takes_site",
+        "to",
+    )
     verb = "capture"
     changes = False
 
@@ -162,6 +174,7 @@ class _Capture(Action):
         """A new cache, for `expected` sites."""
         self.expected = expected
         self.cache = ActivationCache()
+        self.orders: dict[str, int] = {}  # of the gradients that came by, when their values were made
         return self.cache
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
@@ -174,10 +187,23 @@ class _Capture(Action):
             seen = trees.map_tensors(self._copy, seen)
         if self.map is not None:
             seen = _call(self.map, self.takes_site, seen, key, site)
-        self.cache.record(key, seen, self.keep)
+        if site.path.port.kind.endswith("grad"):
+            self._record_gradient(key, seen, session.order)
+        else:
+            self.cache.record(key, seen, self.keep)
         if self.stop:
             self._stop_when_complete(session, str(site))
         return value
+
+    def _record_gradient(self, key: str, value: Any, order: int) -> None:
+        """Keeps the gradient of the first, the last or of all calls, in the order of the forward: backward turns it."""
+        before = self.orders.get(key)
+        self.orders[key] = order if before is None or self.keep == "all" else before
+        if self.keep == "all":
+            self.cache.insert_call(key, value, new_pass=before is None or order >= before)
+        elif before is None or (order < before if self.keep == "first" else order >= before):
+            self.orders[key] = order
+            self.cache.record(key, value)
 
     def _runs_again(self, key: str, site: Site) -> bool:
         """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
@@ -274,8 +300,20 @@ class _Edit(Action):
         self.takes_site = _takes_site(fn)
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if site.path.port.kind == "parameter" and not torch.compiler.is_compiling():
+            return self._act_on_copy(value, key, site)
         new = _call(self.fn, self.takes_site, value, key, site)
         return value if new is None else trees.assign(value, new)
+
+    def _act_on_copy(self, value: Tensor, key: str, site: Site) -> Tensor:
+        """A function that writes in place must not reach the model's own parameter."""
+        copy = value.clone()
+        before = internals.version(copy) if not copy.is_inference() else None
+        new = _call(self.fn, self.takes_site, copy, key, site)
+        if new is not None and new is not copy:
+            return trees.assign(value, new)
+        written = not copy.is_inference() and internals.version(copy) != before
+        return copy if written else value
 
 
 def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None, calls: Any = None) -> edit:
@@ -331,6 +369,9 @@ def steer(
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
     if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
         raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
+    whole = isinstance(scale, int) and not vector.is_floating_point()
+    if not (value.is_floating_point() or value.is_complex() or whole):
+        raise TreeMismatch(f"{scale} × {trees.describe(vector)} would be rounded in {trees.describe(value)}")
     return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
 
 
@@ -445,10 +486,15 @@ class _Patch(Action):
 
     def instead_of(self, old: Any) -> Any:
         """What takes the place of `old`."""
-        if old is None and isinstance(self.value, int | float):
-            return None  # nothing is there that a number could fill
+        number = isinstance(self.value, int | float | complex)
+        if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
+            raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
         return old if new is old else _copied(new, old)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
 
 
 def _copied(new: Any, old: Any) -> Any:

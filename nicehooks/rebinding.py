@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from nicehooks import sessions
+from nicehooks.errors import UnsupportedModule
 from nicehooks.sessions import HERE, LOCK, Session, acts_in_backward
 
 
@@ -101,11 +102,23 @@ class Rule:
 class Tap:
     """Stands in for one module's `forward`; see NOTE [One tap per module, kept]."""
 
-    __slots__ = ("__weakref__", "forward", "function", "module", "parameters", "previous", "reduce", "rules", "simple")
+    __slots__ = (
+        "__weakref__",
+        "forward",
+        "found",
+        "function",
+        "module",
+        "parameters",
+        "previous",
+        "reduce",
+        "rules",
+        "simple",
+    )
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
-        self.function: Any = type(module).forward
+        self.found: Any = type(module).forward
+        self.function: Any = _unbound(type(module))
         self.previous: Any = None  # a forward that stood in the instance's __dict__ before
         self.parameters: Any = None  # of the forward that it calls: see `parameters_of`
         self.rules: tuple[Rule, ...] = ()
@@ -116,6 +129,24 @@ class Tap:
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the module's own forward."""
         return self.previous(*args, **kwargs) if self.previous is not None else self.function(module, *args, **kwargs)
+
+
+def _unbound(kind: type) -> Callable[..., Any]:
+    """`kind.forward` as a function of the module and the arguments, also if it is no ordinary method."""
+    raw: Any = inspect.getattr_static(kind, "forward")
+    if isinstance(raw, property):
+        raise UnsupportedModule(f"forward is a property of {kind.__name__}: an instance cannot have another one.")
+    if not isinstance(raw, staticmethod | classmethod):
+        return kind.forward  # type: ignore[attr-defined]
+    bound = raw.__get__(None, kind)
+
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return bound(*args, **kwargs)
+
+    module = inspect.Parameter("module", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = inspect.signature(bound)
+    forward.__signature__ = own.replace(parameters=[module, *own.parameters.values()])  # type: ignore[attr-defined]
+    return forward
 
 
 def _forward_of(tap: Tap) -> Callable[..., Any]:
@@ -286,15 +317,16 @@ def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
 def _put_in(module: nn.Module, tap: Tap) -> None:
     names = module.__dict__
     tap.previous = names.get("forward")
-    function = type(module).forward
+    found = type(module).forward
+    if found is not tap.found:  # a lazy module has become another class
+        tap.found, tap.function, tap.parameters = found, _unbound(type(module)), None
     if tap.previous is not None:
         tap.parameters = parameters_of(inspect.signature(tap.previous))
-    elif function is not tap.function or tap.parameters is None:  # a lazy module has become another class
-        tap.parameters = parameters_of(signature_of(function))
-    tap.function = function
+    elif tap.parameters is None:
+        tap.parameters = parameters_of(signature_of(tap.function))
     tap.simple = tap.previous is None
+    names["__reduce_ex__"] = tap.reduce  # before the other, and gone after it: another thread may be copying
     names["forward"] = tap.forward
-    names["__reduce_ex__"] = tap.reduce
 
 
 def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
@@ -318,7 +350,6 @@ def _put_back(module: nn.Module, tap: Tap) -> None:
     Then the tap may be called from inside theirs for ever, so it is left as it is, and the module gets another one.
     """
     names = module.__dict__
-    names.pop("__reduce_ex__", None)
     if names.get("forward") is not tap.forward:
         _taps.pop(id(module), None)
     elif tap.previous is None:
@@ -326,6 +357,7 @@ def _put_back(module: nn.Module, tap: Tap) -> None:
     else:
         names["forward"] = tap.previous
         tap.previous = tap.parameters = None
+    names.pop("__reduce_ex__", None)
 
 
 class Passing(torch.overrides.TorchFunctionMode):

@@ -66,7 +66,7 @@ class SiteRule(Rule):
         calls = self.session.progress().calls
         before = calls.get(self.index, -1)
         if not torch.compiler.is_compiling() and internals.in_backward():  # a checkpointed region runs again
-            if before > 0:
+            if before > 0 or (self.when.numbers_steps and self.session.progress().step > 0):
                 raise UnsupportedModule(RECOMPUTED.format(key=self.key))
             frame.numbers[self.index] = 0
         else:
@@ -87,7 +87,6 @@ class SiteRule(Rule):
         if key is None:
             return value
         first = self.key not in self.session.reached
-        self.session.reached[self.key] = True
         new = self.act(value, self.chain if chain is None else chain, key)
         if self.action.changes and not torch.compiler.is_compiling():
             self.note_checkpoint(first, new)
@@ -125,11 +124,18 @@ class SiteRule(Rule):
         return value
 
     def _act_once(self, value: Any, chain: Chain, key: str) -> Any:
-        act = partial(self.action.act, self.session, key=key, site=self.site)
         try:
-            return trees.rewrite(value, chain, act) if chain else act(value)
+            return trees.rewrite(value, chain, partial(self._at_site, key=key))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
+
+    def _at_site(self, value: Any, key: str) -> Any:
+        """What takes the place of `value`; a site that has only ever been an empty region was not reached."""
+        sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
+        empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
+        if not empty:
+            self.session.reached[self.key] = True
+        return self.action.act(self.session, value, key=key, site=self.site)
 
     def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
         """The bare fact, with the site and the line to write instead."""
@@ -146,7 +152,7 @@ class SiteRule(Rule):
 
 RECOMPUTED = (
     "{key!r}: activation checkpointing runs a part of the model again in backward, where it cannot be told which of "
-    "several calls this is. Turn checkpointing off, or choose all calls."
+    "several steps or calls this is. Turn checkpointing off, or choose all of them."
 )
 
 

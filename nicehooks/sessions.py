@@ -68,6 +68,7 @@ class Session:
         called: whether the root model was called here.
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
+        order: of the gradient that is on its way: when its value was made.
         reached: the keys of the rules that have acted.
         checkpointed: whether a rule changed something in an activation-checkpointed region.
         recomputed: whether a backward pass came by and ran it again.
@@ -84,6 +85,7 @@ class Session:
         "ended",
         "label",
         "level",
+        "order",
         "reached",
         "recomputed",
         "slot",
@@ -94,6 +96,7 @@ class Session:
         self.label = label
         self.attached = attached
         self.counting = False
+        self.order = 0
         self.level = internals.transform_level()
         self.ended = False
         self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
@@ -151,11 +154,12 @@ _taught = False
 def teach_dynamo() -> bool:
     """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
     global _taught, active_sessions
-    if _taught or not internals.teach_dynamo(_get_active, _none):
-        return False
-    _taught = True
-    active_sessions = _get_active
-    return True
+    with LOCK:
+        if _taught or not internals.teach_dynamo(_get_active, _none):
+            return False
+        _taught = True
+        active_sessions = _get_active
+        return True
 
 
 def begin(session: Session) -> None:

@@ -18,11 +18,12 @@ class When:
     Attributes:
         counts: whether anything is filtered or told apart by numbers.
         numbers_calls: whether the number of the call is asked for.
+        numbers_steps: whether the number of the step is asked for.
         optional: whether it may never admit anything, and that is fine.
         shown: the filters as text.
     """
 
-    __slots__ = ("admits_call", "admits_step", "counts", "numbers_calls", "optional", "shown")
+    __slots__ = ("admits_call", "admits_step", "counts", "numbers_calls", "numbers_steps", "optional", "shown")
 
     def __init__(self, steps: Any, calls: Any, call: int | str | None) -> None:
         number = None if call == EVERY_CALL else call
@@ -31,6 +32,7 @@ class When:
         self.admits_call = lambda number: by_option(number) and by_path(number)
         self.counts = not (steps is None and calls is None and call is None)
         self.numbers_calls = not (calls is None and call is None)
+        self.numbers_steps = steps is not None
         self.optional = callable(steps) or callable(calls)  # a predicate may well never say yes
         given = {"steps": steps, "calls": calls, "call": call}
         self.shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)

@@ -138,6 +138,22 @@ def test_several_backward_passes_and_all_of_them():
     assert first["head@grad"][0, 0] == 1
 
 
+def test_the_gradients_of_several_calls_are_in_the_order_of_the_calls():
+    """Backward comes to the last call first; values and gradients of one call still belong together."""
+    model = make("Thrice")
+    with capture(model, "block#*@grad", "block@grad") as each:
+        model(inputs()).sum().backward()
+    for keep, call in {"first": 0, "last": 2}.items():
+        with capture(model, "block@grad", keep=keep) as one:
+            model(inputs()).sum().backward()
+        assert torch.equal(one["block@grad"], each[f"block#{call}@grad"])
+    with capture(model, "block@grad", keep="all") as acts:
+        for _ in range(2):
+            model(inputs()).sum().backward()
+    assert len(acts["block@grad"]) == 6
+    assert all(torch.equal(acts["block@grad"][i], each[f"block#{i % 3}@grad"]) for i in range(6))
+
+
 def test_double_backward():
     model = make("Mlp")
     x = inputs().requires_grad_()

@@ -58,9 +58,86 @@ def test_an_empty_list_is_no_selection():
     for context in (capture(model, []), ablate(model, []), edit(model, (), abs), capture(model, [[]])):
         with pytest.raises(SiteNotFound, match="was given an empty list of sites"), context:
             pytest.fail("entered")
-    with capture(model, False) as acts, ablate(model, False), patch(model, {}):
+    with pytest.raises(SiteNotFound, match="was given an empty list of sites"), patch(model, {}):
+        pytest.fail("entered")
+    with capture(model, False) as acts, ablate(model, False):
         model(inputs())
     assert not acts
+
+
+class Odd(nn.Module):
+    """Returns None beside its value, and calls a module that returns nothing but None."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = Pairing()
+        self.nothing = Nothing()
+
+    def forward(self, x):
+        return self.pair(x)[0] if self.nothing(x) is None else None
+
+
+class Pairing(nn.Module):
+    def forward(self, x):
+        return x * 1, None
+
+
+class Nothing(nn.Module):
+    @staticmethod
+    def forward(x):
+        return None
+
+
+@pytest.mark.parametrize("path", ["pair[1]", "nothing"])
+def test_a_number_needs_a_tensor_to_fill(path):
+    for context in (ablate(Odd(), path), patch(Odd(), path, 5.0)):
+        with pytest.raises(TreeMismatch, match="came where None stands, in which there is no tensor"), context:
+            context.model(inputs())
+
+
+@pytest.mark.parametrize("context", [ablate, lambda m, p: patch(m, p, 1.0), lambda m, p: steer(m, p, torch.ones(1))])
+def test_a_region_that_is_always_empty_was_not_reached(context):
+    model = make("Mlp")
+    with pytest.raises(SiteNotReached, match="was empty every time"), context(model, "head[:, 50:60]"):
+        model(inputs())
+    with context(model, "head[3:]"):  # some of the time is enough
+        model(inputs()[:2])
+        model(inputs())
+
+
+def test_steering_whole_numbers_by_fractions_says_so():
+    class Whole(nn.Module):
+        def forward(self, x):
+            return x.long()
+
+    model = nn.Sequential(Whole())
+    with steer(model, "0", torch.tensor(2), scale=3):
+        assert torch.equal(model(torch.ones(2)), torch.tensor([7, 7]))
+    for vector, scale in ((torch.tensor(0.6), 1), (torch.tensor(1), 0.5)):
+        with pytest.raises(TreeMismatch, match="would be rounded"), steer(model, "0", vector, scale=scale):
+            model(torch.ones(2))
+
+
+@pytest.mark.parametrize("write", [lambda v: v.copy_(v.flip(0)), lambda v: v.copy_(v.roll(1, 1)), lambda v: v.neg_()])
+def test_values_that_only_change_places_are_noticed_under_inference_mode(write):
+    class Writes(nn.Module):
+        def forward(self, x):
+            write(x)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), Writes())
+    with torch.inference_mode(), capture(model, "0") as acts:
+        model(inputs())
+    with pytest.raises(StaleActivation):
+        acts["0"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_steps_that_a_checkpoint_cannot_tell_apart_are_refused(reentrant):
+    model = Checkpointed(reentrant)
+    x = inputs().requires_grad_()
+    with pytest.raises(UnsupportedModule, match="several steps or calls"), ablate(model, "inner.1[0]", steps=[0, 1]):
+        (model(x) + model(x)).sum().backward()
 
 
 def test_a_parameter_has_no_calls():

@@ -121,6 +121,16 @@ def test_a_part_of_a_parameter():
         capture(model, "head@wait").__enter__()
 
 
+def test_an_edit_in_place_is_an_edit_and_leaves_the_parameter():
+    model = make("Mlp")
+    before = model.head.weight.detach().clone()
+    with torch.no_grad():
+        for fn in (lambda w: w.zero_(), lambda w: (w.zero_(), None)[1]):
+            with edit(model, "head@weight", fn):
+                assert torch.equal(model(inputs()), model.head.bias.expand(5, 2))
+        assert torch.equal(model.head.weight, before)
+
+
 def test_an_edit_acts_once_though_root_and_owner_both_run():
     model = make("Mlp")
     seen = []

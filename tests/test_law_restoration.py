@@ -19,6 +19,7 @@ from nicehooks import (
     ContextMisuse,
     NiceHooksError,
     SiteNotFound,
+    UnsupportedModule,
     ablate,
     capture,
     edit,
@@ -302,6 +303,33 @@ def test_the_users_hooks_keep_firing_after_ours():
         model(inputs())
     assert seen[0] == "before"
     assert not seen[1].any()
+
+
+def test_a_forward_that_is_no_ordinary_method():
+    class Static(nn.Module):
+        @staticmethod
+        def forward(x, scale=2):
+            return x * scale
+
+    class OfClass(nn.Module):
+        @classmethod
+        def forward(cls, x, scale=2):
+            return x * scale
+
+    class Made(nn.Module):
+        @property
+        def forward(self):
+            return lambda x, scale=2: x * scale
+
+    with pytest.raises(UnsupportedModule, match="forward is a property of Made"), capture(nn.Sequential(Made()), "0"):
+        pytest.fail("entered")
+    for kind in (Static, OfClass):
+        model = nn.Sequential(kind())
+        before = state(model)
+        with capture(model, "0", "0@input[0]") as acts, steer(model, "0", torch.ones(4)):
+            assert torch.equal(model(inputs()), inputs() * 2 + 1)
+        assert torch.equal(acts["0"], inputs() * 2) and torch.equal(acts["0@input[0]"], inputs())
+        assert state(model) == before
 
 
 def test_the_signature_of_forward_stays():

@@ -604,5 +604,5 @@ def test_torchscript_is_refused_by_name(where: Any) -> None:
         "  Use the original nn.Module instead of the scripted one, or select only modules around it."
     )
     assert texts(model, "", "0") == ["", "0"]
-    with pytest.raises(UnsupportedModule, match="^'' is a RecursiveScriptModule"):
+    with pytest.raises(UnsupportedModule, match=r"^'' is a RecursiveScriptModule"):
         select(model[1], "inside")
