@@ -318,7 +318,7 @@ def test_a_forward_that_is_no_ordinary_method():
 
     class Made(nn.Module):
         @property
-        def forward(self):
+        def forward(self):  # pyright: ignore[reportIncompatibleMethodOverride]
             return lambda x, scale=2: x * scale
 
     with pytest.raises(UnsupportedModule, match="forward is a property of Made"), capture(nn.Sequential(Made()), "0"):
