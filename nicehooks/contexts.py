@@ -171,8 +171,11 @@ class Intervention:
             for group in selected:
                 keys = [site.key for site in group.sites]
                 for key, site in zip(keys, group.sites, strict=True):
-                    if key not in made:
+                    new = key not in made
+                    if new:
                         made[key] = self._rules(site, action)
+                    first: Any = made[key][0][1]
+                    first.wild = group.wild and (new or first.wild)
                 groups.append(_Group(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
                 sites += group.sites
             if not made and not any(group.where is False for group in selected):

@@ -42,11 +42,12 @@ class SiteRule(Rule):
 
     Attributes:
         key: the path of the site as text.
+        wild: whether only a wildcard has selected the site.
         reason: why a site of this port is not reached, if that is always the same.
     """
 
     reason = ""
-    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when")
+    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when", "wild")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         self.site = site
@@ -58,6 +59,7 @@ class SiteRule(Rule):
         self.when = when
         self.simple = not when.counts
         self.index = 0  # among the rules of its context
+        self.wild = False
 
     def number(self, frame: Frame) -> None:
         """Counts this call, if calls matter."""
@@ -131,6 +133,8 @@ class SiteRule(Rule):
 
     def _at_site(self, value: Any, key: str) -> Any:
         """What takes the place of `value`; a site that has only ever been an empty region was not reached."""
+        if value is None and self.wild and self.action.changes:
+            return value  # a wildcard passes over modules that return nothing
         sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
         empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
         if not empty:

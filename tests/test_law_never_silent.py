@@ -77,6 +77,16 @@ class Odd(nn.Module):
         return self.pair(x)[0] if self.nothing(x) is None else None
 
 
+def test_a_wildcard_passes_over_modules_that_return_nothing():
+    model = Odd()
+    with ablate(model, "pair[0]"), ablate(model, "**@input[0]"):
+        assert not model(inputs()).any()
+    with ablate(model, lambda name, module: True):
+        assert not model(inputs()).any()
+    with pytest.raises(TreeMismatch, match="came where None stands"), ablate(model, "**", "nothing"):
+        model(inputs())
+
+
 class Pairing(nn.Module):
     def forward(self, x):
         return x * 1, None
