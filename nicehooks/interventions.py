@@ -20,6 +20,7 @@ from nicehooks.paths import ModulePath
 from nicehooks.ports import Pairs
 from nicehooks.rebinding import StopForward, tap_of
 from nicehooks.rules import Action, OutputRule, SiteRule, SuspendRule
+from nicehooks.seen import versions_of
 from nicehooks.selection import Census, Site, Where, unwrap
 from nicehooks.sessions import Session
 from nicehooks.steps import ALWAYS
@@ -230,17 +231,19 @@ class _WholeOutput(OutputRule):
     action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def output(self, value: Any) -> Any:
-        if type(value) is not Tensor or innermost_transform() is not None:
+        kind = type(value)
+        if (kind is not Tensor and kind is not tuple) or innermost_transform() is not None:
             return self.through(None, value)
         try:
-            version = version_counter(value)
-        except RuntimeError:  # made under inference_mode
+            version: Any = version_counter(value) if kind is Tensor else versions_of(value)
+        except (AttributeError, RuntimeError):  # another tree than a tuple of tensors; made under inference_mode
             return self.through(None, value)
         cache = self.action.cache
-        if value.requires_grad and self.key in cache._seen and internals.in_backward():  # pyright: ignore[reportPrivateUsage]
+        seen = cache._seen  # pyright: ignore[reportPrivateUsage]
+        if self.key in seen and (kind is tuple or value.requires_grad) and internals.in_backward():
             return value  # a checkpointed region runs again: this was captured in the forward
         cache[self.key] = value
-        cache._seen[self.key] = (value, version)  # pyright: ignore[reportPrivateUsage]
+        seen[self.key] = (value, version)
         return value
 
 

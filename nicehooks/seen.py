@@ -39,9 +39,12 @@ class Watch(list[tuple[Any, Any]]):
         return Watch((weakref.ref(tensor), version_of(tensor)) for tensor in _tensors(value))
 
     @staticmethod
-    def before(tensor: Tensor, version: int) -> Watch:
-        """A watch over `tensor` as it was when its version was `version`."""
-        return Watch([(weakref.ref(tensor), version)])
+    def before(value: Any, version: Any) -> Watch:
+        """A watch over a tensor, or a tuple of them, as it was when its version, or their versions, were `version`."""
+        if isinstance(value, Tensor):
+            return Watch([(weakref.ref(value), version)])
+        tensors = [one for one in value if one is not None]
+        return Watch((weakref.ref(tensor), number) for tensor, number in zip(tensors, version, strict=True))
 
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
@@ -53,6 +56,16 @@ def _tensors(value: Any) -> list[Tensor]:
     if type(value) is tuple and all([one is None or type(one) is Tensor for one in value]):
         return [one for one in value if one is not None]  # what attention modules return: worth a short way
     return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def versions_of(value: tuple[Any, ...]) -> list[int]:
+    """The versions of the tensors in a tuple, beside which there may be None and nothing else.
+
+    Raises:
+        AttributeError: something else is in it.
+        RuntimeError: one of them was made under `inference_mode`.
+    """
+    return [internals.version_counter(one) for one in value if one is not None]
 
 
 def version_of(tensor: Tensor) -> Any:
