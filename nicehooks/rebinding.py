@@ -158,7 +158,8 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
             return _staged(tap, _acting_in_traced_code(tap), args, kwargs)
         if not tap.simple:
             return _staged(tap, _acting(tap, active), args, kwargs)
-        value = tap.function(tap.module(), *args, **kwargs)
+        module = tap.module()
+        value = tap.function(module, *args, **kwargs) if kwargs else tap.function(module, *args)
         for rule in tap.rules:
             session = rule.session
             if session in active or session.attached or acts_in_backward(session):
