@@ -27,13 +27,16 @@ The floors, from the ground up; each imports only from the ones below it:
     arithmetic      arithmetic of nested values
     activation_files  activations in safetensors files
     activations     ActivationCache
-    interventions   capture, patch, edit, ablate, steer, splice, suspend
+    given           the functions that users hand in, and how what they wrote is shown
+    capturing       capture
+    interventions   patch, edit, ablate, steer, splice, suspend
     functional      captured, functional, grad_at
     listing         sites, describe
 """
 
 from nicehooks.activations import ActivationCache
 from nicehooks.attention import fused_attention_as_steps
+from nicehooks.capturing import capture
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -50,7 +53,7 @@ from nicehooks.errors import (
     UnsupportedModule,
 )
 from nicehooks.functional import captured, functional, grad_at
-from nicehooks.interventions import ablate, capture, edit, patch, splice, steer, suspend
+from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
 from nicehooks.paths import ModulePath
 from nicehooks.selection import Site, select

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.activations import ActivationCache
+from nicehooks.capturing import capture
 from nicehooks.errors import SiteNotFound, TreeMismatch, UnsupportedModule
-from nicehooks.interventions import capture, edit, patch
+from nicehooks.interventions import edit, patch
 from nicehooks.paths import Port
 from nicehooks.selection import Census, Where, select, unwrap
 from nicehooks.trees import map_tensors

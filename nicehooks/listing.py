@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nicehooks import internals, trees
+from nicehooks.capturing import capture
 from nicehooks.errors import UnsupportedModule
-from nicehooks.interventions import capture
 from nicehooks.paths import escape
 from nicehooks.rebinding import Rule, Tap, tap_of
 from nicehooks.rules import SiteRule

@@ -1,0 +1,227 @@
+"""`capture`: the intervention that looks and changes nothing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks import internals, trees
+from nicehooks.activations import ActivationCache
+from nicehooks.contexts import Intervention, Plan
+from nicehooks.given import call_user, show_where, takes_site
+from nicehooks.internals import innermost_transform, version_counter
+from nicehooks.ports import Pairs
+from nicehooks.rebinding import StopForward
+from nicehooks.rules import Action, OutputRule, SiteRule
+from nicehooks.seen import versions_of
+from nicehooks.selection import Census, Site, Where
+from nicehooks.sessions import Session
+from nicehooks.steps import ALWAYS
+
+Keep = Literal["first", "last", "all"]
+
+
+class capture(Intervention):
+    """Shows what a model computes inside: yields an `ActivationCache` that fills as the model runs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with capture(model, "*") as acts:
+    ...     _ = model(torch.ones(5, 4))
+    >>> list(acts), acts["1"].shape
+    (['0', '1', '2'], torch.Size([5, 3]))
+
+    Values are the model's own tensors: they are not detached, cloned or moved unless asked.
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`); every module if there is none.
+        keep: which value of a site that is reached several times: the `"first"`, the `"last"`, or `"all"` (a list, one
+            entry per call).
+        detach: takes each value out of the autograd graph.
+        clone: copies each value, so that in-place layers cannot overwrite it.
+        to: a device or dtype, or a tuple of arguments for `Tensor.to`.
+        map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
+        stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+
+    Raises:
+        SiteNotFound: on entry: an item of `where` selects nothing.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "capture"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *where: Where,
+        keep: Keep = "last",
+        detach: bool = False,
+        clone: bool = False,
+        to: Any = None,
+        map: Callable[..., Any] | None = None,
+        stop: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if keep not in ("first", "last", "all"):
+            raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
+        self.where = where or (True,)
+        self._action = _Capture(keep, detach, clone, to, map, stop)
+
+    def __repr__(self) -> str:
+        return f"capture(model, {show_where(self.where)})"
+
+    @property
+    def cache(self) -> ActivationCache:
+        """The cache of the handle: what was seen since it was entered or attached last."""
+        return self._action.cache
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        plain = site.path.port.kind == "output" and not site.path.chain and site.path.call is None
+        if plain and self._action.is_plain:
+            return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
+        return super()._rules(site, action)
+
+    def _counts(self, rules: list[SiteRule]) -> bool:
+        return self._action.stop or super()._counts(rules)
+
+    def _entered(self, session: Session) -> ActivationCache:
+        plan: Any = self._plan
+        cache = self._action.begin(sum(len(group.rules) for group in plan.groups))
+        cache._other_names = _OtherNames(self.model)  # pyright: ignore[reportPrivateUsage]
+        return cache
+
+    def _left(self, session: Session) -> None:
+        if not session.attached:  # a handle gives its cache to whoever asks; a context has given it already
+            self._action.begin(0)
+
+    def _all_reached(self, session: Session, plan: Plan) -> bool:
+        return not plan.keys.difference(dict.keys(self._action.cache)).difference(session.reached)
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.key in session.reached or dict.__contains__(self._action.cache, rule.key)
+
+
+class _OtherNames:
+    """Asks the model, if it still exists, under which other names it knows a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, name: str) -> list[str]:
+        model = self.model()
+        return [] if model is None else Census(model).other_names(name)
+
+
+class _Capture(Action):
+    """Puts what comes by into a cache."""
+
+    __slots__ = (
+        "cache",
+        "clone",
+        "detach",
+        "expected",
+        "is_plain",
+        "keep",
+        "map",
+        "orders",
+        "stop",
+        "takes_site",
+        "to",
+    )
+    verb = "capture"
+    changes = False
+
+    def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
+        self.keep = keep
+        self.detach = detach
+        self.clone = clone
+        self.to: tuple[Any, ...] = () if to is None else to if isinstance(to, tuple) else (to,)
+        self.map = map_
+        self.takes_site = map_ is not None and takes_site(map_)
+        self.stop = stop
+        self.is_plain = keep == "last" and not (detach or clone or self.to or map_ or stop)
+        self.begin(0)
+
+    def begin(self, expected: int) -> ActivationCache:
+        """A new cache, for `expected` sites."""
+        self.expected = expected
+        self.cache = ActivationCache()
+        self.orders: dict[str, int] = {}  # of the gradients that came by, when their values were made
+        return self.cache
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        seen = value
+        if self._runs_again(key, site):
+            return value
+        if not torch.compiler.is_compiling() and innermost_transform() is not None:
+            seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
+        if self.detach or self.clone or self.to:
+            seen = trees.map_tensors(self._copy, seen)
+        if self.map is not None:
+            seen = call_user(self.map, self.takes_site, seen, key, site)
+        if site.path.port.kind.endswith("grad"):
+            self._record_gradient(key, seen, session.order)
+        else:
+            self.cache.record(key, seen, self.keep)
+        if self.stop:
+            self._stop_when_complete(session, str(site))
+        return value
+
+    def _record_gradient(self, key: str, value: Any, order: int) -> None:
+        """Keeps the gradient of the first, the last or of all calls, in the order of the forward: backward turns it."""
+        before = self.orders.get(key)
+        self.orders[key] = order if before is None or self.keep == "all" else before
+        if self.keep == "all":
+            self.cache.insert_call(key, value, new_pass=before is None or order >= before)
+        elif before is None or (order < before if self.keep == "first" else order >= before):
+            self.orders[key] = order
+            self.cache.record(key, value)
+
+    def _runs_again(self, key: str, site: Site) -> bool:
+        """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
+        if torch.compiler.is_compiling() or site.path.port.kind.endswith("grad"):
+            return False
+        return dict.__contains__(self.cache, key) and internals.in_backward()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach() if self.detach else tensor
+        tensor = tensor.clone() if self.clone else tensor
+        return tensor.to(*self.to) if self.to else tensor
+
+    def _stop_when_complete(self, session: Session, key: str) -> None:
+        progress = session.progress()
+        progress.seen.add(key)
+        if len(progress.seen) == self.expected and progress.depth > 0:
+            raise StopForward(session)
+
+
+class _WholeOutput(OutputRule):
+    """The shortest way from a module's whole output into a cache: most captures are nothing else."""
+
+    __slots__ = ()
+    action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def output(self, value: Any) -> Any:
+        kind = type(value)
+        if (kind is not Tensor and kind is not tuple) or innermost_transform() is not None:
+            return self.through(None, value)
+        try:
+            version: Any = version_counter(value) if kind is Tensor else versions_of(value)
+        except (AttributeError, RuntimeError):  # another tree than a tuple of tensors; made under inference_mode
+            return self.through(None, value)
+        cache = self.action.cache
+        seen = cache._seen  # pyright: ignore[reportPrivateUsage]
+        if self.key in seen and (kind is tuple or value.requires_grad) and internals.in_backward():
+            return value  # a checkpointed region runs again: this was captured in the forward
+        cache[self.key] = value
+        seen[self.key] = (value, version)
+        return value
