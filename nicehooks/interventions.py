@@ -161,6 +161,7 @@ def splice(
 
     >>> import torch
     >>> from torch import nn
+    >>> from nicehooks import capture
     >>> model, autoencoder = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 3)
     >>> x = torch.ones(5, 4)
     >>> clean = model(x)
@@ -285,6 +286,7 @@ class suspend(Intervention):
 
     >>> import torch
     >>> from torch import nn
+    >>> from nicehooks import capture
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> with ablate(model, "0"):
     ...     ablated = model(torch.ones(5, 4))
