@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nicehooks.rebinding import Frame
-from nicehooks.rules import Action, SiteRule
-from nicehooks.selection import Site
-from nicehooks.steps import When
+from nicehooks.rules import SiteRule
 from nicehooks.trees import Chain
 
 
@@ -15,10 +13,6 @@ class InputRule(SiteRule):
     """The arguments of a module, as an `Arguments`."""
 
     __slots__ = ()
-
-    def __init__(self, site: Site, action: Action, when: When) -> None:
-        super().__init__(site, action, when)
-        self.simple = False
 
     def before(self, frame: Frame) -> None:
         self.number(frame)

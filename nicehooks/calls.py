@@ -39,10 +39,6 @@ class CallRule(SiteRule):
     __slots__ = ()
     reason = "its module was not called, or calls no function and no method of this name itself (its children may)."
 
-    def __init__(self, site: Site, action: Action, when: When) -> None:
-        super().__init__(site, action, when)
-        self.simple = False
-
     def before(self, frame: Frame) -> None:
         self.number(frame)
         if not frame.watchers:

@@ -26,9 +26,7 @@ from nicehooks.arguments import InputRule
 from nicehooks.errors import TreeMismatch
 from nicehooks.paths import ModulePath
 from nicehooks.rebinding import Frame
-from nicehooks.rules import Action, SiteRule
-from nicehooks.selection import Site
-from nicehooks.steps import When
+from nicehooks.rules import SiteRule
 from nicehooks.trees import Chain
 
 NO_GRADIENT = (
@@ -42,10 +40,6 @@ class GradientRule(SiteRule):
 
     __slots__ = ()
     reason = NO_GRADIENT
-
-    def __init__(self, site: Site, action: Action, when: When) -> None:
-        super().__init__(site, action, when)
-        self.simple = False
 
     def before(self, frame: Frame) -> None:
         self.number(frame)

@@ -8,9 +8,8 @@ matches. `selection.py` brings paths and models together.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -125,22 +124,6 @@ class ModulePath:
     def plain_name(self) -> str:
         """The name without the backslashes that protect special characters."""
         return _unescape(self.name)
-
-
-def expand_stars(path: ModulePath, choices: Iterable[Iterable[Any]]) -> list[ModulePath]:
-    """One path per combination of indices or keys for the `*`s; `choices` has those of each `*`, in order."""
-    found: list[ModulePath] = []
-    for indices in itertools.product(*choices):
-        chosen = iter(indices)
-        chain = tuple(_fill(step, chosen) for step in path.chain)
-        found.append(replace(path, chain=chain))
-    return found
-
-
-def _fill(step: Any, chosen: Iterator[Any]) -> Any:
-    if isinstance(step, tuple):
-        return tuple(next(chosen) if item is STAR else item for item in step)
-    return next(chosen) if step is STAR else step
 
 
 def _items(step: Any) -> tuple[Any, ...]:

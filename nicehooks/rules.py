@@ -43,10 +43,12 @@ class SiteRule(Rule):
     Attributes:
         key: the path of the site as text.
         wild: whether only a wildcard has selected the site.
+        output_only: whether the port is the result of the call and nothing else.
         reason: why a site of this port is not reached, if that is always the same.
     """
 
     reason = ""
+    output_only = False
     __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when", "wild")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
@@ -57,7 +59,7 @@ class SiteRule(Rule):
         self.stars = site.path.has_stars
         self.action = action
         self.when = when
-        self.simple = not when.counts
+        self.simple = self.output_only and not when.counts
         self.index = 0  # among the rules of its context
         self.wild = False
 
@@ -168,6 +170,7 @@ class OutputRule(SiteRule):
     """The result of a module."""
 
     __slots__ = ()
+    output_only = True
 
     def output(self, value: Any) -> Any:
         return self.through(None, value)

@@ -26,7 +26,7 @@ class ParameterRule(SiteRule):
 
     def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
         super().__init__(site, action, when)
-        self.simple = self.is_swapped = False
+        self.is_swapped = False
         self.places = [(weakref.ref(module), name) for module, name in places]
 
     def modules(self) -> list[nn.Module]:
@@ -54,10 +54,6 @@ class AttributeRule(SiteRule):
     """A tensor that a pre-hook of the module computes and keeps as a plain attribute, as `weight_norm` does."""
 
     __slots__ = ()
-
-    def __init__(self, site: Site, action: Action, when: When) -> None:
-        super().__init__(site, action, when)
-        self.simple = False
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
