@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nicehooks import activation_files, internals, trees
 from nicehooks.arithmetic import Number, combine
 from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.parts import is_within, means_several, parsed
+from nicehooks.parts import is_within, means_several, parsed, wholes_of
 from nicehooks.paths import OUTPUT, ModulePath
 from nicehooks.seen import Calls, Watch, describe
 from nicehooks.selection import Site
@@ -87,24 +87,16 @@ class ActivationCache(dict[str, Any]):
             return None
         if dict.__contains__(self, text):
             return text, ()
-        path = ModulePath.parse(text)
-        return None if means_several(path) else self._whole_of(path)
-
-    def _whole_of(self, path: ModulePath) -> tuple[str, Chain] | None:
-        found = self._whole_under(path)
-        if found is not None:
-            return found
-        for other in self._other_names(path.plain_name):
-            found = self._whole_under(path.on(other))
-            if found is not None:
-                return found
-        return None
-
-    def _whole_under(self, path: ModulePath) -> tuple[str, Chain] | None:
-        for taken in range(len(path.chain), -1, -1):
-            whole = str(replace(path, chain=path.chain[:taken]))
+        for whole, rest in wholes_of(text):
             if dict.__contains__(self, whole):
-                return whole, path.chain[taken:]
+                return whole, rest
+        return None if torch.compiler.is_dynamo_compiling() else self._under_other_name(ModulePath.parse(text))
+
+    def _under_other_name(self, path: ModulePath) -> tuple[str, Chain] | None:
+        for other in self._other_names(path.plain_name):
+            for whole, rest in wholes_of(str(path.on(other))):
+                if dict.__contains__(self, whole):
+                    return whole, rest
         return None
 
     def _read(self, path: Any, whole: str, chain: Chain) -> Any:

@@ -27,14 +27,14 @@ class InputRule(SiteRule):
     def _by_name(self, names: tuple[str, ...]) -> Chain:
         """The chain, with the name of the parameter for its position."""
         first = self.chain[0] if self.chain else None
-        if type(first) is not int or not 0 <= first < len(names):
+        if not isinstance(first, int) or not 0 <= first < len(names):
             return self.chain
         return (names[first], *self.chain[1:])
 
     def _complete(self, arguments: Arguments, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
         """Adds the default of the argument that the path names, where the caller did not pass it."""
         first = self.chain[0]
-        name = names[first] if type(first) is int and 0 <= first < len(names) else first
+        name = names[first] if isinstance(first, int) and 0 <= first < len(names) else first
         if isinstance(name, str) and name not in arguments and name in defaults:
             arguments[name] = defaults[name]
 

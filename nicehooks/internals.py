@@ -16,12 +16,25 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def evaluated_while_tracing(function: Fn) -> Fn:
+    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
+
+    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # --- torch.func levels (torch 2.4 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
 
 innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
 """The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
 
 
+@evaluated_while_tracing
 def transform_level() -> int:
     """How many `torch.func` transforms are running around this line."""
     transform = innermost_transform()
@@ -107,9 +120,6 @@ CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
-Simple = TypeVar("Simple", bound=Callable[..., bool | str])
-
-
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
     """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
 
@@ -120,15 +130,6 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
         return False  # not loaded, or being loaded by another thread at this moment
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
     return True
-
-
-def evaluated_while_tracing(function: Simple) -> Simple:
-    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
-
-    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
