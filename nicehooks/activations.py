@@ -258,7 +258,9 @@ class ActivationCache(dict[str, Any]):
         if isinstance(where, bool):
             return list(self) if where else []
         text = _text(where)
-        return self._chosen_by(where) if text is None else self._at_path(ModulePath.parse(text))
+        if text is None:
+            return self._chosen_by(where)
+        return _keys_at(text, tuple(self)) if torch.compiler.is_dynamo_compiling() else self._at_path(text)
 
     def _chosen_by(self, test: Any) -> list[str]:
         if isinstance(test, re.Pattern):
@@ -273,9 +275,9 @@ class ActivationCache(dict[str, Any]):
             raise SiteNotFound(f"{shown!r} selects nothing in this cache of {_sites(self)}.")
         return found
 
-    def _at_path(self, path: ModulePath) -> list[str]:
-        """The keys that `path` selects; each alternative in its braces has to select something."""
-        options = list(path.alternatives())
+    def _at_path(self, text: str) -> list[str]:
+        """The keys that a path selects; each alternative in its braces has to select something."""
+        options = list(ModulePath.parse(text).alternatives())
         found = [(option, part) for key in self for option in options for part in self._parts(key, option)]
         parts = [part for _, part in found]
         for option in options:
@@ -441,6 +443,12 @@ def show_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+@internals.evaluated_while_tracing
+def _keys_at(text: str, keys: tuple[str, ...]) -> list[str]:
+    """`_at_path`, for a cache with `keys` whose values only traced code knows: a `*` in a subscript finds nothing."""
+    return ActivationCache(dict.fromkeys(keys))._at_path(text)
+
+
 # --- keys and paths ---------------------------------------------------------------------------------------------------
 
 
@@ -450,9 +458,9 @@ def _no_other_names(name: str) -> list[str]:
 
 def _text(key: Any) -> str | None:
     """`key` as text; None where it is no path."""
-    if type(key) is str:
+    if isinstance(key, str):
         return key
-    return str(key) if isinstance(key, str | ModulePath | Site) else None
+    return str(key) if isinstance(key, ModulePath | Site) else None
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
-from nicehooks.trees import Chain
+from nicehooks.trees import Chain, is_same
 
 
 class InputRule(SiteRule):
@@ -21,7 +21,7 @@ class InputRule(SiteRule):
         if self.chain:
             self._complete(arguments, names, defaults)
         changed = self.through(frame, arguments, self._by_name(names))
-        if changed is not arguments:
+        if not is_same(changed, arguments):
             frame.args, frame.kwargs = written_back(names, frame.args, frame.kwargs, arguments, changed)
 
     def _by_name(self, names: tuple[str, ...]) -> Chain:
@@ -71,7 +71,7 @@ def written_back(
     for name, value in new.items():
         position = name if isinstance(name, int) else names.index(name) if name in names else len(args)
         if name in by_name or position >= len(args):
-            if name not in old or old[name] is not value or name in by_name:
+            if name not in old or not is_same(value, old[name]) or name in by_name:
                 by_name[name] = value
         else:
             positional[position] = value

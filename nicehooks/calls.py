@@ -29,6 +29,7 @@ from nicehooks.rebinding import Frame, Rule, parameters_of
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site
 from nicehooks.steps import When
+from nicehooks.trees import is_same
 
 _running: ContextVar[Frame | None] = ContextVar("nicehooks.running", default=None)
 
@@ -133,7 +134,7 @@ class CallWatcher(AbstractContextManager[None]):
         names = _names_of(attention_in_steps if name == FUSED_ATTENTION else function)
         arguments = arguments_of(names, args, kwargs)
         changed = at("input", arguments)
-        if changed is not arguments:
+        if not is_same(changed, arguments):
             args, kwargs = written_back(names, args, kwargs, arguments, changed)
         if any(rule.path.port.part in STEPS for rule in rules):
             function = partial(attention_in_steps if function is fused_attention else function, at=at)

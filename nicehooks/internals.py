@@ -14,7 +14,8 @@ import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch import vmap as functorch_vmap
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_pop_interpreter_stack
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -65,6 +66,26 @@ def transform_size(transform: Any) -> int | None:
     if transform.key() != functorch.TransformType.Vmap:
         return None
     return functorch.CVmapInterpreterPtr(transform).batchSize()
+
+
+def lift_traced(value: Tensor, level: int) -> Tensor:
+    """`lift`, in code that is being traced: with what the transforms themselves do to their results."""
+    for above, size in _transforms_above(level):
+        if size is None:
+            value = functorch._unwrap_for_grad(value, above)
+        else:
+            value = functorch_vmap._remove_batch_dim(value, above, size, 0)
+    return value
+
+
+@evaluated_while_tracing
+def _transforms_above(level: int) -> list[tuple[int, int | None]]:
+    """The level of each running transform above `level`, and the size of a `vmap`, the innermost first."""
+    found: list[tuple[int, int | None]] = []
+    for transform in reversed(retrieve_all_functorch_interpreters()):
+        if transform.level() > level:
+            found.append((transform.level(), transform.batch_size() if hasattr(transform, "batch_size") else None))
+    return found
 
 
 version_counter: Callable[[Tensor], int] = operator.attrgetter("_version")

@@ -264,7 +264,7 @@ class _Patch(Action):
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
             raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
-        return old if new is old else _copied(new, old)
+        return old if trees.is_same(new, old) else _copied(new, old)
 
 
 def _is_tensor(leaf: Any) -> bool:

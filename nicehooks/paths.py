@@ -134,6 +134,12 @@ class ModulePath:
         return _unescape(self.name)
 
 
+@evaluated_while_tracing
+def with_chain(text: str, chain: Chain) -> str:
+    """The path `text` with other subscripts."""
+    return str(replace(_parse(text), chain=chain))
+
+
 def _items(step: Any) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 

@@ -219,13 +219,17 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
-        if not any([rule.caught(stop) for rule in rules]):
+        if not _is_caught(stop, rules):
             raise
         frame.value = None
     finally:
         while frame.contexts:
             frame.contexts.pop().__exit__(None, None, None)
     return frame.value
+
+
+def _is_caught(stop: StopForward, rules: list[Rule]) -> bool:
+    return any([rule.caught(stop) for rule in rules])
 
 
 def _watched_call(tap: Tap, frame: Frame) -> Any:

@@ -209,7 +209,7 @@ def select(model: nn.Module, *where: Where) -> list[Site]:
 def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[Group]:
     """The sites of each item of `where`; two groups may have the same one."""
     finder = _Finder(model, verb)
-    return [Group(item, *finder.find(item)) for item in _flatten(where)]
+    return [Group(item, *finder.find(item)) for item in flat(where)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -219,14 +219,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _flatten(where: Where) -> Iterator[Where]:
+def flat(where: Where) -> Iterator[Where]:
+    """The items of `where`, however they are nested."""
     if isinstance(where, str | Site):
         yield where
     elif isinstance(where, Mapping):
         yield from where
     elif isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
         for item in where:
-            yield from _flatten(item)
+            yield from flat(item)
     else:
         yield where
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from nicehooks import internals, sessions
 from nicehooks.paths import ModulePath
-from nicehooks.selection import Group, Site, Where, select_groups
+from nicehooks.selection import Group, Site, Where, flat, select_groups
 
 
 class _Place(NamedTuple):
@@ -32,10 +32,12 @@ def groups_of(model: nn.Module, where: Where, verb: str) -> list[Group]:
 
     The modules are looked up by that code itself, so that Dynamo knows where they come from and can guard them.
     """
-    return [
-        Group(where, [Site(p.name, _module_at(model, p.keys), p.path, model) for p in places], wild)
-        for where, places, wild in _places_of(model, where, verb)
-    ]
+    groups: list[Group] = []
+    for item in flat(where):
+        places, wild = _places_of(model, item, verb)
+        sites = [Site(place.name, _module_at(model, place.keys), place.path, model) for place in places]
+        groups.append(Group(item, sites, wild))
+    return groups
 
 
 def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
@@ -45,13 +47,11 @@ def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
 
 
 @internals.evaluated_while_tracing
-def _places_of(model: nn.Module, where: Where, verb: str) -> list[tuple[Where, list[_Place], bool]]:
+def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], bool]:
     sessions.teach_dynamo()
     names = {id(module): name for name, module in model.named_modules()}
-    return [
-        (None, [_Place(site.name, _keys(names[id(site.module)]), site.path) for site in group.sites], group.wild)
-        for group in select_groups(model, where, verb)
-    ]
+    (group,) = select_groups(model, [item], verb)
+    return [_Place(site.name, _keys(names[id(site.module)]), site.path) for site in group.sites], group.wild
 
 
 def _keys(name: str) -> tuple[str, ...]:
