@@ -6,7 +6,7 @@ import operator
 import sys
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optree.registry
 import torch
@@ -104,6 +104,43 @@ def in_checkpoint() -> bool:
 
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+
+# --- functions in C ---------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """A parameter of a torch function, by the name that Python code passes it by.
+
+    Attributes:
+        kind: its type as the schema writes it: "Tensor", "Optional[Tensor]", "List[int]", …
+        by_name: whether it can be passed by name only.
+        default: its default; `REQUIRED` without one.
+    """
+
+    name: str
+    kind: str
+    by_name: bool
+    default: Any
+
+
+REQUIRED: Any = object()
+
+
+def overloads(name: str) -> list[list[Parameter]]:
+    """The parameters of each overload of the torch function called `name` (torch 2.4 … 2.13).
+
+    torch's own schemas: functions in C have no signature that `inspect` could read, and the lambdas of
+    `torch.overrides.get_testing_overrides` leave parameters out and give some in another order.
+    """
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return [[_parameter(argument) for argument in schema.arguments] for schema in schemas]
+
+
+def _parameter(argument: Any) -> Parameter:
+    name = "input" if argument.name == "self" else argument.name
+    default = argument.default_value if argument.has_default_value() else REQUIRED
+    return Parameter(name, str(argument.type), argument.kwarg_only, default)
+
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
