@@ -15,6 +15,7 @@ The floors, from the ground up; each imports only from the ones below it:
     parameters      parameters with another value in one thread or task
     steps           at which steps and calls an intervention acts
     rules           how the value at a site gets to an intervention, and back
+    signatures      the parameters of any function, also of one in C
     arguments       the port @input
     weights         the ports of parameters and buffers
     gradients       the ports @grad and @input.grad

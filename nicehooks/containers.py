@@ -47,7 +47,7 @@ def open_node(tree: Any) -> Node | None:
 
 
 def is_same(new: Any, old: Any) -> bool:
-    """Whether `new` is `old` itself. Dynamo tells this of tensors alone; nothing is lost where a container is rebuilt."""
+    """Whether `new` is `old`. Dynamo tells this of tensors alone; nothing is lost where a container is rebuilt."""
     return new is old if isinstance(old, Tensor) or not torch.compiler.is_compiling() else False
 
 

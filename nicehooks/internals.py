@@ -6,7 +6,7 @@ import operator
 import sys
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optree.registry
 import torch
@@ -14,8 +14,12 @@ import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch import vmap as functorch_vmap
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    temporarily_pop_interpreter_stack,
+)
+from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -74,7 +78,7 @@ def lift_traced(value: Tensor, level: int) -> Tensor:
         if size is None:
             value = functorch._unwrap_for_grad(value, above)
         else:
-            value = functorch_vmap._remove_batch_dim(value, above, size, 0)
+            value = remove_batch_dim(value, above, size, 0)
     return value
 
 
@@ -84,7 +88,8 @@ def _transforms_above(level: int) -> list[tuple[int, int | None]]:
     found: list[tuple[int, int | None]] = []
     for transform in reversed(retrieve_all_functorch_interpreters()):
         if transform.level() > level:
-            found.append((transform.level(), transform.batch_size() if hasattr(transform, "batch_size") else None))
+            size = transform.batch_size() if isinstance(transform, VmapInterpreter) else None
+            found.append((transform.level(), size))
     return found
 
 
@@ -139,7 +144,45 @@ def in_checkpoint() -> bool:
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
+# --- functions in C ---------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """A parameter of a torch function, by the name that Python code passes it by.
+
+    Attributes:
+        kind: its type as the schema writes it: "Tensor", "Optional[Tensor]", "List[int]", …
+        by_name: whether it can be passed by name only.
+        default: its default; `REQUIRED` without one.
+    """
+
+    name: str
+    kind: str
+    by_name: bool
+    default: Any
+
+
+REQUIRED: Any = object()
+
+
+def overloads(name: str) -> list[list[Parameter]]:
+    """The parameters of each overload of the torch function called `name` (torch 2.4 … 2.13).
+
+    torch's own schemas: functions in C have no signature that `inspect` could read, and the lambdas of
+    `torch.overrides.get_testing_overrides` leave parameters out and give some in another order.
+    """
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return [[_parameter(argument) for argument in schema.arguments] for schema in schemas]
+
+
+def _parameter(argument: Any) -> Parameter:
+    name = "input" if argument.name == "self" else argument.name
+    default = argument.default_value if argument.has_default_value() else REQUIRED
+    return Parameter(name, str(argument.type), argument.kwarg_only, default)
+
+
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
+
 
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
     """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
