@@ -20,12 +20,12 @@ from nicehooks.errors import (
 )
 from nicehooks.parameters import stand_in, step_back
 from nicehooks.ports import Pairs, rules_for, slow_path_rules
-from nicehooks.rebinding import bind, bind_traced, unbind, unbind_traced
+from nicehooks.rebinding import bind, unbind
 from nicehooks.rules import Action, SiteRule, StepRule
 from nicehooks.selection import Group, Site, Where, select_groups, unwrap
 from nicehooks.sessions import Session
 from nicehooks.steps import When
-from nicehooks.tracing import groups_of
+from nicehooks.tracing import bind_traced, groups_of, unbind_traced
 from nicehooks.weights import AttributeRule, ParameterRule
 
 

@@ -126,11 +126,14 @@ class _Here(threading.local):
 
     Attributes:
         slots: the slots of the sessions that act in it, for traced code.
+        traced: what traced code has entered itself, by the `id` of the module: the forward that stood in its `__dict__`
+            before, and the rules. Empty whenever no such code is being traced.
         number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
     def __init__(self) -> None:
         self.slots: tuple[int, ...] = ()
+        self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self.number = next(_thread_numbers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -29,15 +29,24 @@ def parameters_in_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     The tensor that a method belongs to is `input`, as in the function of the same name.
     """
+    if isinstance(function, partial):  # a method, in code that is being traced
+        names, defaults = parameters_in_call(function.func, (*function.args, *args), kwargs)
+        return names[len(function.args) :], defaults
     if torch.compiler.is_dynamo_compiling():
-        shown = [Tensor if isinstance(value, Tensor) else value for value in args]
-        named = {name: Tensor if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        return _parameters_while_tracing(inspect.unwrap(function), shown, named)
+        named = {name: _shown(value) for name, value in kwargs.items()}
+        return _parameters_while_tracing(inspect.unwrap(function), [_shown(value) for value in args], named)
     if isinstance(function, MethodType):  # not remembered itself: it keeps its object alive
         names, defaults = _of_signature(function.__func__) or ((), {})
         return names[1:], defaults
     function = inspect.unwrap(function)
     return _of_signature(function) or _of_schema(function, args, kwargs) or _of_overrides(function) or ((), {})
+
+
+def _shown(value: Any) -> Any:
+    """What Dynamo knows of an argument while it traces: constants, and the kind of the rest."""
+    if isinstance(value, Tensor):
+        return Tensor
+    return value if value is None or isinstance(value, bool | int | float | str) else object
 
 
 @internals.evaluated_while_tracing

@@ -2,21 +2,28 @@
 
 NOTE [Inside compiled code]
 Dynamo follows what a traced function does to Python objects, and does it to them when the compiled function has run. So
-entering a context in traced code puts the taps into the modules as it always does, and leaving takes them out again:
-what is left to be done afterwards is nothing. Two things are different. What depends on the model and on text alone is
-found out once, while Dynamo traces (`evaluated_while_tracing`). And rules go into a place of their own in a tap
-(`Tap.traced`): nobody else sees them, so they need no session that is told from others.
+entering a context in traced code puts taps into the modules, and leaving takes them out again: what is left to be done
+afterwards is nothing. Three things are different from eager code. What depends on the model and on text alone is found
+out once, while Dynamo traces (`evaluated_while_tracing`). The rules are in a table of the thread, and not in the taps:
+nobody else sees them, so they need no session that is told from others. And a module whose own tap is not in its place
+gets one that lives as long as the traced code (`_TracedTap`): Dynamo can only guard what it knows the way to.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from nicehooks import internals, sessions
 from nicehooks.paths import ModulePath
+from nicehooks.rebinding import Rule, acting_in_traced_code, is_bound, parameters_of, staged
 from nicehooks.selection import Group, Site, Where, flat, select_groups
+from nicehooks.sessions import HERE
+
+Pairs = list[tuple[nn.Module, Rule]]
 
 
 class _Place(NamedTuple):
@@ -56,3 +63,66 @@ def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], 
 
 def _keys(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")) if name else ()
+
+
+# --- binding ----------------------------------------------------------------------------------------------------------
+
+
+class _TracedTap:
+    """Stands in for the forward of a module whose own tap is not in its place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.of = module
+        self.previous: Any = module.__dict__.get("forward")
+        self.parameters = _parameters_at(module)
+        self.rules: tuple[Rule, ...] = ()
+
+    def module(self) -> nn.Module:
+        return self.of
+
+    def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the module's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _forward_of(tap: _TracedTap) -> Callable[..., Any]:
+    return lambda *args, **kwargs: staged(tap, acting_in_traced_code(tap), args, kwargs)
+
+
+@internals.evaluated_while_tracing
+def _parameters_at(module: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return parameters_of(inspect.signature(module.forward))
+
+
+@internals.evaluated_while_tracing
+def _has_tap(module: nn.Module) -> bool:
+    return is_bound(module)
+
+
+def bind_traced(pairs: Pairs) -> None:
+    """Adds each rule to its module."""
+    for module, rule in pairs:
+        found = HERE.traced.get(id(module))
+        forward, rules = (module.__dict__.get("forward"), ()) if found is None else found
+        if found is None and not _has_tap(module):
+            module.__dict__["forward"] = _forward_of(_TracedTap(module))
+        HERE.traced[id(module)] = (forward, (*rules, rule))
+
+
+def unbind_traced(pairs: Pairs) -> None:
+    """Takes each rule away again; the last one to go puts the module's own forward back."""
+    for module, rule in pairs:
+        forward, rules = HERE.traced[id(module)]
+        rules = tuple([other for other in rules if other is not rule])
+        HERE.traced[id(module)] = (forward, rules)
+        if rules:
+            continue
+        del HERE.traced[id(module)]
+        if _has_tap(module):
+            continue
+        if forward is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = forward
