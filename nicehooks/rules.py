@@ -91,10 +91,12 @@ class SiteRule(Rule):
 
     def at_key(self, key: str, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it, which is called `key` in this call."""
+        chain = self.chain if chain is None else chain
+        if not self.action.changes or torch.compiler.is_compiling():  # what traced code reads, it would be guarded on
+            return self.act(value, chain, key)
         first = self.key not in self.session.reached
-        new = self.act(value, self.chain if chain is None else chain, key)
-        if self.action.changes and not torch.compiler.is_compiling():
-            self.note_checkpoint(first, new)
+        new = self.act(value, chain, key)
+        self.note_checkpoint(first, new)
         return new
 
     def note_checkpoint(self, search: bool, value: Any = None) -> None:
