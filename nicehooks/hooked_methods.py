@@ -96,9 +96,14 @@ class HookedMethods:
 
     # names
 
+    def _has_points(self) -> None:
+        if not self.hook_dict:
+            raise SiteNotFound(NO_POINTS.format(model=type(self._hooked_model()).__name__))
+
     def _point(self, name: Any) -> HookMethods:
         if not isinstance(name, str):
             raise TypeError(f"{name!r} is no name of a hook point, and no predicate over names")
+        self._has_points()
         point = self.hook_dict.get(name)
         if point is None:
             raise SiteNotFound(self._no_point(name))
@@ -106,8 +111,6 @@ class HookedMethods:
 
     def _no_point(self, name: str) -> str:
         model = type(self._hooked_model()).__name__
-        if not self.hook_dict:
-            return f"{model} has no hook points: it calls self.setup() at the end of its __init__, after defining them."
         text = f"no hook point {name!r} in {model}."
         if name in self.mod_dict:
             text = f"{name!r} in {model} is no hook point, but a {type(self.mod_dict[name]).__name__}."
@@ -117,6 +120,7 @@ class HookedMethods:
 
     def _names(self, names_filter: NamesFilter) -> list[str]:
         """The names that a filter chooses, at least one; those of a predicate know that they are of one wildcard."""
+        self._has_points()
         if names_filter is None:
             return _matched(self._cached_by_default(), "names_filter=None")
         chosen = chooser(names_filter)
@@ -129,11 +133,12 @@ class HookedMethods:
         return self._matching(chosen)
 
     def _matching(self, predicate: Callable[[str], Any]) -> list[str]:
+        self._has_points()
         names = [name for name in self.hook_dict if predicate(name)]
         shown = getattr(predicate, "__name__", None) or type(predicate).__name__
         if not names:
             model = type(self._hooked_model()).__name__
-            have = ", ".join(map(repr, list(self.hook_dict)[:3])) or "none: call self.setup()"
+            have = ", ".join(map(repr, list(self.hook_dict)[:3]))
             raise SiteNotFound(f"{shown} matches no hook point of {model}.\n  hook points: {have}, …")
         return _matched(names, shown)
 
@@ -304,7 +309,7 @@ class HookedMethods:
         backward = self._items(bwd_hooks, "bwd")
         if backward and reset_hooks_end:
             warnings.warn(NO_BACKWARD, NotReachedWarning, stacklevel=2)
-        with self._scope(items + backward, reset_hooks_end, clear_contexts, needs_backward=False):
+        with self._scope(items + backward, reset_hooks_end, clear_contexts, needs_backward=not reset_hooks_end):
             return self._hooked_model()(*model_args, **model_kwargs)
 
     def run_with_cache(
@@ -393,7 +398,7 @@ class HookedMethods:
         cache, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice, detach
         )
-        add(Hooks(self._hooked_model(), self._items(fwd, "fwd") + self._items(bwd, "bwd"), needs_backward=False))
+        add(Hooks(self._hooked_model(), self._items(fwd, "fwd") + self._items(bwd, "bwd")))
         return cache
 
     def cache_all(
@@ -419,6 +424,8 @@ class HookedMethods:
         warnings.warn(DEPRECATED.format(name="cache_some"), DeprecationWarning, stacklevel=2)
         self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 
+
+NO_POINTS = "{model} has no hook points. It has to call self.setup() at the end of its __init__, after defining them."
 
 NO_BACKWARD = (
     "run_with_hooks only runs forward: its bwd_hooks are removed before you can call backward, and never act.\n"

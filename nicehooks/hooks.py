@@ -23,7 +23,7 @@ from nicehooks.ports import Pairs
 from nicehooks.rebinding import HANDLES, Rule, tap_of, unbind
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Census, Group, Site, unwrap
-from nicehooks.sessions import Session, is_acting
+from nicehooks.sessions import LOCK, Session, is_acting
 
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
@@ -187,15 +187,19 @@ class Hooks(Intervention):
 
     def attach(self) -> Any:
         super().attach()
-        vars(unwrap(self.model)).setdefault(HANDLES, []).append(self)
+        with LOCK:
+            handles = vars(unwrap(self.model)).setdefault(HANDLES, [])
+            if self.active and self not in handles:
+                handles.append(self)
         return self
 
     def _stop(self, holders: int | None = None) -> None:
         """See NOTE [Who holds an attached hook]."""
         entries = vars(unwrap(self.model))
-        handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
-        if handles:
-            entries[HANDLES] = handles
+        with LOCK:
+            handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
+            if handles:
+                entries[HANDLES] = handles
         super()._stop(holders)
 
     def drop(self, hook: Hook) -> None:
