@@ -8,21 +8,23 @@ hooked_methods  running with hooks, or with a cache
 hooked_models   HookedRootModule, hooked
 """
 
-from nicehooks.caching_hooks import CachingHook
+from nicehooks.caching_hooks import CachingHook, NamesFilter
 from nicehooks.hooked_methods import HookedMethods
 from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
-from nicehooks.hooks import LensHandle
+from nicehooks.hooks import HookFunction, LensHandle
 from nicehooks.named_points import HookRecord
 from nicehooks.points import HookPoint, Place
 
 __all__ = [
     "CachingHook",
+    "HookFunction",
     "HookPoint",
     "HookRecord",
     "HookedMethods",
     "HookedModule",
     "HookedRootModule",
     "LensHandle",
+    "NamesFilter",
     "Place",
     "hooked",
 ]
