@@ -488,8 +488,12 @@ def test_a_hook_of_the_level_of_a_context_ends_with_it(model):
     assert [r.hook for r in model.list_hooks()] == [zero]
     with model.hooks(reset_hooks_end=False):
         model.add_hook(POST, double, level=1)
-        model(inputs())
-    assert [r.hook for r in model.list_hooks()] == [zero]
+        with model.hooks():
+            model.add_hook(POST, look, level=2)
+            model.add_hook(POST, look, level=7)  # of no context: it stays
+            model(inputs())
+        assert [(r.hook, r.level) for r in model.list_hooks()] == [(zero, None), (double, 1), (look, 7)]
+    assert [(r.hook, r.level) for r in model.list_hooks()] == [(zero, None), (look, 7)]
     model.reset_hooks()
 
 
