@@ -34,6 +34,13 @@ The floors, from the ground up; each imports only from the ones below it:
     interventions   patch, edit, ablate, steer, splice, suspend
     functional      captured, functional, grad_at
     listing         sites, describe
+    hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
+    points          HookPoint, and the methods of a place
+    caching_hooks   which hook points to cache, and the hook that does it
+    named_points    hooks by name: listed, added and removed
+    hooked_methods  running a model with hooks, or with a cache
+    hooked_models   HookedRootModule, hooked
+    hookpoints      what of this is public
 """
 
 from nicehooks.activations import ActivationCache
