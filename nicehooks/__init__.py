@@ -17,6 +17,7 @@ The floors, from the ground up; each imports only from the ones below it:
     rules           how the value at a site gets to an intervention, and back
     arguments       the port @input
     weights         the ports of parameters and buffers
+    stations        where what acts on the gradients of one call's tensors stands in line
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
@@ -30,6 +31,10 @@ The floors, from the ground up; each imports only from the ones below it:
     given           the functions that users hand in, and how what they wrote is shown
     capturing       capture
     interventions   patch, edit, ablate, steer, splice, suspend
+    hook_rules      hooks before and after a forward
+    backward_hooks  hooks on gradients
+    registering     register_forward_hook and its three siblings
+    running         run, expand_module_path
     functional      captured, functional, grad_at
     listing         sites, describe
 """
@@ -56,6 +61,13 @@ from nicehooks.functional import captured, functional, grad_at
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
 from nicehooks.paths import ModulePath
+from nicehooks.registering import (
+    register_forward_hook,
+    register_forward_pre_hook,
+    register_full_backward_hook,
+    register_full_backward_pre_hook,
+)
+from nicehooks.running import ActivationCacheLike, expand_module_path, run
 from nicehooks.selection import Site, select
 from nicehooks.trees import KEEP
 
@@ -64,6 +76,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KEEP",
     "ActivationCache",
+    "ActivationCacheLike",
     "CheckpointWarning",
     "ContextMisuse",
     "ModulePath",
@@ -84,10 +97,16 @@ __all__ = [
     "captured",
     "describe",
     "edit",
+    "expand_module_path",
     "functional",
     "fused_attention_as_steps",
     "grad_at",
     "patch",
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "run",
     "select",
     "sites",
     "splice",

@@ -49,9 +49,10 @@ class Frame:
         contexts: what rules have entered around the call.
         watchers: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
+        kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value", "watchers")
+    __slots__ = ("args", "contexts", "kept", "kwargs", "module", "numbers", "tap", "value", "watchers")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -62,6 +63,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.watchers: list[Any] = []
         self.numbers: dict[int, int] = {}
+        self.kept: dict[Any, Any] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Enters `context` until the call is over."""
@@ -303,15 +305,15 @@ def _forget(key: int) -> None:
         tap.forward = None
 
 
-def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
-    """Adds each rule to the tap of its module."""
+def bind(pairs: list[tuple[nn.Module, Rule]], first: bool = False) -> None:
+    """Adds each rule to the tap of its module: behind the rules that are there, or before them."""
     sessions.teach_dynamo()
     with LOCK:
         for module, rule in pairs:
             tap = _taps.get(id(module)) or _make_tap(module)
             if not tap.rules:
                 _put_in(module, tap)
-            tap.rules = (*tap.rules, rule)
+            tap.rules = (rule, *tap.rules) if first else (*tap.rules, rule)
             tap.simple = tap.simple and rule.simple
 
 

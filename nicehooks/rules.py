@@ -26,15 +26,21 @@ class Action:
     Attributes:
         verb: the name of the intervention, for messages.
         changes: whether it may change the value.
+        wants_call: whether it is told of the call that the value belongs to.
     """
 
     __slots__ = ()
     verb = ""
     changes = True
+    wants_call = False
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
         raise NotImplementedError  # abstract: every intervention has its own
+
+    def act_in_call(self, call: Any, value: Any, key: str, site: Site) -> Any:
+        """As `act`, if it `wants_call`: `call` is the `Frame`, or what the rule keeps of it for its gradients."""
+        raise NotImplementedError
 
 
 class SiteRule(Rule):
@@ -91,7 +97,7 @@ class SiteRule(Rule):
         if key is None:
             return value
         first = self.key not in self.session.reached
-        new = self.act(value, self.chain if chain is None else chain, key)
+        new = self.act(value, self.chain if chain is None else chain, key, frame)
         if self.action.changes and not torch.compiler.is_compiling():
             self.note_checkpoint(first, new)
         return new
@@ -113,10 +119,10 @@ class SiteRule(Rule):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(_note_backward, session))
 
-    def act(self, value: Any, chain: Chain, key: str) -> Any:
+    def act(self, value: Any, chain: Chain, key: str, call: Any = None) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
         if not self.stars:
-            return self._act_once(value, chain, key)
+            return self._act_once(value, chain, key, call)
         path = ModulePath.parse(key)
         lead = path.chain[: len(path.chain) - len(chain)]
         try:
@@ -124,23 +130,26 @@ class SiteRule(Rule):
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
         for found in chains:
-            value = self._act_once(value, found, str(replace(path, chain=(*lead, *found))))
+            value = self._act_once(value, found, str(replace(path, chain=(*lead, *found))), call)
         return value
 
-    def _act_once(self, value: Any, chain: Chain, key: str) -> Any:
+    def _act_once(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
         try:
-            return trees.rewrite(value, chain, partial(self._at_site, key=key))
+            return trees.rewrite(value, chain, partial(self._at_site, key=key, call=call))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
 
-    def _at_site(self, value: Any, key: str) -> Any:
+    def _at_site(self, value: Any, key: str, call: Any) -> Any:
         """What takes the place of `value`; a site that has only ever been an empty region was not reached."""
-        if value is None and self.wild and self.action.changes:
+        told = self.action.wants_call
+        if value is None and self.wild and self.action.changes and not told:
             return value  # a wildcard passes over modules that return nothing
         sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
         empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
         if not empty:
             self.session.reached[self.key] = True
+        if told:
+            return self.action.act_in_call(call, value, key=key, site=self.site)
         return self.action.act(self.session, value, key=key, site=self.site)
 
     def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
