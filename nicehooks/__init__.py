@@ -9,8 +9,9 @@ The floors, from the ground up; each imports only from the ones below it:
     trees           reading, rewriting and assigning a part of a nested value
     subscripts      the subscripts at the end of a path
     paths           the path language
-    selection       which sites of a model a path selects
     sessions        who is active in which thread or task
+    methods         methods of classes as modules
+    selection       which sites of a model a path selects
     rebinding       the tap that stands in for a module's forward
     parameters      parameters with another value in one thread or task
     steps           at which steps and calls an intervention acts
@@ -60,6 +61,7 @@ from nicehooks.errors import (
 from nicehooks.functional import captured, functional, grad_at
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
+from nicehooks.methods import patch_method_to_module
 from nicehooks.paths import ModulePath
 from nicehooks.registering import (
     register_forward_hook,
@@ -102,6 +104,7 @@ __all__ = [
     "fused_attention_as_steps",
     "grad_at",
     "patch",
+    "patch_method_to_module",
     "register_forward_hook",
     "register_forward_pre_hook",
     "register_full_backward_hook",

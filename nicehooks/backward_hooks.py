@@ -161,8 +161,8 @@ class _GradInputRule(InputRule):
 
 
 TRACED = (
-    "register_full_backward_hook cannot act in compiled code, where the gradients of the output are gone by the time of "
-    "those of the input. register_full_backward_pre_hook can, and so can an uncompiled model."
+    "register_full_backward_hook cannot act in compiled code, where the gradients of the output are gone when those of "
+    "the input come by. register_full_backward_pre_hook can act there, and both can in a model that is not compiled."
 )
 
 
@@ -186,7 +186,7 @@ def _watched(
 
 
 def _note(rule: Any) -> None:
-    """Where backward cannot say that the site was reached: it may come later, and a compiled one writes nothing down."""
+    """Says that the site was reached where backward cannot: it may come later, and a compiled one keeps no notes."""
     if rule.action.outlives or torch.compiler.is_compiling():
         rule.session.reached[rule.key] = True
 

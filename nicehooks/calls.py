@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,9 +102,9 @@ class CallWatcher(AbstractContextManager[None]):
         if methods:
             frame.module = self.stack.enter_context(StandIn(frame.module, dict.fromkeys(methods), tuple(methods)))
             for name in methods:
-                frame.module.__dict__[name] = self._watching(
-                    name, MethodType(getattr(type(frame.module), name), frame.module)
-                )
+                method: Any = inspect.getattr_static(type(frame.module), name)  # static, of the class, or a module
+                bound = method.__get__(frame.module, type(frame.module))
+                frame.module.__dict__[name] = self._watching(name, bound)
         self.stack.enter_context(_Running(frame))
         self.stack.enter_context(_Mode(self))
 

@@ -14,7 +14,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.given import call_user, show_where, takes_site
 from nicehooks.rebinding import tap_of
 from nicehooks.rules import Action, SuspendRule
-from nicehooks.selection import Site, Where, unwrap
+from nicehooks.selection import Census, Site, Where
 from nicehooks.sessions import Session
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
@@ -311,6 +311,6 @@ class suspend(Intervention):
         return super()._start(attached)
 
     def _make_plan(self) -> Any:
-        modules = {id(module): module for module in unwrap(self.model).modules()}
-        tapped = [module for module in modules.values() if (tap := tap_of(module)) is not None and tap.rules]
+        modules = dict.fromkeys(Census(self.model).names.values())
+        tapped = [module for module in modules if (tap := tap_of(module)) is not None and tap.rules]
         return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset())

@@ -55,6 +55,7 @@ def test_these_are_the_public_names() -> None:
         "fused_attention_as_steps",
         "grad_at",
         "patch",
+        "patch_method_to_module",
         "register_forward_hook",
         "register_forward_pre_hook",
         "register_full_backward_hook",
