@@ -21,7 +21,7 @@ from nicehooks.arguments import InputRule
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.gradients import NO_GRADIENT, made_differentiable, may_have_gradient, own_use, stations_of, used_by
 from nicehooks.hook_rules import HookAction, on_argument
-from nicehooks.paths import ModulePath, Port
+from nicehooks.paths import ModulePath, Port, with_chain
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
 from nicehooks.selection import Site
@@ -192,19 +192,24 @@ def _note(rule: Any) -> None:
 
 
 def _act(rule: Any, call: _Call, key: str, rest: Chain, gradients: Any) -> Any:
-    if torch.compiler.is_compiling() and not rule.stars:  # where backward may write nothing down
-        return trees.rewrite(gradients, rest, partial(rule.action.act_in_call, call, key=key, site=rule.site))
     if rule.session.ended and not rule.action.outlives:
         return gradients
-    return rule.act(gradients, rest, key, call)
+    for at in list(trees.each_index(gradients, rest)):
+        where = _key_at(key, rest, at)
+        if torch.compiler.is_compiling():  # where backward may write nothing down
+            act = partial(rule.action.act_in_call, call, key=where, site=rule.site)
+            gradients = trees.rewrite(gradients, at, act)
+        else:
+            gradients = rule.act_at(gradients, at, where, call)
+    return gradients
 
 
 def _key_at(key: str, chain: Chain, at: Chain) -> str:
     """The path `key`, which ends in `chain`, with `at` in the place of that."""
     if at == chain:
         return key
-    path = ModulePath.parse(key)
-    return str(replace(path, chain=(*path.chain[: len(path.chain) - len(chain)], *at)))
+    whole = ModulePath.parse(key).chain
+    return with_chain(key, (*whole[: len(whole) - len(chain)], *at))
 
 
 def _ways(value: Any, chain: Chain) -> Iterator[tuple[Chain, Chain]]:

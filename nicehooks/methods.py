@@ -41,11 +41,6 @@ class MethodModule(nn.Module):
         """The module whose method it is."""
         return self.__dict__["_owner"]()
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the method."""
-        return inspect.signature(self.forward)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy of it alone is the same method of a copy of its owner, as it is of a bound method."""
         return getattr, (self.owner, type(self).__name__.rpartition(".")[2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths import EVERY_CALL, ModulePath
+from nicehooks.paths import EVERY_CALL, ModulePath, with_chain
 from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Site
 from nicehooks.sessions import Session
@@ -122,18 +121,18 @@ class SiteRule(Rule):
     def act(self, value: Any, chain: Chain, key: str, call: Any = None) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
         if not self.stars:
-            return self._act_once(value, chain, key, call)
-        path = ModulePath.parse(key)
-        lead = path.chain[: len(path.chain) - len(chain)]
+            return self.act_at(value, chain, key, call)
+        lead = self.path.chain[: len(self.path.chain) - len(chain)]
         try:
             chains = list(trees.each_index(value, chain))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
         for found in chains:
-            value = self._act_once(value, found, str(replace(path, chain=(*lead, *found))), call)
+            value = self.act_at(value, found, with_chain(key, (*lead, *found)), call)
         return value
 
-    def _act_once(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
+    def act_at(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
+        """As `act`, where the chain has no `*`."""
         try:
             return trees.rewrite(value, chain, partial(self._at_site, key=key, call=call))
         except TreeMismatch as error:
