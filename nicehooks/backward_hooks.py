@@ -141,16 +141,20 @@ class _GradInputRule(InputRule):
         new, found = _watched(self, frame, call, key, value, wanted)
         nothing = None if self.chain else (None,) * len(value)
         keys = [] if found else [_key_at(key, wanted, at) for at in trees.each_index(value, wanted)]
-        frame.kept[self] = partial(self._record, call, [(each, nothing) for each in keys])
+        inputs = [(leaf, internals.version(leaf)) for leaf in trees.leaves(new) if found and isinstance(leaf, Tensor)]
+        frame.kept[self] = (partial(self._record, call, [(each, nothing) for each in keys]), inputs)
         return new
 
     def after(self, frame: Frame) -> None:
-        record = frame.kept.get(self)
-        if record is not None:
-            stations, used = stations_of(frame, "grad"), used_by(frame, frame.value)
-            frame.value, found = _watched_part(stations, used, frame.value, record, last=True)
-            if found:
-                _note(self)
+        if self not in frame.kept:
+            return
+        record, inputs = frame.kept[self]
+        stations, used = stations_of(frame, "grad"), used_by(frame, frame.value)
+        frame.value, found = _watched_part(stations, used, frame.value, record, last=True)
+        if found and not inputs:
+            _note(self)
+        if any([internals.version(tensor) != version for tensor, version in inputs]):
+            raise UnsupportedModule(OVERWRITTEN.format(key=self.path))
 
     def _record(self, call: _Call, without: list[tuple[str, Any]], value: Any) -> Any:
         """Keeps the gradients of the output for the hook, or calls it, if no argument requires a gradient."""
@@ -159,6 +163,11 @@ class _GradInputRule(InputRule):
             _act(self, call, key, (), nothing)
         return value
 
+
+OVERWRITTEN = (
+    "register_full_backward_hook: {key} is of a module that overwrites its input in place, so no gradient of the input "
+    "comes by. Hook the module before it, or make this one work out of place."
+)
 
 TRACED = (
     "register_full_backward_hook cannot act in compiled code, where the gradients of the output are gone when those of "

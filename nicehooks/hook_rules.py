@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks import trees
+from nicehooks import internals, trees
 from nicehooks.arguments import InputRule
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths import OUTPUT, ModulePath, Port
@@ -61,12 +61,15 @@ class HookAction(Action):
     def told(self, key: str, site: Site) -> ModulePath:
         """The path that the hook is told, where the value at the path `key` comes by."""
         found = self.paths.get(key)
-        return self.shown(ModulePath.parse(key)) if found is None else found
+        return _shown(key) if found is None else found
 
-    def shown(self, path: ModulePath) -> ModulePath:
-        """The path of the site at `path`, as the user of the hook would write it."""
-        chain = path.chain[1:] if path.port.kind.startswith("input") else path.chain
-        return replace(path, port=OUTPUT, chain=chain)
+
+@internals.evaluated_while_tracing
+def _shown(key: str) -> ModulePath:
+    """The path of the site at `key`, as the user of a hook would write it."""
+    path = ModulePath.parse(key)
+    chain = path.chain[1:] if path.port.kind.startswith("input") else path.chain
+    return replace(path, port=OUTPUT, chain=chain)
 
 
 PORT = (
