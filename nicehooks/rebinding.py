@@ -353,7 +353,7 @@ def _look_at(module: nn.Module, tap: Tap) -> None:
         tap.parameters = parameters_of(signature_of(tap.function))
 
 
-def bind_traced(pairs: list[tuple[nn.Module, Rule]]) -> None:
+def bind_traced(pairs: list[tuple[nn.Module, Rule]], first: bool = False) -> None:
     """`bind`, in code that is being traced; see NOTE [Inside compiled code]."""
     for module, rule in pairs:
         tap = tap_for_tracing(module)
@@ -361,7 +361,7 @@ def bind_traced(pairs: list[tuple[nn.Module, Rule]]) -> None:
             names = module.__dict__
             tap.previous = names.get("forward")
             names["forward"] = _traced_forward_of(tap)
-        tap.traced = (*tap.traced, rule)
+        tap.traced = (rule, *tap.traced) if first else (*tap.traced, rule)
 
 
 def unbind_traced(pairs: list[tuple[nn.Module, Rule]]) -> None:

@@ -160,10 +160,15 @@ def _check(model: nn.Module, given: Mapping[str, Any], capturing: bool) -> None:
                     f"run(model, …, {shown}) takes a function, or a list of them, not {type(hook).__name__}"
                 )
     kind, sure = type(unwrap(model)), given.get("model_kwargs", {})
-    names = signature_of(kind.forward).parameters if not internals.is_scripted(unwrap(model)) else {}
+    names = () if internals.is_scripted(unwrap(model)) else _parameters_of_forward(kind)
     for name in [*given, *(["return_activations"] if capturing else [])]:
         if name in names and name not in sure:
             raise ContextMisuse(CLASH.format(name=name, kind=kind.__name__))
+
+
+@internals.evaluated_while_tracing
+def _parameters_of_forward(kind: Any) -> tuple[str, ...]:
+    return tuple(signature_of(kind.forward).parameters)
 
 
 MEANT = {

@@ -10,11 +10,12 @@ found out once, while Dynamo traces (`evaluated_while_tracing`). And rules go in
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from nicehooks import internals, sessions
+from nicehooks.methods import method_modules
 from nicehooks.paths import ModulePath
 from nicehooks.selection import Group, Site, Where, flat, select_groups
 
@@ -42,7 +43,8 @@ def groups_of(model: nn.Module, where: Where, verb: str) -> list[Group]:
 
 def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
     for key in keys:
-        model = model._modules[key]  # pyright: ignore[reportAssignmentType]
+        child: Any = model._modules[key] if key in model._modules else getattr(model, key)  # the module of a method
+        model = child
     return model
 
 
@@ -50,8 +52,13 @@ def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
 def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], bool]:
     sessions.teach_dynamo()
     names = {id(module): name for name, module in model.named_modules()}
+    names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
     (group,) = select_groups(model, [item], verb)
     return [_Place(site.name, _keys(names[id(site.module)]), site.path) for site in group.sites], group.wild
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _keys(name: str) -> tuple[str, ...]:

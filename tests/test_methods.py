@@ -319,3 +319,15 @@ def test_in_compiled_code():
         for handle in handles:
             handle.remove()
     assert torch.allclose(run_compiled(inputs()), clean)
+
+
+def test_a_context_inside_compiled_code(patched):
+    torch._dynamo.reset()
+    model = patched[:2]
+
+    def f(x):
+        with capture(model, "0.mix") as acts, ablate(model, "1.act[:, 0]"):
+            return model(x), acts["0.mix"]
+
+    found, expected = torch.compile(f, fullgraph=True, backend="eager")(inputs()), f(inputs())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))

@@ -753,6 +753,44 @@ def test_run_of_a_compiled_model(net, compiled):
     assert torch.allclose(out, expected, atol=1e-6)
 
 
+INSIDE = {
+    "return_activations": lambda net, hook: lambda x: run(net, x, return_activations=["first", "two"]),
+    "with_activations": lambda net, hook: lambda x: run(net, x, with_activations={"first[:, 0]": 1.0}),
+    "forward_hooks": lambda net, hook: lambda x: run(net, x, forward_hooks={"first": [hook, hook]}),
+    "forward_pre_hooks": lambda net, hook: (
+        lambda x: run(net, x, forward_pre_hooks={"first": lambda module, path, args: args[0] * 2})
+    ),
+}
+
+
+@pytest.mark.parametrize("option", INSIDE)
+def test_run_inside_compiled_code(net, option):
+    torch._dynamo.reset()
+    f = INSIDE[option](net, lambda module, path, args, output: output * 2 + args[0].sum())
+    before = state(net)
+    found = torch.compile(f, fullgraph=True, backend="eager")(inputs())
+    expected = f(inputs())
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(tree) for tree in (found, expected)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    if option != "return_activations":
+        assert not torch.allclose(found, net(inputs()))
+    assert state(net) == before
+
+
+def test_a_hook_registered_inside_compiled_code(net):
+    torch._dynamo.reset()
+
+    def f(x):
+        with register_forward_hook(net, "first", lambda module, path, args, output: output + 1):
+            with register_forward_hook(net, "first", lambda module, path, args, output: output * 2, prepend=True):
+                return net(x)
+
+    assert torch.allclose(torch.compile(f, fullgraph=True, backend="eager")(inputs()), f(inputs()), atol=1e-6)
+    found = f(inputs())
+    with edit(net, "first", lambda value: value * 2 + 1):
+        assert torch.allclose(found, net(inputs()), atol=1e-6)
+
+
 # --- expand_module_path -----------------------------------------------------------------------------------------------
 
 
