@@ -208,7 +208,7 @@ def test_nothing_of_the_model_changes_and_nothing_recurses(model):
 
 def test_a_model_is_not_kept_alive(patched):
     model = nn.Sequential(Attention())
-    with capture(model, "0.mix"), capture(model, "0@mix()"):
+    with capture(model, "0.mix"), capture(model, "0@mix()", "0@mix().input['k']"):
         model(inputs())
     references = [weakref.ref(model[0]), weakref.ref(model[0].mix)]
     del model

@@ -613,10 +613,9 @@ def test_a_tensor_that_comes_out_twice_has_two_gradients():
             return left * 2 + right * 3
 
     model, seen = Sum(), []
-    with (
-        register_full_backward_pre_hook(model, "twice", lambda module, path, given: seen.extend(given)),
-        capture(model, "twice@grad") as acts,
-    ):
+    with register_full_backward_pre_hook(model, "twice", lambda module, path, given: seen.extend(given)):
+        model(torch.ones(4, requires_grad=True)).sum().backward()
+    with capture(model, "twice@grad") as acts:
         model(torch.ones(4, requires_grad=True)).sum().backward()
     assert [gradient.unique().tolist() for gradient in seen] == [[2.0], [3.0]]
     assert acts["twice@grad[0]"].unique().tolist() == [2.0] and acts["twice@grad[1]"].unique().tolist() == [3.0]
