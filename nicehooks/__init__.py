@@ -9,8 +9,9 @@ The floors, from the ground up; each imports only from the ones below it:
     trees           reading, rewriting and assigning a part of a nested value
     subscripts      the subscripts at the end of a path
     paths           the path language
-    selection       which sites of a model a path selects
     sessions        who is active in which thread or task
+    methods         methods of classes as modules
+    selection       which sites of a model a path selects
     rebinding       the tap that stands in for a module's forward
     parameters      parameters with another value in one thread or task
     steps           at which steps and calls an intervention acts
@@ -18,6 +19,7 @@ The floors, from the ground up; each imports only from the ones below it:
     signatures      the parameters of any function, also of one in C
     arguments       the port @input
     weights         the ports of parameters and buffers
+    stations        where what acts on the gradients of one call's tensors stands in line
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
@@ -32,6 +34,10 @@ The floors, from the ground up; each imports only from the ones below it:
     given           the functions that users hand in, and how what they wrote is shown
     capturing       capture
     interventions   patch, edit, ablate, steer, splice, suspend
+    hook_rules      hooks before and after a forward
+    backward_hooks  hooks on gradients
+    registering     register_forward_hook and its three siblings
+    running         run, expand_module_path
     functional      captured, functional, grad_at
     listing         sites, describe
     hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
@@ -64,7 +70,15 @@ from nicehooks.errors import (
 from nicehooks.functional import captured, functional, grad_at
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
+from nicehooks.methods import patch_method_to_module
 from nicehooks.paths import ModulePath
+from nicehooks.registering import (
+    register_forward_hook,
+    register_forward_pre_hook,
+    register_full_backward_hook,
+    register_full_backward_pre_hook,
+)
+from nicehooks.running import ActivationCacheLike, expand_module_path, run
 from nicehooks.selection import Site, select
 from nicehooks.trees import KEEP
 
@@ -73,6 +87,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KEEP",
     "ActivationCache",
+    "ActivationCacheLike",
     "CheckpointWarning",
     "ContextMisuse",
     "ModulePath",
@@ -93,10 +108,17 @@ __all__ = [
     "captured",
     "describe",
     "edit",
+    "expand_module_path",
     "functional",
     "fused_attention_as_steps",
     "grad_at",
     "patch",
+    "patch_method_to_module",
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "run",
     "select",
     "sites",
     "splice",

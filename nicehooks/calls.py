@@ -83,7 +83,7 @@ class CallRule(SiteRule):
         key = self.key_of_call(frame, name, number)
         if key is None:
             return value
-        return self.at_key(key, value, chain)
+        return self.at_key(key, frame, value, chain)
 
     def on_arguments(
         self, frame: Frame, name: str, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -156,7 +156,7 @@ class Intervention:
         self._session.counting = self._plan.counting
         for _, rule in self._plan.pairs:
             rule.session = self._session
-        bind_traced(self._plan.pairs)
+        bind_traced(self._plan.pairs, self.first)
         return self._session
 
     def _stop(self, holders: int | None = None) -> None:

@@ -2,9 +2,9 @@
 
 NOTE [How a gradient is reached]
 A hook on the tensor itself sees its gradient wherever autograd runs: in plain backward, under `torch.func.grad` and
-`vmap(grad)`, in double backward, behind in-place layers. Hooks of one tensor run in the order in which they were set,
-which is the order of the interventions. A tensor that nothing has made differentiable (frozen parameters, inputs
-without gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
+`vmap(grad)`, in double backward, behind in-place layers. What acts on one tensor acts in the order of the
+interventions: see NOTE [One line for each tensor]. A tensor that nothing has made differentiable (frozen parameters,
+inputs without gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
 
 A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets
 a node of its own in the graph (a view), or the hook would see the gradients of all uses.
@@ -27,6 +27,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.paths import ModulePath
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
+from nicehooks.stations import Gradients, Stations
 from nicehooks.trees import Chain
 
 NO_GRADIENT = (
@@ -69,11 +70,27 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
         return value
     try:
         way, rest = _split(value, chain)
-        used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
-        found = _Found(rule, ModulePath.parse(key), len(way), rest, used)
+        used = used_by(frame, value)
+        found = _Found(
+            rule, ModulePath.parse(key), len(way), rest, used, set(), stations_of(frame, rule.path.port.kind)
+        )
         return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
+
+
+def used_by(frame: Frame, value: Any) -> set[int]:
+    """The tensors, by `id`, with another use than one in `value`: what went into the call, and what is there twice."""
+    used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
+    if not isinstance(value, Tensor):
+        here = [id(leaf) for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+        used |= {one for one in here if here.count(one) > 1}
+    return used
+
+
+def stations_of(frame: Frame, port: str) -> Stations:
+    """The stations of the tensors that go into the call, or of those that come out of it: at the port `port`."""
+    return frame.kept.setdefault(port, Stations())
 
 
 def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
@@ -93,6 +110,8 @@ class _Found(NamedTuple):
         taken: how many steps of the path lead to the tensors.
         rest: the steps that lead on in them.
         used: the tensors, by `id`, that have another use than this one.
+        passed: the tensors, by `id`, that this rule has come by already.
+        stations: where gradients of this call are acted on already.
     """
 
     rule: SiteRule
@@ -100,6 +119,8 @@ class _Found(NamedTuple):
     taken: int
     rest: Chain
     used: set[int]
+    passed: set[int]
+    stations: Stations
 
     def key(self, more: Chain) -> str:
         """The path of the tensor at the end of `more`."""
@@ -110,9 +131,7 @@ class _Found(NamedTuple):
 def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     """Every tensor in `part` has a gradient of its own, and a key of its own."""
     if isinstance(part, Tensor):
-        aliased = id(part) in found.used
-        found.used.add(id(part))
-        return _watch(found.rule, part, found.rest, found.key(more), aliased)
+        return _watch(found, part, found.key(more))
     node = trees.open_node(part)
     if node is None:
         return part
@@ -122,23 +141,37 @@ def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     return part if same else node.rebuild(children)
 
 
-def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool) -> Tensor:
-    if not torch.is_grad_enabled() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor
-    if aliased:  # the same tensor is used elsewhere, with other gradients: this use of it gets a node of its own
-        tensor = tensor.view_as(tensor)
-    if not tensor.requires_grad and internals.innermost_transform() is not None:
-        return tensor  # what the transform differentiates does not come by here
-    if not tensor.requires_grad:  # a clone, because an in-place layer may not write to a leaf
-        tensor = tensor.detach().requires_grad_().clone()
+def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
+    rule, rest = found.rule, found.rest
+    if tensor not in found.stations or id(tensor) in found.passed:
+        if not may_have_gradient(tensor):
+            return tensor
+        tensor = own_use(tensor, found.used | found.passed)
+        if not tensor.requires_grad and internals.innermost_transform() is not None:
+            return tensor  # what the transform differentiates does not come by here
+        tensor = made_differentiable(tensor)
+    found.passed.add(id(tensor))
     session, order = rule.session, next(_order)
 
-    def on_gradient(gradient: Tensor) -> Tensor | None:
+    def on_gradient(gradients: Gradients) -> Gradients:
         if session.ended:
-            return None
+            return gradients
         session.order = order
-        new = rule.act(gradient, rest, key)
-        return None if new is gradient else new
+        return [rule.act(gradients[0], rest, key)]
 
-    tensor.register_hook(on_gradient)
-    return tensor
+    return found.stations.watch([tensor], on_gradient)[0]
+
+
+def may_have_gradient(value: Any) -> bool:
+    """Whether `value` is a tensor that can have a gradient, here and now."""
+    return torch.is_grad_enabled() and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def own_use(tensor: Tensor, used: set[int]) -> Tensor:
+    """`tensor`, or a view if it is in `used`: with other uses come other gradients."""
+    return tensor.view_as(tensor) if id(tensor) in used else tensor
+
+
+def made_differentiable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy that requires a gradient: a clone, because an in-place layer may not write to a leaf."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()

@@ -109,6 +109,17 @@ def version(value: Tensor) -> int:
     return value._version
 
 
+def requires_gradient(value: Tensor) -> bool:
+    """Whether `value` requires a gradient, at whatever level: the wrapper of a `vmap` inside does not say so itself."""
+    if value.requires_grad or torch.compiler.is_compiling():
+        return value.requires_grad
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+        if value.requires_grad:
+            return True
+    return False
+
+
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from nicehooks import internals, trees
 from nicehooks.contexts import Intervention, Plan
 from nicehooks.errors import TreeMismatch
 from nicehooks.given import call_user, show_where, takes_site
+from nicehooks.methods import method_modules
 from nicehooks.rebinding import has_rules
 from nicehooks.rules import Action, SuspendRule
 from nicehooks.selection import Site, Where, has_forward, unwrap
@@ -315,7 +316,8 @@ class suspend(Intervention):
         return super()._start(attached)
 
     def _make_plan(self) -> Any:
-        modules = unwrap(self.model).modules()
+        modules = list(unwrap(self.model).modules())
+        modules += [method for module in modules for _, method in method_modules(module)]
         if torch.compiler.is_dynamo_compiling():  # which traced rules there will be by then is only known there
             tapped = [module for module in modules if has_forward(module)]
         else:

@@ -51,9 +51,10 @@ class Frame:
         contexts: what rules have entered around the call.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
+        kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value", "watcher")
+    __slots__ = ("args", "contexts", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -64,6 +65,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.watcher: Any = None
         self.numbers: dict[int, int] = {}
+        self.kept: dict[Any, Any] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Enters `context` until the call is over."""

@@ -25,15 +25,21 @@ class Action:
     Attributes:
         verb: the name of the intervention, for messages.
         changes: whether it may change the value.
+        wants_call: whether it is told of the call that the value belongs to.
     """
 
     __slots__ = ()
     verb = ""
     changes = True
+    wants_call = False
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
         raise NotImplementedError  # abstract: every intervention has its own
+
+    def act_in_call(self, call: Any, value: Any, key: str, site: Site) -> Any:
+        """As `act`, if it `wants_call`: `call` is the `Frame`, or what the rule keeps of it for its gradients."""
+        raise NotImplementedError
 
 
 class SiteRule(Rule):
@@ -87,15 +93,15 @@ class SiteRule(Rule):
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
         key = self.key_of(frame)
-        return value if key is None else self.at_key(key, value, chain)
+        return value if key is None else self.at_key(key, frame, value, chain)
 
-    def at_key(self, key: str, value: Any, chain: Chain | None = None) -> Any:
+    def at_key(self, key: str, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it, which is called `key` in this call."""
         chain = self.chain if chain is None else chain
         if not self.action.changes or torch.compiler.is_compiling():  # what traced code reads, it would be guarded on
-            return self.act(value, chain, key)
+            return self.act(value, chain, key, frame)
         first = self.key not in self.session.reached
-        new = self.act(value, chain, key)
+        new = self.act(value, chain, key, frame)
         self.note_checkpoint(first, new)
         return new
 
@@ -116,33 +122,37 @@ class SiteRule(Rule):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(_note_backward, session))
 
-    def act(self, value: Any, chain: Chain, key: str) -> Any:
+    def act(self, value: Any, chain: Chain, key: str, call: Any = None) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
         if not self.stars:
-            return self._act_once(value, chain, key)
+            return self.act_at(value, chain, key, call)
         lead = self.path.chain[: len(self.path.chain) - len(chain)]
         try:
             chains = list(trees.each_index(value, chain))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
         for found in chains:
-            value = self._act_once(value, found, with_chain(key, (*lead, *found)))
+            value = self.act_at(value, found, with_chain(key, (*lead, *found)), call)
         return value
 
-    def _act_once(self, value: Any, chain: Chain, key: str) -> Any:
+    def act_at(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
+        """As `act`, where the chain has no `*`."""
         try:
-            return trees.rewrite(value, chain, partial(self._at_site, key=key))
+            return trees.rewrite(value, chain, partial(self._at_site, key=key, call=call))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
 
-    def _at_site(self, value: Any, key: str) -> Any:
+    def _at_site(self, value: Any, key: str, call: Any) -> Any:
         """What takes the place of `value`; a site that has only ever been an empty region was not reached."""
-        if value is None and self.wild and self.action.changes:
+        told = self.action.wants_call
+        if value is None and self.wild and self.action.changes and not told:
             return value  # a wildcard passes over modules that return nothing
         sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
         empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
         if not empty:
             self.session.reached[self.key] = True
+        if told:
+            return self.action.act_in_call(call, value, key=key, site=self.site)
         return self.action.act(self.session, value, key=key, site=self.site)
 
     def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:

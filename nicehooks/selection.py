@@ -15,6 +15,7 @@ from torch import nn
 
 from nicehooks import internals
 from nicehooks.errors import PathError, SiteNotFound, UnsupportedModule
+from nicehooks.methods import method_modules
 from nicehooks.paths import ModulePath, escape
 
 Where = Any
@@ -156,7 +157,7 @@ def _walk(module: nn.Module, names: list[str], path: list[nn.Module]) -> Iterato
         yield name, module
     if internals.is_scripted(module):
         return
-    for key, child in module._modules.items():
+    for key, child in (*module._modules.items(), *method_modules(module)):
         if child is not None and all(child is not parent for parent in path) and child is not module:
             yield from _walk(child, [_join(name, key) for name in names], [*path, module])
 

@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import get_testing_overrides
 
 from nicehooks import internals
@@ -35,8 +35,9 @@ def parameters_in_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if torch.compiler.is_dynamo_compiling():
         named = {name: _shown(value) for name, value in kwargs.items()}
         return _parameters_while_tracing(inspect.unwrap(function), [_shown(value) for value in args], named)
-    if isinstance(function, MethodType):  # not remembered itself: it keeps its object alive
-        names, defaults = _of_signature(function.__func__) or ((), {})
+    if isinstance(function, MethodType | nn.Module):  # not remembered itself: it keeps its object alive
+        plain: Any = function.__func__ if isinstance(function, MethodType) else type(function).forward
+        names, defaults = _of_signature(plain) or ((), {})
         return names[1:], defaults
     function = inspect.unwrap(function)
     return _of_signature(function) or _of_schema(function, args, kwargs) or _of_overrides(function) or ((), {})

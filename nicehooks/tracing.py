@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import internals, sessions
+from nicehooks.methods import method_modules
 from nicehooks.paths import ModulePath
 from nicehooks.rebinding import Rule, acting_in_traced_code, is_bound, parameters_of, staged
 from nicehooks.selection import Group, Site, Where, flat, select_groups
@@ -49,7 +50,8 @@ def groups_of(model: nn.Module, where: Where, verb: str) -> list[Group]:
 
 def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
     for key in keys:
-        model = model._modules[key]  # pyright: ignore[reportAssignmentType]
+        child: Any = model._modules[key] if key in model._modules else getattr(model, key)  # the module of a method
+        model = child
     return model
 
 
@@ -57,8 +59,13 @@ def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
 def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], bool]:
     sessions.teach_dynamo()
     names = {id(module): name for name, module in model.named_modules()}
+    names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
     (group,) = select_groups(model, [item], verb)
     return [_Place(site.name, _keys(names[id(site.module)]), site.path) for site in group.sites], group.wild
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _keys(name: str) -> tuple[str, ...]:
@@ -101,14 +108,14 @@ def _has_tap(module: nn.Module) -> bool:
     return is_bound(module)
 
 
-def bind_traced(pairs: Pairs) -> None:
-    """Adds each rule to its module."""
-    for module, rule in pairs:
+def bind_traced(pairs: Pairs, first: bool = False) -> None:
+    """Adds each rule to its module: behind those that traced code has entered before, or before them."""
+    for module, rule in reversed(pairs) if first else pairs:
         found = HERE.traced.get(id(module))
         forward, rules = (module.__dict__.get("forward"), ()) if found is None else found
         if found is None and not _has_tap(module):
             module.__dict__["forward"] = _forward_of(_TracedTap(module))
-        HERE.traced[id(module)] = (forward, (*rules, rule))
+        HERE.traced[id(module)] = (forward, (rule, *rules) if first else (*rules, rule))
 
 
 def unbind_traced(pairs: Pairs) -> None:

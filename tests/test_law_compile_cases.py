@@ -253,7 +253,7 @@ def test_what_is_not_reached_inside_is_an_error():
             out = model(x)
         return out, acts
 
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="blocks.1#3"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"blocks\.1#3"):
         compiled(run)(inputs())
     with pytest.raises(Exception, match=r"no module matches 'nothing.\*' in Mlp"):
         compiled(captured(model, "nothing.*"))(inputs())

@@ -1,0 +1,819 @@
+"""`run` and the four `register_…` functions, beside PyTorch's own hooks."""
+
+from __future__ import annotations
+
+import gc
+import re
+import threading
+import weakref
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from worlds import WORLDS, inputs, make, same, state
+
+import nicehooks
+from nicehooks import (
+    ActivationCache,
+    ContextMisuse,
+    ModulePath,
+    NotReachedWarning,
+    PathError,
+    SiteNotFound,
+    SiteNotReached,
+    TreeMismatch,
+    UnsupportedModule,
+    capture,
+    describe,
+    edit,
+    expand_module_path,
+    register_forward_hook,
+    register_forward_pre_hook,
+    register_full_backward_hook,
+    register_full_backward_pre_hook,
+    run,
+    select,
+)
+
+
+class Two(nn.Module):
+    """Takes two tensors and an option, returns two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, y, scale=1.0):
+        return self.inner(x) * y * scale, y.sin()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.two = Two()
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        h = self.first(x)
+        left, right = self.two(h, h * 2, scale=0.5)
+        return self.relu(left) + right
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def unchanged(model):
+    before = state(model)
+    return lambda: state(model) == before and not describe(model)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_without_options_it_is_a_call(net):
+    assert torch.equal(run(net, inputs()), net(inputs()))
+    assert torch.equal(run(net.two, inputs(), y=inputs(), scale=2.0)[0], net.two(inputs(), inputs(), scale=2.0)[0])
+
+
+def test_all_activations_are_those_of_capture(net):
+    result, acts = run(net, inputs(), return_activations=True)
+    with capture(net) as expected:
+        assert torch.equal(result, net(inputs()))
+    assert type(acts) is ActivationCache
+    assert list(acts) == list(expected) == ["first", "two.inner", "two", "relu", ""]
+    assert all(same(acts[key], expected[key]) for key in acts)
+
+
+@pytest.mark.parametrize("where", ["two.*", ["two.inner"], ModulePath.parse("two.inner"), nn.Linear, re.compile("inn")])
+def test_some_activations(net, where):
+    _, acts = run(net, inputs(), return_activations=where)
+    assert list(acts) == [str(site) for site in select(net, where)]
+
+
+@pytest.mark.parametrize("kind", [dict, ActivationCache])
+def test_activations_replace_those_of_the_model(net, kind):
+    result, acts = run(net, inputs(), with_activations=kind({"first[:, 1:3]": torch.ones(2)}), return_activations=True)
+    expected = net.first(inputs())
+    expected[:, 1:3] = 1
+    assert torch.equal(acts["first"], expected)
+    again, _ = run(net, -inputs(), with_activations=acts.select("two.inner"), return_activations=["first"])
+    with nicehooks.patch(net, "two.inner", acts["two.inner"]):
+        assert torch.equal(again, net(-inputs()))
+    assert not torch.equal(again, result)
+
+
+def test_patches_act_first_then_hooks_and_activations_show_both(net):
+    seen = []
+
+    def hook(module, path, args, output):
+        seen.append(output)
+        return output + 1
+
+    _, acts = run(
+        net,
+        inputs(),
+        with_activations={"first": 5.0},
+        forward_hooks={"first": [hook, hook]},
+        return_activations="first",
+    )
+    assert [value.unique().tolist() for value in seen] == [[5.0], [6.0]]
+    assert acts["first"].unique().tolist() == [7.0]
+
+
+def test_every_kind_of_hook_acts_in_this_run_alone(net):
+    called = []
+
+    def note(module, path, *rest):
+        called.append((str(path), len(rest)))
+
+    hooks = {"two": note}
+    clean = unchanged(net)
+    x = inputs().requires_grad_()
+    out = run(
+        net,
+        x,
+        forward_hooks=hooks,
+        forward_pre_hooks=hooks,
+        full_backward_hooks=hooks,
+        full_backward_pre_hooks=hooks,
+    )
+    assert called == [("two", 1), ("two", 2)]
+    assert clean()
+    out.sum().backward()  # of what this run computed
+    assert called[2:] == [("two", 1), ("two", 2)]
+    net(x).sum().backward()
+    assert len(called) == 4
+
+
+def test_hooks_act_in_the_thread_of_the_run_alone(net):
+    inside, done = threading.Event(), threading.Event()
+    other = []
+
+    def wait(module, path, args, output):
+        inside.set()
+        assert done.wait(10)
+        return output * 0
+
+    def work():
+        assert inside.wait(10)
+        other.append(net.first(inputs()))
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    _, acts = run(net, inputs(), forward_hooks={"first": wait}, return_activations="first")
+    thread.join()
+    assert not acts["first"].any() and other[0].any()
+
+
+class Clash(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, return_activations=1, model_kwargs=0, model=0):
+        return self.inner(x) * return_activations + model_kwargs + model
+
+
+def test_options_that_the_model_wants_too():
+    clash, x = Clash(), inputs()
+    with pytest.raises(ContextMisuse) as info:
+        run(clash, x, return_activations=True)
+    assert str(info.value) == (
+        "'return_activations' is an option of run, and also a parameter of Clash.forward.\n"
+        "  For the model:  run(model, …, model_kwargs={'return_activations': …})\n"
+        "  For nicehooks:  use the contexts, with capture(model, …), patch(model, …):"
+    )
+    with pytest.raises(ContextMisuse, match="'model_kwargs' is an option of run"):
+        run(clash, x, model_kwargs={"return_activations": 3})
+    out = run(clash, x, model_kwargs={"return_activations": 3, "model_kwargs": 2}, model=5)
+    assert torch.equal(out, clash(x, 3, 2, 5))
+    out, acts = run(clash, x, return_activations=["inner"], model_kwargs={"return_activations": 3, "model_kwargs": 0})
+    assert torch.equal(out, 3 * acts["inner"])
+
+
+BAD = [
+    ({"forward_hooks": [print]}, TypeError, r"run\(model, …, forward_hooks=…\) takes a dict from paths to hooks"),
+    (
+        {"forward_hooks": {"first": 3}},
+        TypeError,
+        r"forward_hooks=\{'first': …\}\) takes a function, or a list of them, not",
+    ),
+    ({"full_backward_hooks": {"first": [print, None]}}, TypeError, "full_backward_hooks=.* not NoneType"),
+    (
+        {"with_activations": torch.ones(3)},
+        TypeError,
+        "with_activations=…. takes a dict from paths to values, not Tensor",
+    ),
+    ({"model_kwargs": 3}, TypeError, "from names to values"),
+    ({"forward_hooks": {"firts": print}}, SiteNotFound, "nearest names: first"),
+    ({"with_activations": {"first": 1.0, "secnd": 1.0}}, SiteNotFound, "no module matches 'secnd'"),
+    ({"return_activations": ["first", "secnd"]}, SiteNotFound, "no module matches 'secnd'"),
+    ({"return_activations": []}, SiteNotFound, "empty list"),
+    ({"forward_hooks": {"first[": print}}, PathError, "never closed"),
+    ({"forward_hooks": {"first@input": print}}, UnsupportedModule, "edit.model, 'first@input', fn."),
+    ({"with_activations": {"first": torch.ones(9)}}, TreeMismatch, "does not broadcast"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "says"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(net, options, error, says):
+    clean = unchanged(net)
+    with pytest.raises(error, match=says):
+        run(net, inputs(), **options)
+    assert clean()
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(TypeError, match=r"run\(model, …\) takes a torch.nn.Module as model, not function"):
+        run(lambda x: x, inputs(), return_activations=True)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_exception_in_a_hook_leaves_nothing(net):
+    def broken(module, path, args, output):
+        raise Broken
+
+    clean = unchanged(net)
+    with pytest.raises(Broken):
+        run(
+            net, inputs(), forward_hooks={"two.inner": broken}, with_activations={"first": 0.0}, return_activations=True
+        )
+    assert clean()
+
+
+def test_a_site_that_the_run_does_not_come_by():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Lazy()
+    for options in (
+        {"forward_hooks": {"idle": print}},
+        {"with_activations": {"idle": 0.0}},
+        {"return_activations": "idle"},
+    ):
+        with pytest.raises(SiteNotReached, match="'idle' was never reached"):
+            run(model, inputs(), **options)
+    with pytest.raises(SiteNotReached, match="no gradient came by"), torch.no_grad():
+        run(model, inputs(), full_backward_hooks={"used": print})
+
+
+def test_nothing_keeps_an_activation_alive(net):
+    _, acts = run(net, inputs(), forward_hooks={"two": lambda *_: None}, return_activations="relu")
+    value = weakref.ref(acts["relu"])
+    assert value() is not None
+    del acts, _
+    gc.collect()
+    assert value() is None
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_in_every_world_it_equals_the_contexts(net, world):
+    if world == "autocast":
+        net = net.to(torch.float32)
+    f = WORLDS[world]
+
+    def by_run(x):
+        out, acts = run(
+            net,
+            x,
+            with_activations={"first[..., 0]": 1.0},
+            forward_hooks={"two.inner[..., 1]": lambda module, path, args, output: output + args[0].sum(-1)},
+            forward_pre_hooks={"relu": lambda module, path, args: args[0] * 2},
+            return_activations=["first", "relu"],
+        )
+        return out, acts["relu"]
+
+    def by_hand(x):
+        h = net.first(x)
+        h = torch.cat([torch.ones_like(h[..., :1]), h[..., 1:]], -1)
+        inner = net.two.inner(h)
+        added = (inner[..., 1:2] + h.sum(-1, keepdim=True)).to(inner.dtype)
+        inner = torch.cat([inner[..., :1], added, inner[..., 2:]], -1)
+        left, right = inner * (h * 2) * 0.5, (h * 2).sin()
+        relu = torch.relu(left * 2)
+        return relu + right, relu
+
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves(f(by_run, inputs())),
+        torch.utils._pytree.tree_leaves(f(by_hand, inputs())),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# --- beside PyTorch's own hooks ---------------------------------------------------------------------------------------
+
+FORWARD = {
+    "looks": lambda args, output: None,
+    "changes": lambda args, output: tuple(o * 2 for o in output) if isinstance(output, tuple) else output * 2,
+    "another tree": lambda args, output: (*output, 1) if isinstance(output, tuple) else output.double().float(),
+}
+PRE = {
+    "looks": lambda args: None,
+    "a tuple": lambda args: tuple(a * 2 for a in args),
+    "a value": lambda args: args[0] * 3 if len(args) == 1 else None,
+}
+BACKWARD = {
+    "looks": lambda given, *more: None,
+    "changes": lambda given, *more: tuple(None if g is None else g * 2 for g in given),
+}
+KINDS = {
+    "forward_hook": (register_forward_hook, FORWARD),
+    "forward_pre_hook": (register_forward_pre_hook, PRE),
+    "full_backward_hook": (register_full_backward_hook, BACKWARD),
+    "full_backward_pre_hook": (register_full_backward_pre_hook, BACKWARD),
+}
+CASES = [(kind, name) for kind, (_, fns) in KINDS.items() for name in fns if name != "another tree"]
+
+
+def compared(net, path, hooks, needs_gradient=True):
+    """What PyTorch's hooks, and ours, were called with; and the gradients that came of each."""
+    results = []
+    for ours in (False, True):
+        log, handles = [], []
+        for number, (kind, fn, prepend) in enumerate(hooks):
+
+            def hook(module, *given, fn=fn, number=number, ours=ours, log=log):
+                if ours:
+                    shown, *given = given
+                    assert isinstance(shown, ModulePath) and str(shown) == path
+                assert module is net.get_submodule(path)
+                log.append((number, tuple(given)))
+                return fn(*given)
+
+            if ours:
+                handles.append(KINDS[kind][0](net, path, hook, prepend=prepend))
+            else:
+                handles.append(getattr(net.get_submodule(path), f"register_{kind}")(hook, prepend=prepend))
+        x = inputs().requires_grad_(needs_gradient)
+        out = net(x)
+        grads = torch.autograd.grad(out.sin().sum(), [*([x] if needs_gradient else []), *net.parameters()])
+        for handle in handles:
+            handle.remove()
+        results.append((log, out, grads))
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch's own, where no input has a gradient
+@pytest.mark.parametrize("path", ["", "first", "two", "two.inner", "relu"])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_hook_is_called_as_pytorch_calls_its_own(net, path, kind, name, needs_gradient):
+    theirs, ours = compared(net, path, [(kind, KINDS[kind][1][name], False)], needs_gradient)
+    if path in ("", "first") and not needs_gradient and (kind, name) == ("full_backward_hook", "changes"):
+        assert theirs[0][0][1][0] == (None,)
+    assert theirs[0] and same(theirs, ours)
+
+
+@pytest.mark.parametrize("path", ["first", "two"])
+@pytest.mark.parametrize("when", ["forward", "full_backward"])
+def test_the_order_of_hooks_is_that_of_pytorch(net, path, when):
+    cases = [(kind, name) for kind, name in CASES if kind.startswith(when)]
+    hooks = [(kind, KINDS[kind][1][name], prepend) for prepend in (False, True) for kind, name in cases]
+    theirs, ours = compared(net, path, hooks * 2)
+    assert [number for number, _ in theirs[0]] == [number for number, _ in ours[0]]
+    assert len(ours[0]) == len(hooks) * 2
+    assert same(theirs, ours)
+
+
+def test_an_output_may_become_another_tree(net):
+    with register_forward_hook(net, "two", lambda module, path, args, output: (output[0], output[1] * 0)):
+        out = net(inputs())
+    assert torch.equal(out, net.relu(net.two(net.first(inputs()), net.first(inputs()) * 2, 0.5)[0]))
+    with register_forward_hook(net, "", lambda module, path, args, output: {"out": output}):
+        assert list(net(inputs())) == ["out"]
+
+
+def test_with_keyword_arguments(net):
+    x = net.first(inputs())
+    log = []
+    with (
+        register_forward_pre_hook(net, "two", lambda m, p, args, kwargs: (args, {"scale": 3.0}), with_kwargs=True),
+        register_forward_pre_hook(net, "two", lambda m, p, args, kwargs: log.append(kwargs), with_kwargs=True),
+        register_forward_hook(net, "two", lambda m, p, args, kwargs, output: log.append(kwargs), with_kwargs=True),
+        capture(net, "two") as acts,
+    ):
+        net(inputs())
+    assert log == [{"scale": 3.0}, {"scale": 3.0}]
+    assert torch.equal(acts["two"][0], net.two(x, x * 2, 3.0)[0])
+    with pytest.raises(TreeMismatch, match=r"returns None or \(args, kwargs\), not"):
+        with register_forward_pre_hook(net, "two", lambda m, p, args, kwargs: args, with_kwargs=True):
+            net(inputs())
+
+
+# --- paths with subscripts --------------------------------------------------------------------------------------------
+
+
+def test_a_subscript_shows_and_changes_its_part_alone(net):
+    seen = []
+
+    def hook(module, path, args, output):
+        seen.append((str(path), path.name, path.slice, args[0].shape, output.shape))
+        return torch.ones(())
+
+    with register_forward_hook(net, "first[:, 1:3]", hook), capture(net, "first") as acts:
+        net(inputs())
+    expected = net.first(inputs())
+    expected[:, 1:3] = 1
+    assert seen == [("first[:, 1:3]", "first", "[:, 1:3]", (5, 4), (5, 2))]
+    assert torch.equal(acts["first"], expected)
+
+
+def test_a_star_calls_the_hook_for_each_index(net):
+    seen = []
+
+    def hook(module, path, args, output):
+        seen.append(path)
+        return output * 0 + path.chain[0]
+
+    with register_forward_hook(net, "first[*]", hook), capture(net, "first") as acts:
+        net(inputs())
+    assert seen == [ModulePath.parse(f"first[{i}]") for i in range(5)]
+    assert acts["first"][:, 0].tolist() == [0, 1, 2, 3, 4]
+    seen.clear()
+    with register_forward_hook(
+        net, "two[*]", lambda module, path, args, output: seen.append((str(path), output.shape))
+    ):
+        net(inputs())
+    assert seen == [("two[0]", (5, 4)), ("two[1]", (5, 4))]
+
+
+def test_a_subscript_before_a_forward_is_one_of_the_first_argument(net):
+    seen = []
+
+    def hook(module, path, args):
+        seen.append((str(path), [a.shape for a in args]))
+        return (args[0] * 0,)
+
+    with register_forward_pre_hook(net, "two[*][1:]", hook), capture(net, "two@input") as acts:
+        net(inputs())
+    assert seen == [(f"two[{i}][1:]", [(3,)]) for i in range(5)]
+    with edit(net, "two@input[0][:, 1:]", lambda value: value * 0), capture(net, "two@input") as expected:
+        net(inputs())
+    assert same(acts["two@input"], expected["two@input"])
+    with register_forward_pre_hook(net.two, "[0]", lambda module, path, args: args[0] * 0):  # however it is passed
+        by_name, by_position = net.two(y=inputs(), x=inputs()), net.two(inputs(), inputs())
+    assert same(by_name, by_position) and not same(by_name, net.two(inputs(), inputs()))
+    with pytest.raises(TreeMismatch, match="the hook was given one value, and returned"):
+        with register_forward_pre_hook(net, "two[0]", lambda module, path, args: (args[0], args[0])):
+            net(inputs())
+    with pytest.raises(UnsupportedModule, match="Leave out with_kwargs, or the subscript"):
+        register_forward_pre_hook(net, "two[0]", print, with_kwargs=True)
+    assert not describe(net)
+
+
+def test_subscripts_of_gradients(net):
+    seen = []
+
+    def zero(module, path, *gradients):
+        seen.append((str(path), [[None if g is None else tuple(g.shape) for g in each] for each in gradients]))
+        return gradients[0][0] * 0
+
+    def grads(path, register):
+        x = inputs().requires_grad_()
+        with register(net, path, zero), capture(net, "two@grad", "two@input.grad", keep="all") as acts:
+            net(x).sum().backward()
+        return acts
+
+    acts = grads("two[0][:, 1]", register_full_backward_pre_hook)
+    assert seen == [("two[0][:, 1]", [[(5,)]])]
+    assert not acts["two@grad[0]"][0][:, 1].any() and acts["two@grad[0]"][0][:, 0].any()
+    acts = grads("two[1]", register_full_backward_pre_hook)
+    assert not acts["two@grad[1]"][0].any() and acts["two@grad[0]"][0].any()
+    seen.clear()
+    acts = grads("two[:, *]", register_full_backward_hook)
+    assert seen == [(f"two[:, {i}]", [[(5,)], [(5, 4), (5, 4)]]) for i in range(4)]
+    assert not acts["two@input.grad['x']"][0].any() and acts["two@input.grad['y']"][0].any()
+
+
+# --- handles ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_registered_hook_stays_until_it_is_removed(net):
+    called = []
+    clean = unchanged(net)
+    handle = register_forward_hook(net, "first", lambda *given: called.append(threading.get_ident()))
+    net(inputs())
+    thread = threading.Thread(target=net, args=(inputs(),))  # in every thread
+    thread.start()
+    thread.join()
+    assert len(set(called)) == 2
+    assert str(describe(net)) == "first  register_forward_hook(model, 'first', …)  [attached]"
+    handle.remove()
+    handle.remove()
+    net(inputs())
+    assert len(called) == 2 and clean()
+    with handle as same_one:
+        assert same_one is handle
+        net(inputs())
+    assert len(called) == 3 and clean()
+
+
+def test_handles_in_any_order_and_after_errors(net):
+    clean = unchanged(net)
+    one, two = (register_forward_hook(net, "*", lambda *given: None) for _ in range(2))
+    net(inputs())
+    one.remove()
+    with pytest.raises(Broken), two:
+        raise Broken
+    assert clean() and not two.active
+
+
+def test_a_handle_is_never_silent(net):
+    for register in (register_forward_hook, register_forward_pre_hook, register_full_backward_hook):
+        with pytest.raises(
+            TypeError, match=rf"{register.__name__}\(model, path, hook\) takes a function as hook, not str"
+        ):
+            register(net, "first", "print")
+        with pytest.raises(SiteNotFound, match=rf'{register.__name__}\(model, "first"'):
+            register(net, "frist", print)
+    with pytest.raises(SiteNotReached, match="Run backward inside the context"):
+        with register_full_backward_hook(net, "first", lambda *given: None):
+            net(inputs())
+    handle = register_full_backward_pre_hook(net, "first", lambda *given: None)
+    net(inputs())
+    with pytest.warns(NotReachedWarning, match="no gradient came by"):
+        handle.remove()
+
+
+def test_prepended_hooks_come_before_every_intervention(net):
+    with edit(net, "first", lambda value: value * 0), capture(net, "first") as acts:
+        with register_forward_hook(net, "first", lambda module, path, args, output: output + 1, prepend=True):
+            net(inputs())
+        assert not acts["first"].any()
+        with register_forward_hook(net, "first", lambda module, path, args, output: output + 1):
+            net(inputs())
+        assert not acts["first"].any()
+
+
+def test_recursion_and_shared_modules_get_their_own_arguments():
+    class Countdown(nn.Module):
+        def forward(self, x, depth):
+            return x if depth == 0 else self(x + 1, depth - 1)
+
+    seen = []
+    model = Countdown()
+    with register_forward_hook(model, "", lambda module, path, args, output: seen.append(args[1])):
+        model(torch.zeros(()), 3)
+    assert seen == [0, 1, 2, 3]
+    thrice, pairs = make("Thrice"), []
+    with register_forward_hook(thrice, "block", lambda module, path, args, output: pairs.append((args[0], output))):
+        thrice(inputs())
+    assert all(torch.equal(thrice.block(x), y) for x, y in pairs)
+    assert pairs[1][0] is pairs[0][1] and len(pairs) == 3
+    with register_forward_hook(thrice, "block#1", lambda module, path, args, output: seen.append(str(path))):
+        thrice(inputs())
+    assert seen[4:] == ["block#1"]
+
+
+def test_gradients_act_in_the_order_of_the_interventions(net):
+    """Of one tensor and of several at once, in one line; also at an input."""
+    for site, register in (("grad", register_full_backward_pre_hook), ("input.grad", register_full_backward_hook)):
+        at = f"two@{site}[0]"
+        with (
+            capture(net, at) as before,
+            edit(net, at, lambda value: value * 3),
+            capture(net, at) as between,
+            register(net, "two", lambda module, path, given, *more: tuple(g * 5 for g in given)),
+            edit(net, at, lambda value: value * 7),
+            capture(net, at) as after,
+        ):
+            net(inputs().requires_grad_()).sum().backward()
+        (first,), (second,), (third,) = before.values(), between.values(), after.values()
+        assert torch.equal(first * 3, second) and torch.allclose(second * 35, third) and third.any()
+
+
+def test_a_tensor_that_comes_out_twice_has_two_gradients():
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = x.sin()
+            return y, y
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice = Twice()
+
+        def forward(self, x):
+            left, right = self.twice(x)
+            return left * 2 + right * 3
+
+    model, seen = Sum(), []
+    with register_full_backward_pre_hook(model, "twice", lambda module, path, given: seen.extend(given)):
+        model(torch.ones(4, requires_grad=True)).sum().backward()
+    with capture(model, "twice@grad") as acts:
+        model(torch.ones(4, requires_grad=True)).sum().backward()
+    assert [gradient.unique().tolist() for gradient in seen] == [[2.0], [3.0]]
+    assert acts["twice@grad[0]"].unique().tolist() == [2.0] and acts["twice@grad[1]"].unique().tolist() == [3.0]
+
+
+def test_hooks_on_gradients_live_with_layers_in_place():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    x, seen = inputs().requires_grad_(), []
+    with (
+        register_full_backward_hook(model, "{0,2}", lambda module, path, given, *more: seen.append(str(path))),
+        register_full_backward_pre_hook(model, "*", lambda module, path, given: seen.append(f"{path} pre")),
+    ):
+        model(x).sum().backward()
+    assert seen == ["2 pre", "2", "1 pre", "0 pre", "0"]
+    with pytest.raises(UnsupportedModule, match=r"1@input\.grad is of a module that overwrites its input"):
+        with register_full_backward_hook(model, "*", lambda *given: None):
+            model(x)
+
+
+def test_a_wrong_gradient_says_so(net):
+    for new, says in ((lambda g: (g[0],), "given 2 gradients, and returned 1 gradient"), (lambda g: (g[0], 3), None)):
+        hook = register_full_backward_pre_hook(net, "two", lambda module, path, given, new=new: new(given))
+        with hook:
+            if says is None:
+                net(inputs()).sum().backward()
+                continue
+            with pytest.raises(TreeMismatch, match=says):
+                net(inputs()).sum().backward()
+    with register_full_backward_hook(net, "first", lambda module, path, given, *more: (torch.ones(5, 4),)):
+        with pytest.raises(TreeMismatch, match="came where there is no gradient"):
+            net(inputs()).sum().backward()
+
+
+# --- transforms and compiled code -------------------------------------------------------------------------------------
+
+PATHS = ["first", "two", "two.inner", "", "first[..., 1]", "two[..., :2]"]
+
+
+def scaled(module, path, given, output_gradients=None):
+    more = 0 if output_gradients is None else output_gradients[0].sum()
+    return tuple(None if g is None else g * 3 + more for g in given)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("register", [register_full_backward_hook, register_full_backward_pre_hook])
+def test_hooks_on_gradients_in_transforms_equal_one_example_at_a_time(net, register, path):
+    if path == "two[..., :2]" and register is register_full_backward_pre_hook:
+        path = "two[0][..., :2]"
+
+    def f(row):
+        return net(row).sin().sum()
+
+    def plain(row):
+        row = row.clone().requires_grad_()
+        return torch.autograd.grad(f(row), row)[0]
+
+    def around(rows):
+        rows = rows.clone().requires_grad_()
+        return torch.autograd.grad(torch.vmap(f)(rows).sum(), rows)[0]
+
+    def of_parameters(rows):
+        parameters = dict(net.named_parameters())
+        loss = lambda p, row: torch.func.functional_call(net, p, (row,)).sin().sum()  # noqa: E731
+        return torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, rows)["first.weight"]
+
+    rows = inputs()
+    clean = torch.stack([plain(row) for row in rows])
+    with register(net, path, scaled):
+        expected = torch.stack([plain(row) for row in rows])
+        weights = torch.stack([torch.autograd.grad(f(row), net.first.weight)[0] for row in rows])
+        results = [torch.vmap(torch.func.grad(f))(rows), torch.func.grad(lambda x: torch.vmap(f)(x).sum())(rows)]
+        results += [around(rows), torch.stack([torch.func.grad(f)(row) for row in rows])]
+        assert torch.allclose(of_parameters(rows), weights, atol=1e-5)
+    assert not torch.allclose(expected, clean)
+    for result in results:
+        assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.fixture
+def compiled(net):
+    torch._dynamo.reset()
+    return torch.compile(net, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("path", ["first", "two.inner", "first[:, 0]", "first[*]", ""])
+def test_hooks_in_compiled_code(net, compiled, path):
+    out = clean = compiled(inputs())
+
+    def hook(module, path, args, output):
+        return output * 2 + args[0].sum() + len(path.name)
+
+    for _ in range(2):
+        with (
+            register_forward_hook(net, path, hook),
+            register_forward_pre_hook(net, "relu", lambda module, path, args: args[0] - 1),
+            register_forward_pre_hook(net, "two[:, 0]", lambda module, path, args: args[0] * 0),
+        ):
+            out = compiled(inputs())
+            assert torch.allclose(out, net(inputs()), atol=1e-5)
+    assert not torch.allclose(out, clean) and torch.equal(compiled(inputs()), clean)
+
+
+# What torch does itself where it traces a node of the graph.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
+@pytest.mark.parametrize("path", ["first", "two", "two[0]", "first[..., 1]", ""])
+def test_hooks_on_gradients_in_compiled_code(net, compiled, path):
+    def gradient(model):
+        x = inputs().requires_grad_()
+        return torch.autograd.grad(model(x).sin().sum(), x)[0]
+
+    clean = gradient(compiled)
+    with (
+        register_full_backward_pre_hook(net, path, scaled),
+        register_full_backward_pre_hook(net, path, lambda module, path, given: tuple(g + 1 for g in given)),
+    ):
+        found = gradient(compiled)
+        assert torch.allclose(found, gradient(net), atol=1e-5)
+    assert not torch.allclose(found, clean) and torch.equal(gradient(compiled), clean)
+
+
+def test_a_full_backward_hook_in_compiled_code_is_refused(net, compiled):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="register_full_backward_hook cannot act in compiled code"):
+        with register_full_backward_hook(net, "first", scaled):
+            compiled(inputs().requires_grad_())
+
+
+def test_run_of_a_compiled_model(net, compiled):
+    hook = {"first": lambda module, path, args, output: output + 1}
+    out, acts = run(
+        compiled, inputs(), forward_hooks=hook, with_activations={"first": 2.0}, return_activations=["first"]
+    )
+    assert acts["first"].unique().tolist() == [3.0]
+    expected = run(net, inputs(), forward_hooks=hook, with_activations={"first": 2.0})
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+INSIDE = {
+    "return_activations": lambda net, hook: lambda x: run(net, x, return_activations=["first", "two"]),
+    "with_activations": lambda net, hook: lambda x: run(net, x, with_activations={"first[:, 0]": 1.0}),
+    "forward_hooks": lambda net, hook: lambda x: run(net, x, forward_hooks={"first": [hook, hook]}),
+    "forward_pre_hooks": lambda net, hook: (
+        lambda x: run(net, x, forward_pre_hooks={"first": lambda module, path, args: args[0] * 2})
+    ),
+}
+
+
+@pytest.mark.parametrize("option", INSIDE)
+def test_run_inside_compiled_code(net, option):
+    torch._dynamo.reset()
+    f = INSIDE[option](net, lambda module, path, args, output: output * 2 + args[0].sum())
+    before = state(net)
+    found = torch.compile(f, fullgraph=True, backend="eager")(inputs())
+    expected = f(inputs())
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(tree) for tree in (found, expected)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    if option != "return_activations":
+        assert not torch.allclose(found, net(inputs()))
+    assert state(net) == before
+
+
+def test_a_hook_registered_inside_compiled_code(net):
+    torch._dynamo.reset()
+
+    def f(x):
+        with register_forward_hook(net, "first", lambda module, path, args, output: output + 1):
+            with register_forward_hook(net, "first", lambda module, path, args, output: output * 2, prepend=True):
+                return net(x)
+
+    assert torch.allclose(torch.compile(f, fullgraph=True, backend="eager")(inputs()), f(inputs()), atol=1e-6)
+    found = f(inputs())
+    with edit(net, "first", lambda value: value * 2 + 1):
+        assert torch.allclose(found, net(inputs()), atol=1e-6)
+
+
+# --- expand_module_path -----------------------------------------------------------------------------------------------
+
+
+def test_the_paths_that_a_pattern_selects(net):
+    def shown(*args):
+        return [str(path) for path in expand_module_path(net, *args)]
+
+    assert shown("*") == ["first", "two", "relu"]
+    assert shown("{first,two.inner}[:, 0]") == ["first[:, 0]", "two.inner[:, 0]"]
+    assert shown(nn.Linear) == ["first", "two.inner"]
+    assert shown("first[*]") == ["first[*]"]
+    assert shown("first[*]", torch.ones(2, 3)) == ["first[0]", "first[1]"]
+    assert shown("*[*]", {"first": torch.ones(1), "two": (1, 2), "relu": torch.ones(1)}) == [
+        "first[0]",
+        "two[0]",
+        "two[1]",
+        "relu[0]",
+    ]
+    _, acts = run(net, inputs(), return_activations=True)
+    assert shown("two[*][0, 2:]", acts) == ["two[0][0, 2:]", "two[1][0, 2:]"]
+    assert all(isinstance(path, ModulePath) for path in expand_module_path(net, True))
+    with pytest.raises(SiteNotFound, match="nearest names"):
+        shown("thw")
+    with pytest.raises(SiteNotFound, match="'two' is not in this cache"):
+        shown("two[*]", acts.select("first"))
+    with pytest.raises(TreeMismatch, match=r"expand_module_path at 'first\[:, \*\]'"):
+        shown("first[:, *]", torch.ones(2))
