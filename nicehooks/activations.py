@@ -48,7 +48,8 @@ class ActivationCache(dict[str, Any]):
     (torch.Size([5]), torch.Size([2, 5, 3]))
 
     It is a dict, and a pytree for optree and for `torch.utils._pytree`, so that it passes through `torch.func`
-    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`.
+    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`, and
+    so does reading one that was captured inside a transform which is over.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
@@ -66,7 +67,8 @@ class ActivationCache(dict[str, Any]):
 
         Raises:
             NotCaptured: (a `KeyError`) nothing that was captured has this value.
-            StaleActivation: the value was overwritten in place after it was captured.
+            StaleActivation: the value was overwritten in place after it was captured, or it belongs to a transform
+            that is over.
         """
         found = self._find(path)
         if found is None:
@@ -122,6 +124,8 @@ class ActivationCache(dict[str, Any]):
             if len(self._seen) > len(self):
                 self._forget()
             watch = self._watch(key)
+            if watch is not None and watch.lives and watch.outlived(value):
+                raise StaleActivation(OUTLIVED.format(key=key))
             if watch is not None and watch.notices(value):
                 raise StaleActivation(STALE.format(key=key))
         return value
@@ -222,7 +226,7 @@ class ActivationCache(dict[str, Any]):
         if keep == "all":
             before = dict.get(self, key)
             if type(before) is Calls:
-                watch = Watch([*(self._watch(key) or ()), *watch])
+                watch = (self._watch(key) or Watch()).joined(watch)
             value = Calls([*before, value]) if type(before) is Calls else Calls([value])
         self[key] = value
         self._seen[key] = watch
@@ -469,6 +473,13 @@ STALE = (
     "{key!r} was overwritten in place after it was captured (an in-place layer such as ReLU(inplace=True), or x += y), "
     "so this value is no longer what the site produced.\n"
     '    capture(model, "{key}", clone=True)  # keeps a copy of its own'
+)
+
+OUTLIVED = (
+    "{key!r} was captured inside a torch.func transform (vmap, grad, …) that is over, and its value was good in there "
+    "only.\n"
+    '    output, acts = captured(model, "{key}")(x)  # inside the transform: return acts from the function\n'
+    '    with capture(model, "{key}") as acts: ...   # around the transform: acts gets the full batch'
 )
 
 SEVERAL = (

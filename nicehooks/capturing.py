@@ -159,11 +159,19 @@ class _Capture(Action):
         return self.cache
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        seen = value
         if self._runs_again(key, site):
             return value
-        if not torch.compiler.is_compiling() and innermost_transform() is not None:
-            seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
+        if torch.compiler.is_compiling() or innermost_transform() is None:
+            self._keep(session, value, key, site)
+        else:
+            lifted = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), value)
+            with internals.outside_transforms(session.level):
+                self._keep(session, lifted, key, site)
+        if self.stop:
+            self._stop_when_complete(session, str(site))
+        return value
+
+    def _keep(self, session: Session, seen: Any, key: str, site: Site) -> None:
         if self.detach or self.clone or self.to:
             seen = trees.map_tensors(self._copy, seen)
         if self.map is not None:
@@ -172,9 +180,6 @@ class _Capture(Action):
             self._record_gradient(key, seen, session.order)
         else:
             self.cache.record(key, seen, self.keep)
-        if self.stop:
-            self._stop_when_complete(session, str(site))
-        return value
 
     def _record_gradient(self, key: str, value: Any, order: int) -> None:
         """Keeps the gradient of the first, the last or of all calls, in the order of the forward: backward turns it."""

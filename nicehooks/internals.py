@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -47,6 +48,43 @@ def lift(value: Tensor, level: int) -> Tensor:
         return lift(value, level)
 
 
+@contextmanager
+def outside_transforms(level: int) -> Generator[None]:
+    """Runs what is inside it as if no transform above `level` were there.
+
+    What `lift` returns is made into a wrapper again by any operation on it under `grad` or `jvp`.
+    """
+    if transform_level() <= level:
+        yield
+        return
+    with temporarily_pop_interpreter_stack(), outside_transforms(level):
+        yield
+
+
+def life_of(tensor: Tensor) -> Tensor | None:
+    """What tells whether `tensor`, a wrapper that belongs to a running transform, can still be used; else None.
+
+    A wrapper of `vmap` does not know that its transform is over, and levels are counted anew each time. A wrapper of
+    `grad` does know, whatever kind of transform runs at its level.
+    """
+    if not functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    level = functorch.maybe_get_level(tensor)
+    return functorch._wrap_for_grad(_NOTHING, level) if 0 < level <= transform_level() else None
+
+
+_NOTHING = torch.empty(0, device="cpu")
+
+
+def is_over(life: Tensor) -> bool:
+    """Whether the transform is over in which `life_of` has made `life`."""
+    return functorch.maybe_get_level(life) < 0
+
+
+is_wrapped: Callable[[Tensor], bool] = functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a transform, running or over."""
+
+
 def transform_size(transform: Any) -> int | None:
     """The number of examples that a `vmap` maps over; None for the other transforms."""
     if transform.key() != functorch.TransformType.Vmap:
@@ -63,11 +101,16 @@ def flat_weights(module: nn.RNNBase) -> list[Tensor]:
     return [getattr(module, name) for name in module._flat_weights_names]
 
 
-def version(value: Tensor) -> int:
-    """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
+def unwrapped(value: Tensor) -> Tensor:
+    """The tensor that holds the data of `value`, inside the wrappers of all transforms."""
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
-    return value._version
+    return value
+
+
+def version(value: Tensor) -> int:
+    """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
+    return unwrapped(value)._version
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Session:
     Attributes:
         label: how the intervention is shown to the user.
         slot: a number that no other living session has.
-        level: how many `torch.func` transforms were running at entry.
+        level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
         ended: whether the context was left.
@@ -97,7 +97,7 @@ class Session:
         self.attached = attached
         self.counting = False
         self.order = 0
-        self.level = internals.transform_level()
+        self.level = 0 if attached else internals.transform_level()  # a handle may outlive every transform
         self.ended = False
         self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
         self.reached: dict[str, bool] = {}
