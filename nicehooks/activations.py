@@ -521,14 +521,17 @@ def _flatten_cache(cache: ActivationCache) -> tuple[list[Any], Any]:
     values = cache.values()
     if torch.compiler.is_compiling() or internals.innermost_transform() is None:
         return values, list(cache)
-    return _flatten_for_transform(values, list(cache))
+    return _flatten_for_transform(values, list(cache), captured=bool(cache._seen))
 
 
-def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any], Any]:
-    """Leaves the rest out, as transforms want tensors alone as outputs; it is the same for every example."""
+def _flatten_for_transform(values: list[Any], keys: list[str], captured: bool) -> tuple[list[Any], Any]:
+    """Leaves the rest out, as transforms want tensors alone as outputs; it is the same for every example.
+
+    A cache without tensors that was not captured is how `vmap` keeps a number for each output.
+    """
     leaves = trees.leaves(values)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if len(tensors) in (0, len(leaves)):
+    if len(tensors) == len(leaves) or not (tensors or captured):
         return values, keys
     return tensors, _Rest(keys, trees.map_tensors(lambda tensor: Tensor, values))
 

@@ -127,18 +127,15 @@ def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool)
         return tensor
     if aliased:  # the same tensor is used elsewhere, with other gradients: this use of it gets a node of its own
         tensor = tensor.view_as(tensor)
-    if not tensor.requires_grad and internals.innermost_transform() is not None:
-        return tensor  # what the transform differentiates does not come by here
-    if not tensor.requires_grad:  # a clone, because an in-place layer may not write to a leaf
-        tensor = tensor.detach().requires_grad_().clone()
+    if not tensor.requires_grad and internals.innermost_transform() is None:
+        tensor = tensor.detach().requires_grad_().clone()  # a clone, because an in-place layer may not write to a leaf
     session, order = rule.session, next(_order)
 
-    def on_gradient(gradient: Tensor) -> Tensor | None:
+    def on_gradient(gradient: Tensor) -> Tensor:
         if session.ended:
-            return None
+            return gradient
         session.order = order
-        new = rule.act(gradient, rest, key)
-        return None if new is gradient else new
+        return rule.act(gradient, rest, key)
 
-    tensor.register_hook(on_gradient)
-    return tensor
+    hooked = internals.hook_gradient(tensor, on_gradient)
+    return tensor if hooked is None else hooked  # what is differentiated does not come by here

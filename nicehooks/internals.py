@@ -48,6 +48,37 @@ def lift(value: Tensor, level: int) -> Tensor:
         return lift(value, level)
 
 
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Sets `hook` on the gradient of `tensor` where it is differentiated: here, or outside of the innermost transforms.
+
+    For a backward that is outside of a `vmap`, the hook is mapped over the gradients of all examples. A value that is
+    the same for every example has a gradient for each, so it becomes one value per example.
+
+    Returns:
+        what takes the place of `tensor`; None where nothing differentiates it.
+    """
+    transform = innermost_transform()
+    size = None if transform is None else transform_size(transform)
+    if size is None and tensor.requires_grad:
+        tensor.register_hook(hook)
+        return tensor
+    if transform is None:
+        return None
+    level = transform.level()
+    own = functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) == level
+    dim = functorch.maybe_get_bdim(tensor) if own else 0
+    with temporarily_pop_interpreter_stack():
+        inner = functorch.get_unwrapped(tensor) if own else tensor
+        if size is None:
+            found = hook_gradient(inner, hook)
+        else:
+            each = inner if own else inner.expand(size, *inner.shape)
+            found = hook_gradient(each, torch.vmap(hook, in_dims=dim, out_dims=dim, randomness="different"))
+    if found is None or found is inner:
+        return None if found is None else tensor
+    return functorch._add_batch_dim(found, dim, level) if size is not None else functorch._wrap_for_grad(found, level)
+
+
 @contextmanager
 def outside_transforms(level: int) -> Generator[None]:
     """Runs what is inside it as if no transform above `level` were there.

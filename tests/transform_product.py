@@ -8,10 +8,13 @@ transform makes of that function is compared with loops over examples and deriva
 from __future__ import annotations
 
 import functools
+import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from models import gpt2, llama
 from torch import Tensor, nn
@@ -282,11 +285,19 @@ def reference(name: str, intervention: str, caller: str) -> Reference:
 
 
 class Transform(NamedTuple):
-    """What is done with a program, what comes out by hand, and the mapped dimensions that an outer cache gets."""
+    """What is done with a program, and what comes out by hand.
+
+    Attributes:
+        lead: the mapped dimensions that a cache entered around it gets: those of a batch of examples, or, of one
+            example, a row for each direction that a derivative is taken in.
+        gradients: what an `@grad` port around it gets, of the Jacobians at the site and the values of each example;
+            None where no backward runs.
+    """
 
     of: Callable[[Fn], Any]
     by_hand: Callable[[Reference], Any]
     lead: tuple[int, ...] = ()
+    gradients: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _cotangent(y: Tensor) -> Tensor:
@@ -299,7 +310,9 @@ def _vjp(f: Fn) -> Any:
 
 
 def _linearize(f: Fn) -> Any:
-    y, push = linearize(f, EXAMPLES[0])
+    with warnings.catch_warnings():  # torch's own, about the graph that it has made itself
+        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+        y, push = linearize(f, EXAMPLES[0])
     return y, push(TANGENT)
 
 
@@ -311,17 +324,69 @@ def _pushed(r: Reference) -> Any:
     return r.values[0], r.jacobians[0] @ TANGENT
 
 
+def _of_loss(at_site: Tensor, values: Tensor) -> Tensor:
+    return torch.einsum("by,by...->b...", values.cos(), at_site)[:BATCH]
+
+
 TRANSFORMS = {
     "vmap": Transform(lambda f: vmap(f)(EXAMPLES[:BATCH]), lambda r: r.values[:BATCH], (BATCH,)),
     "vmap(vmap)": Transform(_nested, lambda r: r.values.view(BATCH, BATCH, -1), (BATCH, BATCH)),
-    "grad": Transform(lambda f: grad(lambda z: loss(f(z)))(EXAMPLES[0]), lambda r: r.gradients[0]),
-    "vjp": Transform(_vjp, lambda r: (r.values[0], _cotangent(r.values[0]) @ r.jacobians[0])),
+    "grad": Transform(
+        lambda f: grad(lambda z: loss(f(z)))(EXAMPLES[0]),
+        lambda r: r.gradients[0],
+        gradients=lambda at_site, values: _of_loss(at_site, values)[0],
+    ),
+    "vjp": Transform(
+        _vjp,
+        lambda r: (r.values[0], _cotangent(r.values[0]) @ r.jacobians[0]),
+        gradients=lambda at_site, values: torch.einsum("y,y...->...", _cotangent(values[0]), at_site[0]),
+    ),
     "jvp": Transform(lambda f: jvp(f, (EXAMPLES[0],), (TANGENT,)), _pushed),
-    "jacrev": Transform(lambda f: jacrev(f)(EXAMPLES[0]), lambda r: r.jacobians[0]),
+    "jacrev": Transform(
+        lambda f: jacrev(f)(EXAMPLES[0]),
+        lambda r: r.jacobians[0],
+        gradients=lambda at_site, values: at_site[0],
+    ),
     "jacfwd": Transform(lambda f: jacfwd(f)(EXAMPLES[0]), lambda r: r.jacobians[0], (3,)),
-    "hessian": Transform(lambda f: hessian(lambda z: loss(f(z)))(EXAMPLES[0]), lambda r: r.hessian, (3,)),
-    "vmap(grad)": Transform(lambda f: vmap(grad(lambda z: loss(f(z))))(EXAMPLES[:BATCH]), lambda r: r.gradients, (2,)),
-    "grad(vmap)": Transform(lambda f: grad(lambda z: loss(vmap(f)(z)))(EXAMPLES[:BATCH]), lambda r: r.gradients, (2,)),
-    "vmap(jacrev)": Transform(lambda f: vmap(jacrev(f))(EXAMPLES[:BATCH]), lambda r: r.jacobians, (BATCH,)),
+    "hessian": Transform(
+        lambda f: hessian(lambda z: loss(f(z)))(EXAMPLES[0]),
+        lambda r: r.hessian,
+        (3,),
+        gradients=lambda at_site, values: _of_loss(at_site, values)[0].expand(3, 1, *at_site.shape[2:]),
+    ),
+    "vmap(grad)": Transform(
+        lambda f: vmap(grad(lambda z: loss(f(z))))(EXAMPLES[:BATCH]),
+        lambda r: r.gradients,
+        (BATCH,),
+        gradients=_of_loss,
+    ),
+    "grad(vmap)": Transform(
+        lambda f: grad(lambda z: loss(vmap(f)(z)))(EXAMPLES[:BATCH]),
+        lambda r: r.gradients,
+        (BATCH,),
+        gradients=_of_loss,
+    ),
+    "vmap(jacrev)": Transform(
+        lambda f: vmap(jacrev(f))(EXAMPLES[:BATCH]),
+        lambda r: r.jacobians,
+        (BATCH,),
+        gradients=lambda at_site, values: at_site[:BATCH],
+    ),
     "linearize": Transform(_linearize, _pushed),
 }
+
+
+def combinations(*columns: Any) -> list[Any]:
+    """Parameters for pytest: every transform, each of `columns`, every subject, every caller.
+
+    One rule leaves some out: `linearize` traces and folds a graph of every operation, which takes two seconds for a
+    language model, and what it does with one it does with the other: it gets GPT-2, called as it is, and is slow.
+    """
+    found: list[Any] = []
+    for transform, *rest, name, caller in itertools.product(TRANSFORMS, *columns, SUBJECTS, CALLERS):
+        traced = transform == "linearize" and name in ("gpt2", "llama")
+        if not traced or (name, caller) == ("gpt2", "model"):
+            values = (transform, *rest, name, caller)
+            marks = [pytest.mark.slow] if traced else []
+            found.append(pytest.param(*values, id="-".join(values), marks=marks))
+    return found
