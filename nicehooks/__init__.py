@@ -30,13 +30,15 @@ The floors, from the ground up; each imports only from the ones below it:
     given           the functions that users hand in, and how what they wrote is shown
     capturing       capture
     interventions   patch, edit, ablate, steer, splice, suspend
-    functional      captured, functional, grad_at
+    functional      captured, functional
+    differentiating  grad_at
     listing         sites, describe
 """
 
 from nicehooks.activations import ActivationCache
 from nicehooks.attention import fused_attention_as_steps
 from nicehooks.capturing import capture
+from nicehooks.differentiating import grad_at
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -52,7 +54,7 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.functional import captured, functional, grad_at
+from nicehooks.functional import captured, functional
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
 from nicehooks.paths import ModulePath

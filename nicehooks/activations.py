@@ -48,8 +48,8 @@ class ActivationCache(dict[str, Any]):
     (torch.Size([5]), torch.Size([2, 5, 3]))
 
     It is a dict, and a pytree for optree and for `torch.utils._pytree`, so that it passes through `torch.func`
-    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`, and
-    so does reading one that was captured inside a transform which is over.
+    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`,
+    and so does reading one that was captured inside a transform which is over.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:

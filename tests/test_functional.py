@@ -1,4 +1,4 @@
-"""`functional`, `grad_at` and `splice`: differentiable in everything, one forward, the model untouched."""
+"""`functional` and `splice`: differentiable in everything, the model untouched."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from worlds import inputs, make, state, total
 
 from nicehooks import (
     SiteNotFound,
-    SiteNotReached,
     TreeMismatch,
-    UnsupportedModule,
     capture,
     functional,
-    grad_at,
     patch,
     splice,
 )
@@ -99,56 +96,6 @@ def test_functional_says_what_is_wrong():
         functional(make("Mlp"))({"nope": torch.ones(1)}, inputs())
     with pytest.raises(TreeMismatch, match=r"'embed\.weight' and 'again\.weight' are one parameter"):
         functional(Shared())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
-
-
-# --- grad_at ----------------------------------------------------------------------------------------------------------
-
-
-def by_differences(model, path, metric):
-    with capture(model, path) as acts, torch.no_grad():
-        model(inputs())
-    return grad(lambda value: metric(_with(model, path, value)))(acts[path])
-
-
-def _with(model, path, value):
-    with patch(model, path, value):
-        return model(inputs())
-
-
-@pytest.mark.parametrize("path", ["embed", "blocks.1", "blocks.0.1[:, -1]", "head", ""])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_at_sites(path, frozen):
-    model = make("Mlp").requires_grad_(not frozen)
-    value, grads = grad_at(model, path, total)(inputs())
-    assert torch.allclose(value, total(model(inputs())))
-    assert list(grads) == [path]
-    assert torch.allclose(grads[path], by_differences(model, path, total), atol=1e-5)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_one_forward_serves_all_sites():
-    model = make("Mlp")
-    calls = []
-    model.register_forward_hook(lambda *args: calls.append(args))
-    _, grads = grad_at(model, ["blocks.*", "embed"], total)(inputs())
-    assert len(calls) == 1 and len(grads) == 4
-
-
-def test_gradients_of_each_example():
-    model = make("Mlp")
-    values, grads = vmap(grad_at(model, "blocks.*", total))(inputs())
-    for i, x in enumerate(inputs()):
-        value, expected = grad_at(model, "blocks.*", total)(x)
-        assert torch.allclose(values[i], value)
-        assert all(torch.allclose(grads[key][i], expected[key], atol=1e-6) for key in expected)
-
-
-def test_grad_at_says_what_is_wrong():
-    model = make("Mlp")
-    with pytest.raises(UnsupportedModule, match="takes the paths of outputs"):
-        grad_at(model, "embed@grad", total)
-    with pytest.raises(SiteNotReached, match="no gradient came by"):
-        grad_at(model, "embed", lambda output: torch.ones(()))(inputs())
 
 
 # --- splice -----------------------------------------------------------------------------------------------------------
