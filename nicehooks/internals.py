@@ -177,6 +177,15 @@ def in_checkpoint() -> bool:
     return False
 
 
+def checkpoint_depth() -> int:
+    """How deep this line is in activation-checkpointed regions, in frames of torch's own (torch 2.4 … 2.13)."""
+    depth, frame = 0, sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code.co_filename == CHECKPOINT_FILE
+        frame = frame.f_back
+    return depth
+
+
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
