@@ -38,7 +38,8 @@ The floors, from the ground up; each imports only from the ones below it:
     backward_hooks  hooks on gradients
     registering     register_forward_hook and its three siblings
     running         run, expand_module_path
-    functional      captured, functional, grad_at
+    functional      captured, functional
+    differentiating  grad_at
     listing         sites, describe
     hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
     points          HookPoint, and the methods of a place
@@ -52,6 +53,7 @@ The floors, from the ground up; each imports only from the ones below it:
 from nicehooks.activations import ActivationCache
 from nicehooks.attention import fused_attention_as_steps
 from nicehooks.capturing import capture
+from nicehooks.differentiating import grad_at
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -67,7 +69,7 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.functional import captured, functional, grad_at
+from nicehooks.functional import captured, functional
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
 from nicehooks.listing import describe, sites
 from nicehooks.methods import patch_method_to_module

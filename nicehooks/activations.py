@@ -48,7 +48,8 @@ class ActivationCache(dict[str, Any]):
     (torch.Size([5]), torch.Size([2, 5, 3]))
 
     It is a dict, and a pytree for optree and for `torch.utils._pytree`, so that it passes through `torch.func`
-    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`.
+    transforms. Reading a value that the model has overwritten in place since it was captured raises `StaleActivation`,
+    and so does reading one that was captured inside a transform which is over.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
@@ -66,7 +67,8 @@ class ActivationCache(dict[str, Any]):
 
         Raises:
             NotCaptured: (a `KeyError`) nothing that was captured has this value.
-            StaleActivation: the value was overwritten in place after it was captured.
+            StaleActivation: the value was overwritten in place after it was captured, or it belongs to a transform
+            that is over.
         """
         found = self._find(path)
         if found is None:
@@ -114,6 +116,8 @@ class ActivationCache(dict[str, Any]):
             if len(self._seen) > len(self):
                 self._forget()
             watch = self._watch(key)
+            if watch is not None and watch.lives and watch.outlived(value):
+                raise StaleActivation(OUTLIVED.format(key=key))
             if watch is not None and watch.notices(value):
                 raise StaleActivation(STALE.format(key=key))
         return value
@@ -214,7 +218,7 @@ class ActivationCache(dict[str, Any]):
         if keep == "all":
             before = dict.get(self, key)
             if type(before) is Calls:
-                watch = Watch([*(self._watch(key) or ()), *watch])
+                watch = (self._watch(key) or Watch()).joined(watch)
             value = Calls([*before, value]) if type(before) is Calls else Calls([value])
         self[key] = value
         self._seen[key] = watch
@@ -471,6 +475,13 @@ STALE = (
     '    capture(model, "{key}", clone=True)  # keeps a copy of its own'
 )
 
+OUTLIVED = (
+    "{key!r} was captured inside a torch.func transform (vmap, grad, …) that is over, and its value was good in there "
+    "only.\n"
+    '    output, acts = captured(model, "{key}")(x)  # inside the transform: return acts from the function\n'
+    '    with capture(model, "{key}") as acts: ...   # around the transform: acts gets the full batch'
+)
+
 SEVERAL = (
     "{key!r} may mean several sites, and has no single value in this cache of {sites}.\n"
     '    acts.select("{key}")  # a cache of them all'
@@ -510,14 +521,17 @@ def _flatten_cache(cache: ActivationCache) -> tuple[list[Any], Any]:
     values = cache.values()
     if torch.compiler.is_compiling() or internals.innermost_transform() is None:
         return values, list(cache)
-    return _flatten_for_transform(values, list(cache))
+    return _flatten_for_transform(values, list(cache), captured=bool(cache._seen))
 
 
-def _flatten_for_transform(values: list[Any], keys: list[str]) -> tuple[list[Any], Any]:
-    """Leaves the rest out, as transforms want tensors alone as outputs; it is the same for every example."""
+def _flatten_for_transform(values: list[Any], keys: list[str], captured: bool) -> tuple[list[Any], Any]:
+    """Leaves the rest out, as transforms want tensors alone as outputs; it is the same for every example.
+
+    A cache without tensors that was not captured is how `vmap` keeps a number for each output.
+    """
     leaves = trees.leaves(values)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if len(tensors) in (0, len(leaves)):
+    if len(tensors) == len(leaves) or not (tensors or captured):
         return values, keys
     return tensors, _Rest(keys, trees.map_tensors(lambda tensor: Tensor, values))
 

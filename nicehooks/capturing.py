@@ -159,13 +159,22 @@ class _Capture(Action):
         return self.cache
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        seen = value
         if self._runs_again(key, site):
             return value
         if torch.compiler.is_dynamo_compiling():
-            seen = trees.map_tensors(lambda tensor: internals.lift_traced(tensor, session.level), seen)
-        elif innermost_transform() is not None:
-            seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
+            lifted = trees.map_tensors(lambda tensor: internals.lift_traced(tensor, session.level), value)
+            self._keep(session, lifted, key, site)
+        elif innermost_transform() is None:
+            self._keep(session, value, key, site)
+        else:
+            lifted = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), value)
+            with internals.outside_transforms(session.level):
+                self._keep(session, lifted, key, site)
+        if self.stop:
+            self._stop_when_complete(session, str(site))
+        return value
+
+    def _keep(self, session: Session, seen: Any, key: str, site: Site) -> None:
         if self.detach or self.clone or self.to:
             seen = trees.map_tensors(self._copy, seen)
         if self.map is not None:
@@ -174,9 +183,6 @@ class _Capture(Action):
             self._record_gradient(key, seen, session.order)
         else:
             self.cache.record(key, seen, self.keep)
-        if self.stop:
-            self._stop_when_complete(session, str(site))
-        return value
 
     def _record_gradient(self, key: str, value: Any, order: int) -> None:
         """Keeps the gradient of the first, the last or of all calls, in the order of the forward: backward turns it."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nicehooks import sessions
+from nicehooks import internals, sessions
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -229,7 +229,8 @@ class Intervention:
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
-        if session.checkpointed and not session.recomputed:
+        outlived = session.checkpointed and not session.recomputed
+        if outlived and session.checkpointed > internals.checkpoint_depth():  # else the region enters the context again
             warnings.warn(CHECKPOINTED.format(context=self), CheckpointWarning, stacklevel=3)
 
     def _acted(self, session: Session, plan: Plan) -> bool:

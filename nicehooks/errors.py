@@ -34,7 +34,7 @@ class UnsupportedModule(NiceHooksError):
 
 
 class StaleActivation(NiceHooksError):
-    """A captured value is no longer what was captured: something overwrote it in place."""
+    """A captured value can no longer be used: it was overwritten in place, or belongs to a transform that is over."""
 
 
 class ContextMisuse(NiceHooksError, RuntimeError):

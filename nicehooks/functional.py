@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from nicehooks.activations import ActivationCache
 from nicehooks.capturing import capture
-from nicehooks.errors import SiteNotFound, TreeMismatch, UnsupportedModule
-from nicehooks.interventions import edit, patch
-from nicehooks.paths import Port
-from nicehooks.selection import Census, Where, select, unwrap
-from nicehooks.trees import map_tensors
+from nicehooks.errors import SiteNotFound, TreeMismatch
+from nicehooks.interventions import patch
+from nicehooks.selection import Census, Where, unwrap
 
 
 def captured(model: nn.Module, *where: Where, **options: Any) -> Callable[..., tuple[Any, ActivationCache]]:
@@ -106,52 +103,3 @@ def _for_every_place(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str
         if params[first] is not value:
             raise TreeMismatch(f"{first!r} and {name!r} are one parameter, but came with two values.")
     return {place: params[name] for tensor, name in given.items() for place in places[tensor]}
-
-
-def grad_at(
-    model: nn.Module, where: Where, metric: Callable[[Any], Tensor]
-) -> Callable[..., tuple[Tensor, ActivationCache]]:
-    """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
-
-    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-    >>> value, grads = grad_at(model, "*", lambda output: output.sum())(torch.ones(5, 4))
-    >>> grads["0"].shape, grads["1"].unique().item()
-    (torch.Size([5, 3]), 1.0)
-
-    Args:
-        model: any module.
-        where: paths, sites, … of outputs (see `select`).
-        metric: `metric(output)` is a scalar tensor.
-
-    Raises:
-        UnsupportedModule: a site is not an output: write `h.3`, not `h.3@grad`.
-        SiteNotReached: the metric does not depend on a site.
-    """
-    sites = select(model, where)
-    if any(site.path.port.kind != "output" for site in sites):
-        raise UnsupportedModule("grad_at takes the paths of outputs, 'h.3': it adds the gradient by itself.")
-    paths = {str(site): str(replace(site.path, port=Port("grad"))) for site in sites}
-
-    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
-        nothing: list[Tensor] = []
-
-        def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
-            nothing.append(zero)
-            value = metric(model(*args, **kwargs))
-            return value, value
-
-        plain = [replace(site.path, chain=()) for site in sites]  # whole values: a node of the graph at each site
-        with edit(model, plain, lambda value: map_tensors(lambda t: _plus(t, nothing[-1]), value)):
-            with capture(model, list(paths.values())) as grads:
-                _, value = torch.func.grad(valued, has_aux=True)(torch.zeros(()))
-        return value, ActivationCache({key: grads[path] for key, path in paths.items()})
-
-    return run
-
-
-def _plus(tensor: Tensor, zero: Tensor) -> Tensor:
-    return tensor + zero if tensor.is_floating_point() else tensor

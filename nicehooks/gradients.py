@@ -147,9 +147,8 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
         if not may_have_gradient(tensor):
             return tensor
         tensor = own_use(tensor, found.used | found.passed)
-        if not tensor.requires_grad and internals.innermost_transform() is not None:
-            return tensor  # what the transform differentiates does not come by here
-        tensor = made_differentiable(tensor)
+        if internals.innermost_transform() is None:
+            tensor = made_differentiable(tensor)
     found.passed.add(id(tensor))
     session, order = rule.session, next(_order)
 

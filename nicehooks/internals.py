@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, NamedTuple, TypeVar
 
@@ -65,6 +66,74 @@ def lift(value: Tensor, level: int) -> Tensor:
         return lift(value, level)
 
 
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Sets `hook` on the gradient of `tensor` where it is differentiated: here, or outside of the innermost transforms.
+
+    For a backward that is outside of a `vmap`, the hook is mapped over the gradients of all examples. A value that is
+    the same for every example has a gradient for each, so it becomes one value per example.
+
+    Returns:
+        what takes the place of `tensor`; None where nothing differentiates it.
+    """
+    transform = innermost_transform()
+    size = None if transform is None else transform_size(transform)
+    if size is None and tensor.requires_grad:
+        tensor.register_hook(hook)
+        return tensor
+    if transform is None:
+        return None
+    level = transform.level()
+    own = functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) == level
+    dim = functorch.maybe_get_bdim(tensor) if own else 0
+    with temporarily_pop_interpreter_stack():
+        inner = functorch.get_unwrapped(tensor) if own else tensor
+        if size is None:
+            found = hook_gradient(inner, hook)
+        else:
+            each = inner if own else inner.expand(size, *inner.shape)
+            found = hook_gradient(each, torch.vmap(hook, in_dims=dim, out_dims=dim, randomness="different"))
+    if found is None or found is inner:
+        return None if found is None else tensor
+    return functorch._add_batch_dim(found, dim, level) if size is not None else functorch._wrap_for_grad(found, level)
+
+
+@contextmanager
+def outside_transforms(level: int) -> Generator[None]:
+    """Runs what is inside it as if no transform above `level` were there.
+
+    What `lift` returns is made into a wrapper again by any operation on it under `grad` or `jvp`.
+    """
+    if transform_level() <= level:
+        yield
+        return
+    with temporarily_pop_interpreter_stack(), outside_transforms(level):
+        yield
+
+
+def life_of(tensor: Tensor) -> Tensor | None:
+    """What tells whether `tensor`, a wrapper that belongs to a running transform, can still be used; else None.
+
+    A wrapper of `vmap` does not know that its transform is over, and levels are counted anew each time. A wrapper of
+    `grad` does know, whatever kind of transform runs at its level.
+    """
+    if not functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    level = functorch.maybe_get_level(tensor)
+    return functorch._wrap_for_grad(_NOTHING, level) if 0 < level <= transform_level() else None
+
+
+_NOTHING = torch.empty(0, device="cpu")
+
+
+def is_over(life: Tensor) -> bool:
+    """Whether the transform is over in which `life_of` has made `life`."""
+    return functorch.maybe_get_level(life) < 0
+
+
+is_wrapped: Callable[[Tensor], bool] = functorch.is_functorch_wrapped_tensor
+"""Whether a tensor belongs to a transform, running or over."""
+
+
 def transform_size(transform: Any) -> int | None:
     """The number of examples that a `vmap` maps over; None for the other transforms."""
     if transform.key() != functorch.TransformType.Vmap:
@@ -102,11 +171,16 @@ def flat_weights(module: nn.RNNBase) -> list[Tensor]:
     return [getattr(module, name) for name in module._flat_weights_names]
 
 
-def version(value: Tensor) -> int:
-    """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
+def unwrapped(value: Tensor) -> Tensor:
+    """The tensor that holds the data of `value`, inside the wrappers of all transforms."""
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
-    return value._version
+    return value
+
+
+def version(value: Tensor) -> int:
+    """The version counter of the data of `value`; a wrapper of `vmap` has one of its own, which never moves."""
+    return unwrapped(value)._version
 
 
 def requires_gradient(value: Tensor) -> bool:
@@ -151,6 +225,15 @@ def in_checkpoint() -> bool:
             return torch.is_grad_enabled() if needed is None else any(needed)
         frame = frame.f_back
     return False
+
+
+def checkpoint_depth() -> int:
+    """How deep this line is in activation-checkpointed regions, in frames of torch's own (torch 2.4 … 2.13)."""
+    depth, frame = 0, sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code.co_filename == CHECKPOINT_FILE
+        frame = frame.f_back
+    return depth
 
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__

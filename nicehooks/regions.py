@@ -107,8 +107,9 @@ def _with_region(base: Tensor, items: list[Any], new: Tensor, dim: int) -> Tenso
     if item is None:
         return _with_region(base, rest, new.squeeze(dim), dim)
     if isinstance(item, int):
-        part = _with_region(base.select(dim, item), rest, new, dim)
-        return torch.select_scatter(base, part, dim, item)
+        part, at = _with_region(base.select(dim, item), rest, new, dim), item % base.shape[dim]
+        # Not select_scatter: differentiated around vmap, it gives a multiple of the gradient of `part` (torch 2.13).
+        return torch.slice_scatter(base, part.unsqueeze(dim), dim, at, at + 1)
     if item == slice(None):
         return _with_region(base, rest, new, dim + 1)
     part = _with_region(base[(slice(None),) * dim + (item,)], rest, new, dim + 1)

@@ -117,7 +117,7 @@ class SiteRule(Rule):
         if session.checkpointed and internals.in_backward():
             session.recomputed = True
         elif search and internals.in_checkpoint():
-            session.checkpointed = True
+            session.checkpointed = max(session.checkpointed, internals.checkpoint_depth())
             for tensor in trees.leaves(value):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(_note_backward, session))

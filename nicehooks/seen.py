@@ -31,12 +31,29 @@ def describe(value: Any) -> str:
 
 
 class Watch(list[tuple[Any, Any]]):
-    """The tensors of a captured value, held weakly, each with its version when it was captured."""
+    """The tensors of a captured value, held weakly, each with its version when it was captured.
+
+    Attributes:
+        lives: of the transforms that the tensors belong to; see `internals.life_of`.
+    """
+
+    lives: tuple[Any, ...] = ()
 
     @staticmethod
     def over(value: Any) -> Watch:
         """A watch over `value` as it is now."""
-        return Watch((weakref.ref(tensor), version_of(tensor)) for tensor in _tensors(value))
+        tensors = _tensors(value)
+        watch = Watch((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
+        if internals.innermost_transform() is not None:
+            lives = [internals.life_of(tensor) for tensor in tensors]
+            watch.lives = tuple(life for life in lives if life is not None)
+        return watch
+
+    def joined(self, other: Watch) -> Watch:
+        """A watch over what both watch over."""
+        watch = Watch([*self, *other])
+        watch.lives = (*self.lives, *other.lives)
+        return watch
 
     @staticmethod
     def before(value: Any, version: Any) -> Watch:
@@ -45,6 +62,10 @@ class Watch(list[tuple[Any, Any]]):
             return Watch([(weakref.ref(value), version)])
         tensors = [one for one in value if one is not None]
         return Watch((weakref.ref(tensor), number) for tensor, number in zip(tensors, version, strict=True))
+
+    def outlived(self, value: Any) -> bool:
+        """Whether a transform is over that `value`, or what it was computed from, belongs to."""
+        return any(map(internals.is_over, self.lives)) and any(map(internals.is_wrapped, _tensors(value)))
 
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
@@ -73,7 +94,10 @@ def version_of(tensor: Tensor) -> Any:
 
     Tensors made under `inference_mode` have none; a checksum stands in for it there.
     """
-    return _checksum(tensor) if tensor.is_inference() else internals.version(tensor)
+    if not tensor.is_inference():
+        return internals.version(tensor)
+    with internals.outside_transforms(0):  # under vmap no tensor gives its numbers away
+        return _checksum(internals.unwrapped(tensor))
 
 
 def _checksum(tensor: Tensor) -> str:

@@ -61,7 +61,7 @@ class Session:
     Attributes:
         label: how the intervention is shown to the user.
         slot: a number that no other living session has.
-        level: how many `torch.func` transforms were running at entry.
+        level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
         ended: whether the context was left.
@@ -70,7 +70,7 @@ class Session:
         suspended: whether a selected module was called under `suspend`.
         order: of the gradient that is on its way: when its value was made.
         reached: the keys of the rules that have acted.
-        checkpointed: whether a rule changed something in an activation-checkpointed region.
+        checkpointed: how deep in activation-checkpointed regions a rule changed something.
         recomputed: whether a backward pass came by and ran it again.
     """
 
@@ -97,9 +97,10 @@ class Session:
         self.attached = attached
         self.counting = False
         self.order = 0
-        self.level = internals.transform_level()
+        self.level = 0 if attached else internals.transform_level()  # a handle may outlive every transform
         self.ended = False
-        self.called = self.elsewhere = self.suspended = self.checkpointed = self.recomputed = False
+        self.called = self.elsewhere = self.suspended = self.recomputed = False
+        self.checkpointed = 0
         self.reached: dict[str, bool] = {}
         self.slot = -1
         self._progress: dict[int, Progress] = {}

@@ -3,10 +3,9 @@
 NOTE [One line for each tensor]
 Interventions at a gradient act in the order in which they were entered, whether they want the gradient of one tensor or
 those of several tensors at once. So all that act on a tensor of a call stand at one station, in this order. A station
-of one tensor is a hook on that tensor. Several tensors whose gradients have to come by together go through one node of
-the graph, and so does a single one inside a transform or in compiled code, where a hook on a tensor may stay silent
-(the tensor that `vmap` shows is a wrapper that autograd does not know). Who stood at the stations of single tensors
-before moves over to the station of them all.
+of one tensor is a hook on that tensor, at the level that differentiates it (`internals.hook_gradient`). Several tensors
+whose gradients have to come by together go through one node of the graph, and so does a single one in compiled code.
+Who stood at the stations of single tensors before moves over to the station of them all.
 
 The node returns copies: an in-place layer may come next, which autograd forbids for the views that such a node makes.
 """
@@ -61,10 +60,10 @@ class Station:
             gradients = standing.pass_by(gradients)
         return gradients
 
-    def pass_one_by(self, gradient: Tensor) -> Tensor | None:
+    def pass_one_by(self, gradient: Tensor) -> Tensor:
         """As `pass_by`, as a hook on a tensor has to say it."""
         (new,) = self.pass_by([gradient])
-        return None if new is gradient else new
+        return new
 
     def take_over(self, other: Station, positions: list[int]) -> None:
         """Whoever stands at `other`, whose tensors are at `positions` here, stands here from now on."""
@@ -91,6 +90,8 @@ class Stations:
         station = self._station_of(tensors[0])
         if station is None or any([self._station_of(tensor) is not station for tensor in tensors]):
             station, tensors = self._new_station(tensors)
+        if station is None:
+            return list(tensors)
         at = [id(tensor) for tensor in self._tensors_of(station)]
         standing = _Standing([at.index(id(tensor)) for tensor in tensors], fn)
         (station.last if last else station.line).append(standing)
@@ -118,14 +119,18 @@ class Stations:
     def _tensors_of(self, station: Station) -> list[Tensor]:
         return [tensor for tensor, at in self._places.values() if at is station]
 
-    def _new_station(self, tensors: Sequence[Tensor]) -> tuple[Station, Sequence[Tensor]]:
+    def _new_station(self, tensors: Sequence[Tensor]) -> tuple[Station | None, Sequence[Tensor]]:
+        """A station of `tensors`, or of what takes their place; none where nothing differentiates them."""
         station, here = Station(), [id(tensor) for tensor in tensors]
         for before in [at for at in map(self._station_of, tensors) if at is not None]:
             theirs = [id(tensor) for tensor in self._tensors_of(before)]
             if set(theirs) <= set(here):  # else they come by at a later point of backward
                 station.take_over(before, [here.index(one) for one in theirs])
-        if len(tensors) == 1 and internals.innermost_transform() is None:
-            tensors[0].register_hook(station.pass_one_by)
+        if len(tensors) == 1:
+            hooked = internals.hook_gradient(tensors[0], station.pass_one_by)
+            if hooked is None:
+                return None, tensors
+            tensors = [hooked]
         else:
             tensors = _NodeWithTangents.apply(station, *tensors)
         for tensor in tensors:

@@ -82,7 +82,7 @@ def gpt2(**changes: Any) -> Any:
     sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 64, "vocab_size": VOCABULARY}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     config = transformers.GPT2Config(
-        **sizes, **ends, initializer_range=0.3, **{"attn_implementation": "eager", **changes}
+        **{**sizes, **ends, "initializer_range": 0.3, "attn_implementation": "eager", **changes}
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -93,7 +93,7 @@ def llama(**changes: Any) -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": VOCABULARY}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     config = transformers.LlamaConfig(
-        **heads, **sizes, **ends, initializer_range=0.3, **{"attn_implementation": "eager", **changes}
+        **{**heads, **sizes, **ends, "initializer_range": 0.3, "attn_implementation": "eager", **changes}
     )
     return transformers.LlamaForCausalLM(config)
 

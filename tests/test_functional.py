@@ -1,21 +1,18 @@
-"""`functional`, `grad_at` and `splice`: differentiable in everything, one forward, the model untouched."""
+"""`functional` and `splice`: differentiable in everything, the model untouched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 from worlds import inputs, make, state, total
 
 from nicehooks import (
     SiteNotFound,
-    SiteNotReached,
     TreeMismatch,
-    UnsupportedModule,
     capture,
     functional,
-    grad_at,
     patch,
     splice,
 )
@@ -94,61 +91,36 @@ def test_functional_is_safe_for_shared_and_tied_parameters(names):
         assert torch.equal(model(inputs()), clean)
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "again.weight", "head.weight"])
+@pytest.mark.parametrize("world", ["grad", "vmap(grad)", "grad(vmap)", "jacrev"])
+def test_the_gradient_of_a_tied_parameter_is_that_of_all_its_uses(name, world):
+    model, weight = Shared().double(), torch.randn(4, 4, dtype=torch.double)
+    before, x = state(model), inputs().double()
+
+    def loss(weight, x):
+        return functional(model)({name: weight}, x)[0].sin().sum()
+
+    def by_hand(weight, x):
+        return (x @ weight.T @ weight.T @ weight.T).sin().sum()
+
+    found, expected = (
+        {
+            "grad": lambda f: grad(f)(weight, x),
+            "vmap(grad)": lambda f: vmap(grad(f), in_dims=(None, 0))(weight, x),
+            "grad(vmap)": lambda f: grad(lambda w: vmap(f, in_dims=(None, 0))(w, x).sum())(weight),
+            "jacrev": lambda f: jacrev(f)(weight, x),
+        }[world](f)
+        for f in (loss, by_hand)
+    )
+    assert torch.allclose(found, expected) and found.any()
+    assert state(model) == before
+
+
 def test_functional_says_what_is_wrong():
     with pytest.raises(SiteNotFound, match="Mlp has no parameter or buffer 'nope'"):
         functional(make("Mlp"))({"nope": torch.ones(1)}, inputs())
     with pytest.raises(TreeMismatch, match=r"'embed\.weight' and 'again\.weight' are one parameter"):
         functional(Shared())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
-
-
-# --- grad_at ----------------------------------------------------------------------------------------------------------
-
-
-def by_differences(model, path, metric):
-    with capture(model, path) as acts, torch.no_grad():
-        model(inputs())
-    return grad(lambda value: metric(_with(model, path, value)))(acts[path])
-
-
-def _with(model, path, value):
-    with patch(model, path, value):
-        return model(inputs())
-
-
-@pytest.mark.parametrize("path", ["embed", "blocks.1", "blocks.0.1[:, -1]", "head", ""])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_at_sites(path, frozen):
-    model = make("Mlp").requires_grad_(not frozen)
-    value, grads = grad_at(model, path, total)(inputs())
-    assert torch.allclose(value, total(model(inputs())))
-    assert list(grads) == [path]
-    assert torch.allclose(grads[path], by_differences(model, path, total), atol=1e-5)
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_one_forward_serves_all_sites():
-    model = make("Mlp")
-    calls = []
-    model.register_forward_hook(lambda *args: calls.append(args))
-    _, grads = grad_at(model, ["blocks.*", "embed"], total)(inputs())
-    assert len(calls) == 1 and len(grads) == 4
-
-
-def test_gradients_of_each_example():
-    model = make("Mlp")
-    values, grads = vmap(grad_at(model, "blocks.*", total))(inputs())
-    for i, x in enumerate(inputs()):
-        value, expected = grad_at(model, "blocks.*", total)(x)
-        assert torch.allclose(values[i], value)
-        assert all(torch.allclose(grads[key][i], expected[key], atol=1e-6) for key in expected)
-
-
-def test_grad_at_says_what_is_wrong():
-    model = make("Mlp")
-    with pytest.raises(UnsupportedModule, match="takes the paths of outputs"):
-        grad_at(model, "embed@grad", total)
-    with pytest.raises(SiteNotReached, match="no gradient came by"):
-        grad_at(model, "embed", lambda output: torch.ones(()))(inputs())
 
 
 # --- splice -----------------------------------------------------------------------------------------------------------
@@ -167,19 +139,34 @@ def test_splice_sends_values_through_a_module():
         assert torch.allclose(model(inputs()), clean, atol=1e-5)
 
 
-def test_gradients_go_through_the_reconstruction_and_past_the_error():
-    model, autoencoder = make("Mlp"), nn.Linear(6, 6)
-    found = {}
-    for error in (False, True):
-        x = inputs().requires_grad_()
-        with splice(model, "embed", autoencoder, error=error):
-            model(x).sum().backward()
-        found[error] = x.grad, autoencoder.weight.grad
-        autoencoder.weight.grad = None
-    y = model.embed(inputs().requires_grad_())
-    assert found[True][1].any() and found[False][1].any()
-    (through,) = torch.autograd.grad(autoencoder(y).sum(), y)
-    assert torch.allclose(through, autoencoder.weight.sum(0).expand_as(through))
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("world", ["autograd", "grad", "vmap(grad)"])
+def test_gradients_go_through_the_module_and_not_through_the_error(world, error):
+    """To the value, and to the parameters of the module; the error term is a constant."""
+    model, autoencoder = make("Mlp"), nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+    weights, x = dict(autoencoder.named_parameters()), inputs()
+
+    def through(weights, x):
+        with splice(model, "embed", lambda value: functional_call(autoencoder, weights, value), error=error):
+            return total(model(x))
+
+    leaf = x.clone().requires_grad_()
+    embed = model.embed(leaf)
+    new = autoencoder(embed)
+    constant = embed.detach() - new.detach() if error else 0.0
+    with patch(model, "embed", new + constant):
+        loss = total(model(leaf))
+    *by_weights, by_input = torch.autograd.grad(loss, [*weights.values(), leaf])
+    assert all(gradient.any() for gradient in (*by_weights, by_input))
+    if world == "autograd":
+        given = x.clone().requires_grad_()
+        *found, of_input = torch.autograd.grad(through(weights, given), [*weights.values(), given])
+    else:
+        run = grad(through, argnums=(0, 1))
+        of_weights, of_input = vmap(run, in_dims=(None, 0))(weights, x) if world == "vmap(grad)" else run(weights, x)
+        found = [g.sum(0) if world == "vmap(grad)" else g for g in of_weights.values()]
+    assert torch.allclose(of_input, by_input, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, by_weights, strict=True))
 
 
 def test_splice_says_what_does_not_fit():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 from worlds import Nested, Pair, inputs, make, state, total
 
 from nicehooks import SiteNotReached, ablate, capture, edit, patch
@@ -278,3 +279,90 @@ def test_nothing_is_captured_twice(reentrant):
         "inner": 1,
         "": 1,
     }
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["inner.0@grad", "inner.2@input.grad[0]", "inner@grad[:, 0]", "inner.1@grad"])
+def test_gradients_in_a_checkpointed_region(reentrant, where):
+    """A reentrant checkpoint has no graph in its first run, and all of it in the second, inside of backward."""
+    _, _, acts = run(reentrant, lambda model: capture(model, where, keep="all"))
+    _, _, expected = run(None, lambda model: capture(model, where, keep="all"))
+    assert len(acts[where]) == len(expected[where]) == 1
+    assert torch.equal(acts[where][0], expected[where][0])
+
+
+# --- what modules return ----------------------------------------------------------------------------------------------
+
+RETURNS = {
+    "tuple": (lambda a, b: (a, b), "[0]"),
+    "dict": (lambda a, b: {"a": a, "b": b}, "['a']"),
+    "ModelOutput": (lambda a, b: BaseModelOutput(last_hidden_state=a, hidden_states=(b,)), "['last_hidden_state']"),
+}
+
+
+class Returning(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.inner = Joined(kind)
+
+    def forward(self, x):
+        found = self.inner(self.first(x), self.second(x))
+        one, other = found if isinstance(found, tuple) else found.values()
+        return one.sin() * (other[0] if isinstance(other, tuple) else other)
+
+
+class Joined(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, a, b):
+        return RETURNS[self.kind][0](a * 1, b * 1)
+
+
+@pytest.mark.parametrize("world", ["autograd", "grad", "vmap(grad)", "grad(vmap)"])
+@pytest.mark.parametrize("kind", RETURNS)
+def test_whatever_a_module_returns(kind, world):
+    torch.manual_seed(0)
+    model = Returning(kind)
+    port = f"inner@grad{RETURNS[kind][1]}"
+    with capture(model, port, f"{port}[:, 0]", "inner@input.grad[0]") as expected:
+        total(model(inputs())).backward()
+    ports = [port, "inner@input.grad[0]"]
+    with capture(model, "first", "second") as acts:
+        total(model(inputs())).backward()
+    first, second = acts["first"].detach().requires_grad_(), acts["second"]
+    (by_hand,) = torch.autograd.grad(total(first.sin() * second), first)
+    with capture(model, *ports) as found:
+        if world == "autograd":
+            total(model(inputs())).backward()
+        elif world == "grad":
+            grad(lambda x: total(model(x)))(inputs())
+        elif world == "vmap(grad)":
+            vmap(grad(lambda x: total(model(x))))(inputs())
+        else:
+            grad(lambda x: vmap(lambda row: total(model(row)))(x).sum())(inputs())
+    assert torch.allclose(found[port], by_hand, atol=1e-6)
+    assert torch.allclose(found["inner@input.grad[0]"], by_hand, atol=1e-6)
+    assert torch.equal(expected[f"{port}[:, 0]"], expected[port][:, 0])
+
+
+def test_gradients_of_gradients_under_transforms():
+    """A gradient port in `grad` of `grad` is differentiated as the gradient by plain autograd is."""
+    model = make("Mlp").double()
+    x = inputs().double()
+
+    def at_embed(x):
+        with capture(model, "embed@grad") as acts:
+            grad(lambda x: total(model(x).double()))(x)
+        return acts["embed@grad"]
+
+    second = grad(lambda x: at_embed(x).sin().sum())(x)
+    leaf = x.clone().requires_grad_()
+    with capture(model, "embed@grad") as acts:
+        torch.autograd.grad(total(model(leaf).double()), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(acts["embed@grad"].sin().sum(), leaf)
+    assert torch.allclose(second, expected) and expected.any()
+    doubled = vmap(grad(lambda x: at_embed(x).sin().sum()))(x)
+    assert torch.allclose(doubled, expected, atol=1e-6)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from worlds import WORLDS, inputs, make, state
 
 from nicehooks import (
+    CheckpointWarning,
     NiceHooksWarning,
     NotCalledWarning,
     PathError,
@@ -518,3 +519,25 @@ def test_a_path_with_a_mistake_is_noticed_on_entry():
         capture(make("Mlp"), "head[:, 0"),
     ):
         pytest.fail("entered")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_context_that_is_a_part_of_the_checkpointed_region_does_not_warn(reentrant):
+    """Backward runs it again along with the region."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    x = torch.ones(3, 4, requires_grad=True)
+
+    def doubled(x):
+        with edit(model, "0", lambda value: value * 2):
+            return model(x)
+
+    (expected,) = torch.autograd.grad(doubled(x).sum(), x)
+    checkpoint(doubled, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+    def around_another(x):
+        with edit(model, "0", lambda value: value * 2):
+            return checkpoint(model, x, use_reentrant=False)
+
+    with pytest.warns(CheckpointWarning):  # the inner region is run again without it
+        checkpoint(around_another, x, use_reentrant=False)

@@ -161,3 +161,15 @@ def state(model: nn.Module) -> Any:
         (name, id(module), type(module), {k: id(v) for k, v in vars(module).items()}, list(vars(module)))
         for name, module in model.named_modules()
     ] + [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
+
+
+# --- transforms of a function of `inputs()` ---------------------------------------------------------------------------
+
+AROUND: dict[str, Callable[[Fn], Any]] = {
+    "vmap": lambda f: torch.func.vmap(f)(inputs()),
+    "vmap(vmap)": lambda f: torch.func.vmap(torch.func.vmap(f))(inputs()[None]),
+    "grad": lambda f: torch.func.grad(lambda x: total(f(x)))(inputs()),
+    "jvp": lambda f: torch.func.jvp(f, (inputs(),), (inputs(),)),
+    "jacrev": lambda f: torch.func.jacrev(f)(inputs()),
+    "vmap(grad)": lambda f: torch.func.vmap(torch.func.grad(lambda x: total(f(x))))(inputs()),
+}
