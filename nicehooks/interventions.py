@@ -15,7 +15,7 @@ from nicehooks.given import call_user, show_where, takes_site
 from nicehooks.rebinding import tap_of
 from nicehooks.rules import Action, SuspendRule
 from nicehooks.selection import Site, Where, unwrap
-from nicehooks.sessions import Session
+from nicehooks.sessions import LOCK, Session
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
 
@@ -307,8 +307,10 @@ class suspend(Intervention):
         return "suspend(model)"
 
     def _start(self, attached: bool) -> Session:
-        self._plan = None  # who is to be silenced may have changed
-        return super()._start(attached)
+        with LOCK:
+            if not self.active:
+                self._plan = None  # who is to be silenced may have changed
+            return super()._start(attached)
 
     def _make_plan(self) -> Any:
         modules = {id(module): module for module in unwrap(self.model).modules()}
