@@ -172,20 +172,27 @@ class Run:
 
     def at(self, event: str, value: Any) -> Any:
         """What becomes of `value`, which has come to `event`."""
-        call = self.counts[event] = self.counts.get(event, -1) + 1
-        watchers: list[tuple[Active, Place]] = []  # of the gradient of the very tensor that `value` is now
-        for one in self.active:
+        return self.at_all({event: value})[0]
+
+    def at_all(self, values: dict[str, Any]) -> list[Any]:
+        """The same for several values that come at one time, as the arguments of a call do."""
+        calls = {event: self.counts.get(event, -1) + 1 for event in values}
+        self.counts.update(calls)
+        watchers: dict[str, list[tuple[Active, Place]]] = {event: [] for event in values}
+        for one in self.active:  # a watcher is one of the gradient of the very tensor that the value is now
             for place in one.places:
-                if place.event != event or not self.admits(one, place, call):
+                event = place.event
+                if event not in values or not self.admits(one, place, calls[event]):
                     continue
                 if place.gradient:
-                    watchers.append((one, place))
+                    watchers[event].append((one, place))
                     continue
                 if one.change is not None:
-                    value, watchers = self.watched(value, watchers), []
-                key = place.key.replace("#*", f"#{call}") if place.per_call else place.key
-                value = self.act(one, place, key, value)
-        return self.watched(value, watchers)
+                    values[event] = self.watched(values[event], watchers[event])
+                    watchers[event] = []
+                key = place.key.replace("#*", f"#{calls[event]}") if place.per_call else place.key
+                values[event] = self.act(one, place, key, values[event])
+        return [self.watched(value, watchers[event]) for event, value in values.items()]
 
     def admits(self, one: Active, place: Place, call: int) -> bool:
         return place.call in (None, call) and one.steps in (None, one.step_of[self.thread])
@@ -304,7 +311,7 @@ def thrice(run: Run, x: Tensor) -> Tensor:
 def normed(run: Run, x: Tensor) -> Tensor:
     weight, bias = run.weights["norm.weight"], run.weights["norm.bias"]
     value = run.module("norm", lambda x: functional.layer_norm(x, (4,), weight, bias), x)
-    value, by, scale = run.at("gate@value", value), run.at("gate@by", x), run.at("gate@scale", 1.0)
+    value, by, scale = run.at_all({"gate@value": value, "gate@by": x, "gate@scale": 1.0})
     return run.at("gate", value * by.sigmoid() * scale)
 
 
@@ -319,7 +326,7 @@ def nested(run: Run, x: Tensor) -> Tensor:
 def mixer(run: Run, x: Tensor) -> Tensor:
     run.weights["out.weight"] = run.weights["key.weight"]
     q, k = run.linear("query", x), run.linear("key", x)
-    q, k = run.at("@scores.q", q), run.at("@scores.k", k)
+    q, k = run.at_all({"@scores.q": q, "@scores.k": k})
     scores = run.at("@scores", product(run, q, k.transpose(-1, -2)))
     pattern = run.at("@softmax", torch.softmax(run.at("@softmax.input", scores), dim=-1))
     x = run.module("trip", Trip(), product(run, pattern, x))
@@ -327,7 +334,7 @@ def mixer(run: Run, x: Tensor) -> Tensor:
 
 
 def product(run: Run, a: Tensor, b: Tensor) -> Tensor:
-    return run.at("@matmul", torch.matmul(run.at("@matmul.input", a), run.at("@matmul.other", b)))
+    return run.at("@matmul", torch.matmul(*run.at_all({"@matmul.input": a, "@matmul.other": b})))
 
 
 FORWARDS: dict[str, Callable[[Run, Any], Any]] = {
