@@ -7,7 +7,8 @@ which is the order of the interventions. A tensor that nothing has made differen
 without gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
 
 A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets
-a node of its own in the graph (a view), or the hook would see the gradients of all uses.
+a node of its own in the graph (a view), or the hook would see the gradients of all uses. Rules at the same use share
+that node, or their hooks would run in the order of the graph, which is the reverse.
 
 A hook outlives its context, with the graph it is in. It does nothing once the session is over: backward belongs inside.
 """
@@ -45,7 +46,7 @@ class GradientRule(SiteRule):
         self.number(frame)
 
     def after(self, frame: Frame) -> None:
-        frame.value = watched(self, frame, frame.value, self.chain)
+        frame.value = watched(self, frame, frame.value, self.chain, {})
 
 
 class InputGradientRule(InputRule):
@@ -55,22 +56,27 @@ class InputGradientRule(InputRule):
     reason = NO_GRADIENT
 
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
-        return value if frame is None else watched(self, frame, value, self.chain if chain is None else chain)
+        if frame is None:
+            return value
+        return watched(self, frame, value, self.chain if chain is None else chain, frame.own)
 
 
 _order = itertools.count()
 """Numbers the values whose gradients are watched: backward comes to the last call of a module first."""
 
 
-def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
-    """`value` with the rule on the gradient of each of its tensors that the path leads to, or leads into."""
+def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain, own: dict[int, Tensor]) -> Any:
+    """`value` with the rule on the gradient of each of its tensors that the path leads to, or leads into.
+
+    Tensors in `own` are used at this site alone, by `id`; those that are made for it are added.
+    """
     key = rule.key_of(frame)
     if key is None:
         return value
     try:
         way, rest = _split(value, chain)
         used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
-        found = _Found(rule, ModulePath.parse(key), len(way), rest, used)
+        found = _Found(rule, ModulePath.parse(key), len(way), rest, used - own.keys(), own)
         return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
@@ -93,6 +99,7 @@ class _Found(NamedTuple):
         taken: how many steps of the path lead to the tensors.
         rest: the steps that lead on in them.
         used: the tensors, by `id`, that have another use than this one.
+        own: the tensors, by `id`, that were made for this use.
     """
 
     rule: SiteRule
@@ -100,6 +107,7 @@ class _Found(NamedTuple):
     taken: int
     rest: Chain
     used: set[int]
+    own: dict[int, Tensor]
 
     def key(self, more: Chain) -> str:
         """The path of the tensor at the end of `more`."""
@@ -112,7 +120,9 @@ def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     if isinstance(part, Tensor):
         aliased = id(part) in found.used
         found.used.add(id(part))
-        return _watch(found.rule, part, found.rest, found.key(more), aliased)
+        watched = _watch(found.rule, part, found.rest, found.key(more), aliased)
+        found.own[id(watched)] = watched
+        return watched
     node = trees.open_node(part)
     if node is None:
         return part

@@ -49,9 +49,10 @@ class Frame:
         contexts: what rules have entered around the call.
         watchers: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
+        own: the arguments, by `id`, that are used in this call alone.
     """
 
-    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value", "watchers")
+    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "own", "tap", "value", "watchers")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -62,6 +63,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.watchers: list[Any] = []
         self.numbers: dict[int, int] = {}
+        self.own: dict[int, torch.Tensor] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Enters `context` until the call is over."""
