@@ -22,6 +22,7 @@ The floors, from the ground up; each imports only from the ones below it:
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
     ports           which rules reach a site
+    tracing         entering a context inside compiled code
     contexts        what every intervention is: entered and left, never silent
     seen            what was seen at a site, and whether it was overwritten since
     parts           which parts of a captured value a path selects

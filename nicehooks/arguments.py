@@ -6,7 +6,7 @@ from typing import Any
 
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
-from nicehooks.trees import Chain
+from nicehooks.trees import Chain, is_same
 
 
 class InputRule(SiteRule):
@@ -20,7 +20,7 @@ class InputRule(SiteRule):
         arguments = arguments_of(names, frame.args, frame.kwargs)
         complete(arguments, self.chain, names, defaults)
         changed = self.through(frame, arguments, by_name(self.chain, names))
-        if changed is not arguments:
+        if not is_same(changed, arguments):
             frame.args, frame.kwargs = written_back(names, frame.args, frame.kwargs, arguments, changed)
 
     def after(self, frame: Frame) -> None:
@@ -50,7 +50,7 @@ def arguments_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str
 def by_name(chain: Chain, names: tuple[str, ...]) -> Chain:
     """`chain`, with the name of the parameter for its position."""
     first = chain[0] if chain else None
-    return (names[first], *chain[1:]) if type(first) is int and 0 <= first < len(names) else chain
+    return (names[first], *chain[1:]) if isinstance(first, int) and 0 <= first < len(names) else chain
 
 
 def complete(arguments: Arguments, chain: Chain, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def written_back(
     for name, value in new.items():
         position = name if isinstance(name, int) else names.index(name) if name in names else len(args)
         if name in by_name or position >= len(args):
-            if name not in old or old[name] is not value or name in by_name:
+            if name not in old or not is_same(value, old[name]) or name in by_name:
                 by_name[name] = value
         else:
             positional[position] = value

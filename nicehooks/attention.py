@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -15,9 +17,19 @@ from torch.overrides import TorchFunctionMode
 _wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
 
 
+class _Here(threading.local):
+    """The same for traced code, which cannot read a `ContextVar`."""
+
+    def __init__(self) -> None:
+        self.wanted = 0
+
+
+_here = _Here()
+
+
 def as_steps_wanted() -> bool:
     """Whether attention runs in its steps here."""
-    return _wanted.get() > 0
+    return (_here.wanted if torch.compiler.is_dynamo_compiling() else _wanted.get()) > 0
 
 
 class fused_attention_as_steps(AbstractContextManager[None]):
@@ -41,18 +53,23 @@ class fused_attention_as_steps(AbstractContextManager[None]):
     """
 
     def __enter__(self) -> None:
-        _wanted.set(_wanted.get() + 1)
+        self._count(1)
         self.mode = _AsSteps()
         self.mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
-        _wanted.set(_wanted.get() - 1)
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        _here.wanted += change
+        if not torch.compiler.is_dynamo_compiling():
+            _wanted.set(_wanted.get() + change)
 
 
 class _AsSteps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention and as_steps_wanted():
             return attention_in_steps(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -66,8 +83,13 @@ def attention_in_steps(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    at: Callable[[str, Tensor], Tensor] = lambda step, value: value,
 ) -> Tensor:
-    """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`."""
+    """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`.
+
+    `at("scores", value)` gives what takes the place of the value before the softmax, `at("pattern", value)` after it.
+    """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -76,9 +98,11 @@ def attention_in_steps(
     bias = _bias(query, key, attn_mask, is_causal)
     if bias is not None:
         scores = scores + bias
+    scores = at("scores", scores)
     pattern = torch.softmax(scores, dim=-1)
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # a row without any key gets zeros, as in the kernel
         pattern = torch.where(attn_mask.any(-1, keepdim=True), pattern, torch.zeros_like(pattern))
+    pattern = at("pattern", pattern)
     if dropout_p > 0:
         pattern = torch.dropout(pattern, dropout_p, train=True)
     return torch.matmul(pattern, value)

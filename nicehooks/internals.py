@@ -14,7 +14,24 @@ import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    temporarily_pop_interpreter_stack,
+)
+from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def evaluated_while_tracing(function: Fn) -> Fn:
+    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
+
+    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 # --- torch.func levels (torch 2.4 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
 
@@ -22,6 +39,7 @@ innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
 """The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
 
 
+@evaluated_while_tracing
 def transform_level() -> int:
     """How many `torch.func` transforms are running around this line."""
     transform = innermost_transform()
@@ -52,6 +70,27 @@ def transform_size(transform: Any) -> int | None:
     if transform.key() != functorch.TransformType.Vmap:
         return None
     return functorch.CVmapInterpreterPtr(transform).batchSize()
+
+
+def lift_traced(value: Tensor, level: int) -> Tensor:
+    """`lift`, in code that is being traced: with what the transforms themselves do to their results."""
+    for above, size in _transforms_above(level):
+        if size is None:
+            value = functorch._unwrap_for_grad(value, above)
+        else:
+            value = remove_batch_dim(value, above, size, 0)
+    return value
+
+
+@evaluated_while_tracing
+def _transforms_above(level: int) -> list[tuple[int, int | None]]:
+    """The level of each running transform above `level`, and the size of a `vmap`, the innermost first."""
+    found: list[tuple[int, int | None]] = []
+    for transform in reversed(retrieve_all_functorch_interpreters()):
+        if transform.level() > level:
+            size = transform.batch_size() if isinstance(transform, VmapInterpreter) else None
+            found.append((transform.level(), size))
+    return found
 
 
 version_counter: Callable[[Tensor], int] = operator.attrgetter("_version")
@@ -144,8 +183,6 @@ def _parameter(argument: Any) -> Parameter:
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
-Simple = TypeVar("Simple", bound=Callable[..., bool | str])
-
 
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
     """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
@@ -157,15 +194,6 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
         return False  # not loaded, or being loaded by another thread at this moment
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
     return True
-
-
-def evaluated_while_tracing(function: Simple) -> Simple:
-    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
-
-    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
