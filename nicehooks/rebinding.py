@@ -217,7 +217,9 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
     try:
         for rule in rules:
             rule.before(frame)
-        frame.value = _watched_call(tap, frame) if frame.watcher is not None else tap.call(frame.module, frame.args, frame.kwargs)
+        frame.value = (
+            _watched_call(tap, frame) if frame.watcher is not None else tap.call(frame.module, frame.args, frame.kwargs)
+        )
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:

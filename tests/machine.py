@@ -143,6 +143,7 @@ class Machine(RuleBasedStateMachine):
         self.paths = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=5, unique=True), "paths")
         self.name, self.forward = name, FORWARDS[name]
         self.model, self.twin = model_called(name), model_called(name)
+        self.prepare()
         self.before = state(self.model)
         self.saved = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.clean = self.model(inputs(0, 5, 4))
@@ -240,8 +241,8 @@ class Machine(RuleBasedStateMachine):
                 if how == "remove":
                     on(thread, entry.context.remove)
                 else:
-                    error = (Boom, Boom(), None) if how == "raise" else (None, None, None)
-                    on(thread, lambda: entry.context.__exit__(*error))
+                    kind = (Boom, Boom(), None) if how == "raise" else (None, None, None)
+                    on(thread, lambda: entry.context.__exit__(*kind))
             except Exception as error:
                 raised.append(type(error).__name__)
         return [warning.category.__name__ for warning in told] + raised
@@ -261,7 +262,7 @@ class Machine(RuleBasedStateMachine):
     # running
 
     def weights(self, detached: bool = False) -> dict[str, Tensor]:
-        found = dict(self.twin.named_parameters())
+        found: dict[str, Tensor] = {**dict(self.twin.named_parameters())}
         return {name: weight.detach() for name, weight in found.items()} if detached else found
 
     def active(self) -> list[Active]:
@@ -302,6 +303,9 @@ class Machine(RuleBasedStateMachine):
         self.close()
         gc.collect()
         assert [tensor() for tensor in self.tensors if tensor() is not None] == []
+
+    def prepare(self) -> None:
+        """What a subclass does before anything is entered."""
 
     def close(self) -> None:
         """Lets go of what a subclass still holds."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -171,7 +172,7 @@ class Stress(Machine):
                     cache[key] = stacked
         if raised:
             raise raised[0]
-        return torch.stack([x.new_zeros(()) if row is None else row for row in rows])
+        return torch.stack([torch.zeros(()) if row is None else row for row in rows])
 
     @rule(thread=threads, seed=st.integers(0, 3))
     def run_grad(self, thread: int, seed: int) -> None:
@@ -217,6 +218,15 @@ def _stacked(values: list[Any]) -> Any:
     if isinstance(values[0], list):
         return [_stacked(list(calls)) for calls in zip(*values, strict=True)]
     return torch.stack(values) if isinstance(values[0], Tensor) else values[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Each example collects garbage: what was there before is left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 TestStress = Stress.TestCase
