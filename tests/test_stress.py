@@ -232,8 +232,8 @@ def little_to_collect():
 
 TestStress = Stress.TestCase
 TestStress.settings = settings(
-    max_examples=100 * LONG,
-    stateful_step_count=30 if LONG == 1 else 60,
+    max_examples=40 * LONG,
+    stateful_step_count=25 if LONG == 1 else 60,
     derandomize=LONG == 1,
     deadline=None,
     database=None,

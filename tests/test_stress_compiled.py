@@ -20,7 +20,12 @@ class CompiledStress(Machine):
     supports_everything = False
 
     def prepare(self) -> None:
-        """Dynamo leaves marks of its own on a model, once; the machine compiles anew, at any moment."""
+        """Dynamo leaves marks of its own on a model, once; the machine compiles anew, at any moment.
+
+        Parameters are frozen: Dynamo warns where a list that it goes on with (`keep="all"`) holds tensors with a graph.
+        """
+        self.model.requires_grad_(False)
+        self.twin.requires_grad_(False)
         torch.compile(self.model, fullgraph=True, backend="eager")(inputs(0, 5, 4))
         torch._dynamo.reset()
         self.compiled: Any = None
