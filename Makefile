@@ -32,6 +32,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/compiled.py
 
 clean:
 	rm -rf $(VENV)

@@ -57,6 +57,7 @@ class Intervention:
 
     verb = ""
     first = False  # whether it acts before what is there already, not after it
+    plans_anew = False
 
     def __init__(self, model: nn.Module, steps: Any = None, calls: Any = None) -> None:
         if not isinstance(model, nn.Module):
@@ -131,7 +132,7 @@ class Intervention:
         with sessions.LOCK:
             if self._session is not None:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
-            if self._plan is None:
+            if self._plan is None or self.plans_anew:
                 self._plan = self._make_plan()
             plan = self._plan
             session = self._session = Session(plan.label, attached)

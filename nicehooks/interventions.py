@@ -304,16 +304,13 @@ class suspend(Intervention):
     """
 
     verb = "suspend"
+    plans_anew = True  # who is to be silenced may have changed
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
 
     def __repr__(self) -> str:
         return "suspend(model)"
-
-    def _start(self, attached: bool) -> Session:
-        self._plan = None  # who is to be silenced may have changed
-        return super()._start(attached)
 
     def _make_plan(self) -> Any:
         modules = list(unwrap(self.model).modules())

@@ -366,3 +366,21 @@ def test_gradients_of_gradients_under_transforms():
     assert torch.allclose(second, expected) and expected.any()
     doubled = vmap(grad(lambda x: at_embed(x).sin().sum()))(x)
     assert torch.allclose(doubled, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["head@grad", "head@input.grad[0]", "head@input.grad['input']"])
+def test_gradients_are_edited_in_the_order_of_entering(path):
+    model = make("Mlp")
+    with capture(model, path) as clean:
+        model(inputs()).sin().sum().backward()
+    with edit(model, path, lambda g: g + 1), edit(model, path, lambda g: g * 3), capture(model, path) as acts:
+        model(inputs()).sin().sum().backward()
+    assert torch.equal(acts[path], (clean[path] + 1) * 3)
+
+
+def test_the_gradients_before_and_behind_a_module_that_returns_its_argument_are_two():
+    model = nn.Sequential(nn.Identity())
+    x = torch.ones(3, requires_grad=True)
+    with edit(model, "0@input.grad[0]", lambda g: g + 1), edit(model, "0@grad", lambda g: g * 3):
+        model(x).sum().backward()
+    assert x.grad.tolist() == [4.0, 4.0, 4.0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from worlds import inputs, make, same, state
 
-from nicehooks import NotCalledWarning, capture, describe, edit, patch, select, steer, suspend
+from nicehooks import ContextMisuse, NotCalledWarning, capture, describe, edit, patch, select, steer, suspend
 from nicehooks.errors import NotReachedWarning
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -285,3 +285,15 @@ def test_handles_left_attached_say_what_was_missed():
     model(inputs())
     with pytest.warns(NotReachedWarning, match="call=1"):
         handle.remove()
+
+
+def test_a_suspension_that_was_entered_twice_can_be_left():
+    model = make("Mlp")
+    context = suspend(model)
+    with patch(model, "head", 0.0):
+        with context:
+            with pytest.raises(ContextMisuse):
+                context.__enter__()
+            assert model(inputs()).any()
+        assert not context.active
+        assert not model(inputs()).any()
