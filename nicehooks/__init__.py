@@ -20,6 +20,7 @@ The floors, from the ground up; each imports only from the ones below it:
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
+    uses            the port @weight.uses(): what a parameter enters
     ports           which rules reach a site
     contexts        what every intervention is: entered and left, never silent
     seen            what was seen at a site, and whether it was overwritten since

@@ -27,10 +27,14 @@ from nicehooks.parameters import StandIn
 from nicehooks.paths import EVERY_CALL
 from nicehooks.rebinding import Frame, Rule, parameters_of
 from nicehooks.rules import Action, SiteRule
-from nicehooks.selection import Site
+from nicehooks.selection import Site, has_forward
 from nicehooks.steps import When
 
 _running: ContextVar[Frame | None] = ContextVar("nicehooks.running", default=None)
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A function and the arguments that it is called with."""
 
 
 class CallRule(SiteRule):
@@ -47,6 +51,10 @@ class CallRule(SiteRule):
 
     def after(self, frame: Frame) -> None:
         pass
+
+    def is_about(self, frame: Frame, name: str, call: Call) -> bool:
+        """Whether the rule is about `call`, of a function that is called `name`."""
+        return same_function(self.path.port.name, name)
 
     def key_of_call(self, frame: Frame, number: int) -> str | None:
         """The key for call `number` of the function; None where the rule does not act."""
@@ -94,7 +102,7 @@ class CallWatcher(AbstractContextManager[None]):
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.rules: list[CallRule] = []
-        self.counts: dict[str, int] = {}
+        self.counts: dict[Any, int] = {}
 
     def __enter__(self) -> None:
         self.stack = ExitStack()
@@ -115,13 +123,13 @@ class CallWatcher(AbstractContextManager[None]):
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.call(name, method, args, kwargs)
 
-    def wants(self, name: str) -> bool:
-        """Whether any rule is about the function called `name`, here and now."""
-        return _running.get() is self.frame and any(same_function(rule.path.port.name, name) for rule in self.rules)
+    def wants(self, name: str, call: Call) -> bool:
+        """Whether any rule is about this call of the function called `name`, here and now."""
+        return _running.get() is self.frame and any(rule.is_about(self.frame, name, call) for rule in self.rules)
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before and on its result after."""
-        rules = [rule for rule in self.rules if same_function(rule.path.port.name, name)]
+        rules = [rule for rule in self.rules if rule.is_about(self.frame, name, (function, args, kwargs))]
         number = self.counts[name] = self.counts.get(name, -1) + 1
         for rule in rules:
             if rule.path.port.argument:
@@ -147,7 +155,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.watcher.wants(name):
+        if self.watcher.wants(name, (func, args, kwargs)):
             return self.watcher.call(name, func, args, kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention and as_steps_wanted():
             with self:  # its steps are calls in the module's own forward, too
@@ -180,5 +188,10 @@ def _names_of(function: Any) -> tuple[str, ...]:
 def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, Rule]]:
     """The rules for a site that is a call; see `ports.rules_for`."""
     module = site.module
-    others = [other for other in module.modules() if other is not module]
+    others = others_below(module)
     return [(module, CallRule(site, action, when)), *((other, OtherForwardRule()) for other in others)]
+
+
+def others_below(module: nn.Module) -> list[nn.Module]:
+    """The modules below `module` that have a forward of their own; a tap on a container would look like one."""
+    return [other for other in module.modules() if other is not module and has_forward(other)]

@@ -67,9 +67,14 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
     key = rule.key_of(frame)
     if key is None:
         return value
+    used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
+    return watched_at(rule, key, value, chain, used)
+
+
+def watched_at(rule: SiteRule, key: str, value: Any, chain: Chain, used: set[int]) -> Any:
+    """As `watched`, at the path `key`; `used` are the tensors, by `id`, that have another use than this one."""
     try:
         way, rest = _split(value, chain)
-        used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
         found = _Found(rule, ModulePath.parse(key), len(way), rest, used)
         return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
     except TreeMismatch as error:

@@ -9,7 +9,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from worlds import inputs, same, state, total
 
-from nicehooks import SiteNotReached, ablate, capture, edit, fused_attention_as_steps, patch
+from nicehooks import SiteNotFound, SiteNotReached, ablate, capture, edit, fused_attention_as_steps, patch, select
 
 
 class Attention(nn.Module):
@@ -175,3 +175,19 @@ def test_the_pattern_of_fused_attention_by_one_path():
     with fused_attention_as_steps(), pytest.raises(SiteNotReached), capture(model, "0@dropout()"):
         model(x)
     assert same(model(x), clean)
+
+
+def test_a_container_stays_one_while_calls_around_it_are_seen():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.blocks[0](x).relu()
+
+    model = Blocks()
+    with capture(model, "@relu()"):
+        with pytest.raises(SiteNotFound, match="never called itself"):
+            select(model, "blocks")
+        model(inputs())

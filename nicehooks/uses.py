@@ -1,0 +1,125 @@
+"""The port `@weight.uses()`: the results of the operations that a parameter enters in its module's own forward.
+
+NOTE [What a use is]
+A use is a call of a torch function, in the own forward of the module that owns the parameter, with the parameter among
+its arguments, alone or in lists. Its value is what the call returns. Calls that return no tensor (`.shape`, `.dim()`)
+are none, and calls that give the parameter back as it is (`.to()` of its own dtype) hand it on to the next. A view
+(`.T`, `[0]`) is the result of an operation like any other.
+
+The parameter is known by its owner and its name, at the moment of the call. So `functional_call`, a patched parameter,
+and a transform's own stand-ins are found, and a tensor that two modules share is told apart by whose forward runs.
+
+What a `ParameterList` or a `ParameterDict` owns is used by the module around it, the first one that is called itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from nicehooks import trees
+from nicehooks.calls import Call, CallRule, OtherForwardRule, others_below
+from nicehooks.errors import UnsupportedModule
+from nicehooks.gradients import NO_GRADIENT, watched_at
+from nicehooks.paths import Port
+from nicehooks.rebinding import Frame, Rule
+from nicehooks.rules import Action
+from nicehooks.selection import Census, Site, has_forward
+from nicehooks.steps import When
+
+
+class UseRule(CallRule):
+    """The results of the operations that a parameter enters; see NOTE [What a use is]."""
+
+    __slots__ = ()
+    reason = (
+        "its module was not called, or the parameter enters no torch function in that module's own forward (a child, "
+        "or an autograd function of one's own, may take it)."
+    )
+
+    def is_about(self, frame: Frame, name: str, call: Call) -> bool:
+        function, args, kwargs = call
+        if isinstance(function, MethodType) or getattr(function, "__self__", None) is Tensor.grad:
+            return False  # a method of the module, whose operations count, and not it; no function of the value
+        held = self.held(frame)
+        return held is not None and _holds((args, kwargs), held)
+
+    def held(self, frame: Frame) -> Any:
+        """What stands under the name of the parameter now."""
+        owner = self.site.module
+        return getattr(frame.module if owner is frame.tap.module() else owner, self.path.port.name, None)
+
+    def on(self, frame: Frame, number: int, value: Any) -> Any:
+        if value is self.held(frame) or not any(isinstance(leaf, Tensor) for leaf in trees.leaves(value)):
+            return value
+        counts = frame.watchers[0].counts
+        counts[self] = counts.get(self, -1) + 1
+        return self.on_use(frame, counts[self], value)
+
+    def on_use(self, frame: Frame, number: int, value: Any) -> Any:
+        """`value`, the result of use `number` in one run of the forward, after the action has been at it."""
+        return super().on(frame, number, value)
+
+
+class UseGradientRule(UseRule):
+    """The gradients of what is differentiated with respect to these results."""
+
+    __slots__ = ()
+    reason = NO_GRADIENT
+
+    def on_use(self, frame: Frame, number: int, value: Any) -> Any:
+        key = self.key_of_call(frame, number)
+        return value if key is None else watched_at(self, key, value, self.chain, set())
+
+
+def _holds(values: Any, tensor: Tensor) -> bool:
+    """Whether `tensor` itself is among `values`, or in a list of theirs."""
+    if isinstance(values, list | tuple):
+        return any([_holds(value, tensor) for value in values])
+    if isinstance(values, dict):
+        return any([_holds(value, tensor) for value in values.values()])
+    return values is tensor
+
+
+def use_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[tuple[nn.Module, Rule]]:
+    """The rules for a site that is the uses of a parameter; see `ports.rules_for`."""
+    owner, name = site.module, site.path.port.name
+    if name in getattr(owner, "parametrizations", {}):
+        value = replace(site.path, port=Port("parameter", name))
+        raise UnsupportedModule(PARAMETRIZED.format(site=site, name=name, value=value))
+    users = list(dict.fromkeys(users_of(owner, root)))
+    if not users:
+        raise UnsupportedModule(
+            f"{str(site)!r}: no module that is ever called itself holds this {type(owner).__name__}."
+        )
+    others = dict.fromkeys([other for user in users for other in others_below(user) if other not in users])
+    rule = (UseRule if site.path.port.kind == "use" else UseGradientRule)(site, action, when)
+    return [*((user, rule) for user in users), *((other, OtherForwardRule()) for other in others)]
+
+
+def users_of(owner: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
+    """The modules below `root` in whose own forward the parameters of `owner` are used."""
+    if has_forward(owner):
+        yield owner
+        return
+    for module in Census(root).names.values():
+        if has_forward(module) and any(below is owner for below in _containers(module)):
+            yield module
+
+
+def _containers(module: nn.Module) -> Iterator[nn.Module]:
+    """The containers in `module` that are never called themselves, and those in them."""
+    for child in module.children():
+        if not has_forward(child):
+            yield child
+            yield from _containers(child)
+
+
+PARAMETRIZED = (
+    "'{site}': {name!r} is parametrized, and computed anew each time it is read, so that its uses cannot be told.\n"
+    "  The computed value itself: '{value}'"
+)
