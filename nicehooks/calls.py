@@ -96,6 +96,11 @@ class _Running(AbstractContextManager[None]):
         _running.set(self.before)
 
 
+def forward_around(frame: Frame) -> Frame | None:
+    """The run of a module's own forward in which the call `frame` was made, as far as anybody watches it."""
+    return next((one.before for one in frame.contexts if isinstance(one, _Running)), _running.get())
+
+
 class CallWatcher(AbstractContextManager[None]):
     """Brings the calls in one run of a module's forward to the rules that want them, in the order of the rules."""
 
@@ -103,6 +108,7 @@ class CallWatcher(AbstractContextManager[None]):
         self.frame = frame
         self.rules: list[CallRule] = []
         self.counts: dict[Any, int] = {}
+        self.computed: dict[Any, list[Any]] = {}
 
     def __enter__(self) -> None:
         self.stack = ExitStack()

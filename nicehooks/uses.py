@@ -9,23 +9,24 @@ are none, and calls that give the parameter back as it is (`.to()` of its own dt
 The parameter is known by its owner and its name, at the moment of the call. So `functional_call`, a patched parameter,
 and a transform's own stand-ins are found, and a tensor that two modules share is told apart by whose forward runs.
 
+A parametrized tensor is computed anew each time the forward reads it: there, what was computed is the parameter.
+
 What a `ParameterList` or a `ParameterDict` owns is used by the module around it, the first one that is called itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from nicehooks import trees
-from nicehooks.calls import Call, CallRule, OtherForwardRule, others_below
+from nicehooks.calls import Call, CallRule, OtherForwardRule, forward_around, others_below
 from nicehooks.errors import UnsupportedModule
 from nicehooks.gradients import NO_GRADIENT, watched_at
-from nicehooks.paths import Port
 from nicehooks.rebinding import Frame, Rule
 from nicehooks.rules import Action
 from nicehooks.selection import Census, Site, has_forward
@@ -45,16 +46,18 @@ class UseRule(CallRule):
         function, args, kwargs = call
         if isinstance(function, MethodType) or getattr(function, "__self__", None) is Tensor.grad:
             return False  # a method of the module, whose operations count, and not it; no function of the value
-        held = self.held(frame)
-        return held is not None and _holds((args, kwargs), held)
+        return any([_holds((args, kwargs), tensor) for tensor in self.held(frame)])
 
-    def held(self, frame: Frame) -> Any:
+    def held(self, frame: Frame) -> list[Any]:
         """What stands under the name of the parameter now."""
-        owner = self.site.module
-        return getattr(frame.module if owner is frame.tap.module() else owner, self.path.port.name, None)
+        owner, name = self.site.module, self.path.port.name
+        if name in parametrizations_of(owner):
+            return frame.watchers[0].computed.get(self, [])
+        return [getattr(frame.module if owner is frame.tap.module() else owner, name, None)]
 
     def on(self, frame: Frame, number: int, value: Any) -> Any:
-        if value is self.held(frame) or not any(isinstance(leaf, Tensor) for leaf in trees.leaves(value)):
+        no_tensor = not any([isinstance(leaf, Tensor) for leaf in trees.leaves(value)])
+        if no_tensor or any([value is tensor for tensor in self.held(frame)]):
             return value
         counts = frame.watchers[0].counts
         counts[self] = counts.get(self, -1) + 1
@@ -76,21 +79,47 @@ class UseGradientRule(UseRule):
         return value if key is None else watched_at(self, key, value, self.chain, set())
 
 
-def _holds(values: Any, tensor: Tensor) -> bool:
+class ComputedRule(Rule):
+    """Tells a rule on the uses of a parametrized tensor what the tensor has just been computed to be."""
+
+    __slots__ = ("use",)
+
+    def __init__(self, use: UseRule) -> None:
+        self.use = use
+
+    def before(self, frame: Frame) -> None:
+        around = forward_around(frame)
+        if around is not None and around.watchers:
+            frame.enter(_Computed(around.watchers[0].computed.setdefault(self.use, []), frame))
+
+
+class _Computed(AbstractContextManager[None]):
+    def __init__(self, values: list[Any], frame: Frame) -> None:
+        self.values = values
+        self.frame = frame
+
+    def __exit__(self, *_: object) -> None:
+        self.values.append(self.frame.value)
+
+
+def _holds(values: Any, tensor: Tensor | None) -> bool:
     """Whether `tensor` itself is among `values`, or in a list of theirs."""
     if isinstance(values, list | tuple):
         return any([_holds(value, tensor) for value in values])
     if isinstance(values, dict):
         return any([_holds(value, tensor) for value in values.values()])
-    return values is tensor
+    return tensor is not None and values is tensor
+
+
+def parametrizations_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that compute the parametrized tensors of `module`."""
+    found: Any = getattr(module, "parametrizations", None)
+    return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
 
 
 def use_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[tuple[nn.Module, Rule]]:
     """The rules for a site that is the uses of a parameter; see `ports.rules_for`."""
-    owner, name = site.module, site.path.port.name
-    if name in getattr(owner, "parametrizations", {}):
-        value = replace(site.path, port=Port("parameter", name))
-        raise UnsupportedModule(PARAMETRIZED.format(site=site, name=name, value=value))
+    owner = site.module
     users = list(dict.fromkeys(users_of(owner, root)))
     if not users:
         raise UnsupportedModule(
@@ -98,7 +127,12 @@ def use_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[t
         )
     others = dict.fromkeys([other for user in users for other in others_below(user) if other not in users])
     rule = (UseRule if site.path.port.kind == "use" else UseGradientRule)(site, action, when)
-    return [*((user, rule) for user in users), *((other, OtherForwardRule()) for other in others)]
+    computing = parametrizations_of(owner).get(site.path.port.name)
+    return [
+        *((user, rule) for user in users),
+        *([] if computing is None else [(computing, ComputedRule(rule))]),
+        *((other, OtherForwardRule()) for other in others),
+    ]
 
 
 def users_of(owner: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
@@ -117,9 +151,3 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
         if not has_forward(child):
             yield child
             yield from _containers(child)
-
-
-PARAMETRIZED = (
-    "'{site}': {name!r} is parametrized, and computed anew each time it is read, so that its uses cannot be told.\n"
-    "  The computed value itself: '{value}'"
-)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 from worlds import WORLDS, inputs, same, state, total
 
 from nicehooks import (
@@ -247,10 +247,38 @@ def test_what_has_no_uses_is_said(model):
         passed(inputs())
     with pytest.raises(UnsupportedModule, match="no module that is ever called"), capture(model.scales, "@0.uses()"):
         pass
-    linear = parametrizations.weight_norm(nn.Linear(4, 4))
-    assert parametrize.is_parametrized(linear)
-    with pytest.raises(UnsupportedModule, match="The computed value itself: '@weight'"):
-        capture(linear, "@weight.uses()").__enter__()
+
+
+@pytest.mark.parametrize("normalize", [parametrizations.weight_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_computed_parameters(normalize):
+    torch.manual_seed(0)
+    model = nn.Sequential(normalize(Weighted(), "weight"))
+    x, weight = inputs()[:4], model[0].weight
+    other = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+    before = {name: list(vars(module)) for name, module in model.named_modules()}
+    with (
+        capture(model, "0@weight.uses#*()") as first,
+        edit(model, "0@weight.uses#1()", lambda value: value + 1),
+        capture(model, "0@weight.uses()", keep="all") as acts,
+    ):
+        out = model(x)
+        functional_call(model, other, (x,))
+    assert torch.equal(acts["0@weight.uses()"][0], x @ weight)
+    assert torch.equal(acts["0@weight.uses()"][1], out) and torch.equal(out, x @ weight + weight + 1)
+    assert sorted(first) == ["0@weight.uses#0()", "0@weight.uses#1()"]
+    assert len(acts["0@weight.uses()"]) == 4 and not torch.equal(acts["0@weight.uses()"][2], x @ weight)
+    assert {name: list(vars(module)) for name, module in model.named_modules()} == before
+
+
+class Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        x = x @ self.weight
+        return x + self.weight
 
 
 @pytest.mark.parametrize("text", ["@W.uses()", "h.3@W.uses#2()[:, 0]", "@0.uses#*().grad", "a#1@b.uses().grad/4[0]"])
