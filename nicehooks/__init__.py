@@ -33,6 +33,12 @@ The floors, from the ground up; each imports only from the ones below it:
     interventions   patch, edit, ablate, steer, splice, suspend
     functional      captured, functional, grad_at
     listing         sites, describe
+    hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
+    points          HookPoint, and the methods of a place
+    caching_hooks   which hook points to cache, and the hook that does it
+    hooked_methods  the methods of a model with hook points
+    hooked_models   HookedRootModule, hooked
+    hookpoints      what of this is public
 """
 
 from nicehooks.activations import ActivationCache

@@ -54,6 +54,7 @@ class Intervention:
     """
 
     verb = ""
+    first = False  # whether it acts before what is there already, not after it
 
     def __init__(self, model: nn.Module, steps: Any = None, calls: Any = None) -> None:
         if not isinstance(model, nn.Module):
@@ -139,7 +140,7 @@ class Intervention:
                 done += 1
                 stand_in(module)
             sessions.begin(session)
-            bind(plan.pairs)
+            bind(plan.pairs, self.first)
         except BaseException:
             self._stop(done)
             raise

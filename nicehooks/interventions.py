@@ -75,14 +75,18 @@ class _Edit(Action):
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         if site.path.port.kind == "parameter" and not torch.compiler.is_compiling():
             return self._act_on_copy(value, key, site)
-        new = call_user(self.fn, self.takes_site, value, key, site)
+        new = self.changed(value, key, site)
         return value if new is None else trees.assign(value, new)
+
+    def changed(self, value: Any, key: str, site: Site) -> Any:
+        """What the function returns for `value`."""
+        return call_user(self.fn, self.takes_site, value, key, site)
 
     def _act_on_copy(self, value: Tensor, key: str, site: Site) -> Tensor:
         """A function that writes in place must not reach the model's own parameter."""
         copy = value.clone()
         before = internals.version(copy) if not copy.is_inference() else None
-        new = call_user(self.fn, self.takes_site, copy, key, site)
+        new = self.changed(copy, key, site)
         if new is not None and new is not copy:
             return trees.assign(value, new)
         written = not copy.is_inference() and internals.version(copy) != before

@@ -9,11 +9,13 @@ alive.
 
 NOTE [Copies of a tapped module]
 `copy.deepcopy` and `pickle` ask the instance for `__reduce_ex__` before they ask its class. A tapped module answers
-with what its class says, less the tap's own two entries: the copy is a clean model.
+with what its class says, less the tap's own entries: the copy is a clean model. One of them, `HANDLES`, is a list of
+the attached hooks that nobody else holds: it lies in the model itself, so that they end with it.
 
 NOTE [Order]
 The rules of a tap are in the order in which their contexts were entered, and act in this order: on the arguments before
-the call, on the result after it. `suspend` is a rule too: the rules before it do not act.
+the call, on the result after it. `suspend` is a rule too: the rules before it do not act. Rules that are bound `first`
+(hooks with `prepend=True`) stand before all others, but behind every `suspend`: what is entered inside of it acts.
 """
 
 from __future__ import annotations
@@ -255,6 +257,10 @@ def parameters_of(signature: inspect.Signature) -> tuple[tuple[str, ...], dict[s
 # --- binding ----------------------------------------------------------------------------------------------------------
 
 
+HANDLES = "__nicehooks__"
+"""The entry of a tapped module for handles that live as long as it does; see NOTE [Copies of a tapped module]."""
+
+
 class _Reduce:
     """See NOTE [Copies of a tapped module]."""
 
@@ -274,7 +280,7 @@ class _Reduce:
 
 def _clean(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     tap = tap_of(module)
-    state = {name: value for name, value in state.items() if name not in ("forward", "__reduce_ex__")}
+    state = {name: value for name, value in state.items() if name not in ("forward", "__reduce_ex__", HANDLES)}
     if tap is not None and tap.previous is not None:
         state["forward"] = tap.previous
     return state
@@ -303,16 +309,21 @@ def _forget(key: int) -> None:
         tap.forward = None
 
 
-def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
-    """Adds each rule to the tap of its module."""
+def bind(pairs: list[tuple[nn.Module, Rule]], first: bool = False) -> None:
+    """Adds each rule to the tap of its module; see NOTE [Order]."""
     sessions.teach_dynamo()
     with LOCK:
-        for module, rule in pairs:
+        for module, rule in reversed(pairs) if first else pairs:
             tap = _taps.get(id(module)) or _make_tap(module)
             if not tap.rules:
                 _put_in(module, tap)
-            tap.rules = (*tap.rules, rule)
+            at = _behind_suspends(tap.rules) if first else len(tap.rules)
+            tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
             tap.simple = tap.simple and rule.simple
+
+
+def _behind_suspends(rules: tuple[Rule, ...]) -> int:
+    return max([at + 1 for at, rule in enumerate(rules) if rule.suspends], default=0)
 
 
 def _put_in(module: nn.Module, tap: Tap) -> None:

@@ -214,7 +214,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _flatten(where: Where) -> Iterator[Where]:
-    if isinstance(where, str | Site):
+    if isinstance(where, str | Site | Group):
         yield where
     elif isinstance(where, Mapping):
         yield from where
@@ -237,7 +237,9 @@ class _Finder:
         return Census(self.model)
 
     def find(self, item: Where) -> tuple[list[Site], bool]:
-        """The sites of `item`, and whether it is a wildcard."""
+        """The sites of `item`, and whether it is a wildcard; a `Group` knows both."""
+        if isinstance(item, Group):
+            return item.sites, item.wild
         if isinstance(item, Site) and item.belongs_to(self.model):
             return [item], False
         if isinstance(item, str | ModulePath | Site):

@@ -1,0 +1,24 @@
+"""`HookPoint`s: named places that a model shows by itself, and the same methods for models that have none.
+
+points          HookPoint, and the methods of a place
+hooked_methods  the methods of a model with hook points
+hooked_models   HookedRootModule, hooked
+"""
+
+from nicehooks.caching_hooks import CachingHook
+from nicehooks.hooked_methods import HookedMethods, HookRecord
+from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
+from nicehooks.hooks import LensHandle
+from nicehooks.points import HookPoint, Place
+
+__all__ = [
+    "CachingHook",
+    "HookPoint",
+    "HookRecord",
+    "HookedMethods",
+    "HookedModule",
+    "HookedRootModule",
+    "LensHandle",
+    "Place",
+    "hooked",
+]
