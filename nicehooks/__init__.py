@@ -38,6 +38,8 @@ The floors, from the ground up; each imports only from the ones below it:
     caching_hooks   which hook points to cache, and the hook that does it
     hooked_methods  the methods of a model with hook points
     hooked_models   HookedRootModule, hooked
+    autopoints      the hook points that auto_hook makes
+    autohook        auto_hook
     hookpoints      what of this is public
 """
 

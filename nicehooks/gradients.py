@@ -76,7 +76,7 @@ def watched_at(rule: SiteRule, key: str, value: Any, chain: Chain, used: set[int
     try:
         way, rest = _split(value, chain)
         found = _Found(rule, ModulePath.parse(key), len(way), rest, used)
-        return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
+        return trees.rewrite(value, way, lambda part: _watch_part(found, part))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
 
@@ -112,6 +112,16 @@ class _Found(NamedTuple):
         return str(replace(self.path, chain=(*chain[: self.taken], *more, *chain[self.taken :])))
 
 
+def _watch_part(found: _Found, part: Any) -> Any:
+    if not found.rule.wild and not any(map(_is_differentiable, trees.leaves(part))):
+        raise TreeMismatch(f"{trees.describe(part)} has no tensor in it that could have a gradient")
+    return _watch_all(found, part, ())
+
+
+def _is_differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
 def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     """Every tensor in `part` has a gradient of its own, and a key of its own."""
     if isinstance(part, Tensor):
@@ -128,7 +138,7 @@ def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
 
 
 def _watch(rule: SiteRule, tensor: Tensor, rest: Chain, key: str, aliased: bool) -> Tensor:
-    if not torch.is_grad_enabled() or not (tensor.is_floating_point() or tensor.is_complex()):
+    if not torch.is_grad_enabled() or not _is_differentiable(tensor):
         return tensor
     if aliased:  # the same tensor is used elsewhere, with other gradients: this use of it gets a node of its own
         tensor = tensor.view_as(tensor)

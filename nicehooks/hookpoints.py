@@ -3,8 +3,10 @@
 points          HookPoint, and the methods of a place
 hooked_methods  the methods of a model with hook points
 hooked_models   HookedRootModule, hooked
+autohook        auto_hook
 """
 
+from nicehooks.autohook import auto_hook
 from nicehooks.caching_hooks import CachingHook
 from nicehooks.hooked_methods import HookedMethods, HookRecord
 from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
@@ -20,5 +22,6 @@ __all__ = [
     "HookedRootModule",
     "LensHandle",
     "Place",
+    "auto_hook",
     "hooked",
 ]
