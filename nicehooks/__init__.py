@@ -40,6 +40,7 @@ The floors, from the ground up; each imports only from the ones below it:
     hooked_models   HookedRootModule, hooked
     autopoints      the hook points that auto_hook makes
     autohook        auto_hook
+    hook_checks     check_auto_hook
     hookpoints      what of this is public
 """
 

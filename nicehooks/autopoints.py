@@ -51,6 +51,11 @@ class AutoPoint(HookPoint):
         """A copy of the model has its own points, without hooks."""
         return AutoPoint, (self._root(), self._module(), self.name, self._key)
 
+    @property
+    def is_of_parameter(self) -> bool:
+        """Whether the values are what a parameter enters, and not what a module returns."""
+        return bool(self._key)
+
     def is_at(self, module: nn.Module) -> bool:
         """Whether the point is of this very module."""
         return self._of[1]() is module

@@ -4,10 +4,13 @@ points          HookPoint, and the methods of a place
 hooked_methods  the methods of a model with hook points
 hooked_models   HookedRootModule, hooked
 autohook        auto_hook
+hook_checks     check_auto_hook
 """
 
 from nicehooks.autohook import auto_hook
 from nicehooks.caching_hooks import CachingHook
+from nicehooks.errors import HookCheckFailed, HookCheckWarning
+from nicehooks.hook_checks import HookCheckReport, check_auto_hook
 from nicehooks.hooked_methods import HookedMethods, HookRecord
 from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
 from nicehooks.hooks import LensHandle
@@ -15,6 +18,9 @@ from nicehooks.points import HookPoint, Place
 
 __all__ = [
     "CachingHook",
+    "HookCheckFailed",
+    "HookCheckReport",
+    "HookCheckWarning",
     "HookPoint",
     "HookRecord",
     "HookedMethods",
@@ -23,5 +29,6 @@ __all__ = [
     "LensHandle",
     "Place",
     "auto_hook",
+    "check_auto_hook",
     "hooked",
 ]
