@@ -80,7 +80,9 @@ class AutoHooks(HookedMethods):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mod_dict = {name: module for name, module in unwrapped(model) if name}
+        self.mod_dict: dict[str, nn.Module] = vars(model).get("mod_dict", {})
+        self.mod_dict.clear()
+        self.mod_dict.update((name, module) for name, module in unwrapped(model) if name)
         self.hook_dict = refreshed(_points_of(model), model)
 
     def _hooked_model(self) -> nn.Module:
@@ -145,10 +147,7 @@ class BoundHookMethod:
         model = self.model()
         if model is None:
             raise SiteNotFound(f"the model whose {self.__name__}() this is no longer exists")
-        view = AutoHooks(model)
-        if "mod_dict" in vars(model):
-            vars(model)["mod_dict"] = view.mod_dict
-        return getattr(view, self.__name__)(*args, **kwargs)
+        return getattr(AutoHooks(model), self.__name__)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         return BoundHookMethod, (self.model(), self.__name__)

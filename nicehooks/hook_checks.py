@@ -253,15 +253,21 @@ class _Checks:
                 yield "", f"module {name!r} was left with other entries: {', '.join(changed)}."
 
     def copies(self) -> Found:
+        self.run(self.plain), self.run(self.hooked)  # what they keep of a run is without a graph now: it can be copied
         for how, copied in COPIES.items():
             try:
                 copied(self.plain)
             except Exception as error:  # the model itself cannot be copied so
                 self.notes.append(f"copies by {how}: the model itself has none ({_first_line(error)})")
                 continue
-            with self.hooked.hooks(fwd_hooks=[(_every, _disturbed)]):
+            looks = _Looks()
+            with self.hooked.hooks(fwd_hooks=[(_every, looks)]):
                 other = copied(self.hooked)
                 self.run(self.hooked)
+                looks.seen.clear()
+                self.run(other)
+            if looks.seen:
+                yield "", f"the hooks of the model act on what {how} makes of it."
             if type(other) is not type(self.hooked) or not is_hooked(other):
                 yield "", f"what {how} makes is no hooked {type(self.plain).__name__}."
                 continue
