@@ -36,7 +36,8 @@ The floors, from the ground up; each imports only from the ones below it:
     hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
     points          HookPoint, and the methods of a place
     caching_hooks   which hook points to cache, and the hook that does it
-    hooked_methods  the methods of a model with hook points
+    named_points    hooks by name: listed, added and removed
+    hooked_methods  running a model with hooks, or with a cache
     hooked_models   HookedRootModule, hooked
     autopoints      the hook points that auto_hook makes
     autohook        auto_hook

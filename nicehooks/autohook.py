@@ -113,7 +113,7 @@ class AutoHooks(HookedMethods):
 DICTS = ("hook_dict", "mod_dict")
 PROPERTIES = ("context_level", "is_caching")
 METHODS = (
-    *(name for name, value in vars(HookedMethods).items() if inspect.isfunction(value) and not name.startswith("_")),
+    *(name for name, _ in inspect.getmembers(HookedMethods, inspect.isfunction) if not name.startswith("_")),
     "unwrap",
 )
 NAMES = (*DICTS, *(name for name in METHODS if name != "check_hooks_to_add"), *PROPERTIES)

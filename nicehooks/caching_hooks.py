@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -109,10 +109,12 @@ def _only_example(tensor: Tensor, key: str) -> Tensor:
 
 
 def positions(pos_slice: PosSlice) -> Callable[[Tensor, int], Tensor] | None:
-    """A function `(tensor, dim)` that takes positions out of a dimension, which stays; None for all.
+    """A function `(tensor, dim)` that takes positions out of a dimension, counted from the end; None for all.
+
+    The dimension stays, also for an int.
 
     >>> import torch
-    >>> [positions(p)(torch.arange(6), 0).tolist() for p in (-1, slice(4), (1, 3), [0, 0])]
+    >>> [positions(p)(torch.arange(6), -1).tolist() for p in (-1, slice(4), (1, 3), [0, 0])]
     [[5], [0, 1, 2, 3], [1, 2], [0, 0]]
 
     Args:
@@ -120,16 +122,19 @@ def positions(pos_slice: PosSlice) -> Callable[[Tensor, int], Tensor] | None:
     """
     if pos_slice is None:
         return None
-    if isinstance(pos_slice, int) and not isinstance(pos_slice, bool):
-        return lambda tensor, dim: tensor.narrow(dim, pos_slice, 1)
     if isinstance(pos_slice, tuple) and 1 <= len(pos_slice) <= 3:
         pos_slice = slice(*pos_slice)
     if isinstance(pos_slice, slice):
         return _sliced(pos_slice)
-    if isinstance(pos_slice, Sequence) or hasattr(pos_slice, "__array__"):
+    if isinstance(pos_slice, int) and not isinstance(pos_slice, bool):
+        return _at([pos_slice], lambda tensor, dim: tensor.narrow(dim, pos_slice, 1))
+    if isinstance(pos_slice, list) or hasattr(pos_slice, "__array__"):
         index = torch.as_tensor(pos_slice)
-        if index.ndim == 1 and not (index.is_floating_point() or index.is_complex()):
-            return lambda tensor, dim: tensor[(..., index.to(tensor.device), *[slice(None)] * (-1 - dim))]
+        if index.ndim == 1 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
+            return _at(
+                index.tolist(),
+                lambda tensor, dim: tensor.index_select(dim, index.to(tensor.device) % tensor.shape[dim]),
+            )
     raise TypeError(f"pos_slice={pos_slice!r}: it is an int, a slice, a tuple for one, a list of ints, or None")
 
 
@@ -137,6 +142,18 @@ def _sliced(wanted: slice) -> Callable[[Tensor, int], Tensor]:
     if wanted.step is not None and wanted.step <= 0:
         raise ValueError(f"pos_slice={wanted}: the step of a slice of a tensor is positive")
     return lambda tensor, dim: tensor[(..., wanted, *[slice(None)] * (-1 - dim))]
+
+
+def _at(wanted: list[int], take: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """`take`, where `wanted` are positions of the tensor."""
+    lowest, highest = min(wanted, default=0), max(wanted, default=-1)
+
+    def taken(tensor: Tensor, dim: int) -> Tensor:
+        if not -tensor.shape[dim] <= lowest <= highest < tensor.shape[dim] and wanted:
+            raise TreeMismatch(f"pos_slice={wanted} is not within the dimension {dim} of {trees.describe(tensor)}")
+        return take(tensor, dim)
+
+    return taken
 
 
 def chooser(names_filter: Any) -> list[str] | Callable[[str], Any]:

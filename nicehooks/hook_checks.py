@@ -65,7 +65,8 @@ class HookCheckReport:
     def __str__(self) -> str:
         failed = dict.fromkeys(failure.check for failure in self.failures)
         if not failed:
-            lines = [f"{self.model}: {len(self.checks)} checks passed at {len(self.hook_points)} hook points"]
+            points = "1 hook point" if len(self.hook_points) == 1 else f"{len(self.hook_points)} hook points"
+            lines = [f"{self.model}: {len(self.checks)} checks passed at {points}"]
         else:
             lines = [f"{self.model}: {len(failed)} of {len(self.checks)} checks failed"]
         lines += [f"  {check}{f' at {point!r}' if point else ''}: {says}" for check, point, says in self.failures]
@@ -85,14 +86,11 @@ def check_auto_hook(
     >>> import torch
     >>> from torch import nn
     >>> from nicehooks.hookpoints import check_auto_hook
-    >>> class Scaled(nn.Module):
-    ...     def __init__(self, width):
-    ...         super().__init__()
-    ...         self.fc, self.scale = nn.Linear(width, width), nn.Parameter(torch.ones(width))
-    ...     def forward(self, x):
-    ...         return self.fc(x) * self.scale
-    >>> print(check_auto_hook(Scaled, {"x": torch.randn(2, 3)}, {"width": 3}))
-    Scaled: 10 checks passed at 3 hook points
+    >>> print(check_auto_hook(nn.Linear, {"input": torch.randn(2, 3)}, {"in_features": 3, "out_features": 4}))
+    Linear: 10 checks passed at 1 hook point
+    >>> model = nn.Sequential(nn.Linear(3, 3), nn.Flatten())
+    >>> check_auto_hook(model, {"input": torch.randn(2, 3)}).hook_points
+    ('hook_point', '0.hook_point', '1.hook_point')
 
     The checks, in order:
 
@@ -195,7 +193,7 @@ class _Checks:
     def structure(self) -> Found:
         for what, of in STRUCTURE.items():
             if of(self.hooked) != of(self.plain):
-                yield "", f"{what}: {of(self.plain)} became {of(self.hooked)}."
+                yield "", f"auto_hook changes {what}: {_difference(of(self.plain), of(self.hooked))}."
         modules = set(map(id, self.hooked.modules()))
         for name, point in self.hooked.hook_dict.items():
             if id(point) in modules:
@@ -322,6 +320,16 @@ class _Looks:
     def __call__(self, value: Any, hook: Any) -> None:
         name, part, _ = hook.name.partition(f"{SUFFIX}[")  # a gradient of a tuple comes in parts
         self.seen[name + SUFFIX if part else name] = value
+
+
+def _difference(before: Any, after: Any) -> str:
+    """What two lists do not have in common, or two other things."""
+    if not isinstance(before, list):
+        return f"{before} became {after}"
+    lost = [item for item in before if item not in after]
+    new = [item for item in after if item not in before]
+    shown = ", ".join([f"-{item}" for item in lost[:3]] + [f"+{item}" for item in new[:3]])
+    return (shown or "another order") + (", …" if len(lost) > 3 or len(new) > 3 else "")
 
 
 def _returns(value: Any, hook: Any) -> Any:

@@ -1,7 +1,10 @@
-"""`HookPoint`s: named places that a model shows by itself, and the same methods for models that have none.
+"""Hook points, from which everything about them is imported.
 
+hooks           one hook, and hooks as an intervention
 points          HookPoint, and the methods of a place
-hooked_methods  the methods of a model with hook points
+caching_hooks   the hook that fills a cache
+named_points    hooks by name
+hooked_methods  running with hooks, or with a cache
 hooked_models   HookedRootModule, hooked
 autohook        auto_hook
 hook_checks     check_auto_hook
@@ -11,9 +14,10 @@ from nicehooks.autohook import auto_hook
 from nicehooks.caching_hooks import CachingHook
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
 from nicehooks.hook_checks import HookCheckReport, check_auto_hook
-from nicehooks.hooked_methods import HookedMethods, HookRecord
+from nicehooks.hooked_methods import HookedMethods
 from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
 from nicehooks.hooks import LensHandle
+from nicehooks.named_points import HookRecord
 from nicehooks.points import HookPoint, Place
 
 __all__ = [

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
 
+from nicehooks import trees
 from nicehooks.contexts import Intervention
 from nicehooks.interventions import _Edit  # pyright: ignore[reportPrivateUsage]
 from nicehooks.paths import ModulePath
@@ -23,7 +24,7 @@ from nicehooks.ports import Pairs
 from nicehooks.rebinding import HANDLES, Rule, tap_of, unbind
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Census, Group, Site, unwrap
-from nicehooks.sessions import Session, is_acting
+from nicehooks.sessions import LOCK, Session, is_acting
 
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
@@ -67,7 +68,7 @@ class Item(NamedTuple):
 
 
 class Hook(_Edit):
-    """One function at one place. What it returns is assigned to the value there; None leaves it.
+    """An edit by one function at one place. What it returns is assigned to the value there; None leaves it.
 
     Attributes:
         hook: the function.
@@ -80,7 +81,7 @@ class Hook(_Edit):
     __slots__ = ("aliases", "changes", "dir", "hook", "is_permanent", "level", "point", "removed", "scope")
 
     def __init__(self, item: Item, point: Point | None, scope: Hooks) -> None:
-        super().__init__("hook", item.hook)
+        self.verb = "hook"
         self.hook = item.hook
         self.dir: Direction = item.dir
         self.changes = not getattr(item.hook, "only_looks", False)
@@ -105,10 +106,12 @@ class Hook(_Edit):
             point = point.part(ModulePath.parse(key).slice)
         new: Any = None
         for alias in self.aliases:
-            result = self.hook(value if new is None else new, hook=point.called(alias) if alias else point)
-            new = new if result is None else result
-        one = self.dir == "bwd" and isinstance(new, tuple) and len(new) == 1
-        return new[0] if one else new
+            result = self.hook(value, hook=point.called(alias) if alias else point)
+            if self.dir == "bwd" and isinstance(result, tuple) and len(result) == 1:
+                result = result[0]
+            if result is not None:
+                new = value = trees.assign(value, result)
+        return new
 
     def remove(self) -> None:
         """Removes the hook; once removed, does nothing."""
@@ -188,15 +191,19 @@ class Hooks(Intervention):
 
     def attach(self) -> Any:
         super().attach()
-        vars(unwrap(self.model)).setdefault(HANDLES, []).append(self)
+        with LOCK:
+            handles = vars(unwrap(self.model)).setdefault(HANDLES, [])
+            if self.active and self not in handles:
+                handles.append(self)
         return self
 
     def _stop(self, holders: int | None = None) -> None:
         """See NOTE [Who holds an attached hook]."""
         entries = vars(unwrap(self.model))
-        handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
-        if handles:
-            entries[HANDLES] = handles
+        with LOCK:
+            handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
+            if handles:
+                entries[HANDLES] = handles
         super()._stop(holders)
 
     def drop(self, hook: Hook) -> None:

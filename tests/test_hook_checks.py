@@ -224,6 +224,11 @@ def test_a_bad_model_is_told_by_the_check_and_the_hook_point(model, expected):
         assert expected <= found(decorated)
 
 
+def test_what_has_changed_is_shown():
+    with pytest.warns(HookCheckWarning, match=r"auto_hook changes state_dict: \+hook_dict, \+mod_dict, .*, …\."):
+        check_auto_hook(Lists, {"x": inputs()})
+
+
 def test_strict_raises_an_error_that_is_a_runtime_error():
     with pytest.raises(HookCheckFailed) as caught:
         check_auto_hook(Unused, {"x": inputs()}, strict=True)
