@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from nicehooks import internals
-from nicehooks.autopoints import AutoPoint, refreshed
+from nicehooks.autopoints import AutoPoint, points_of
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.hooked_methods import HookedMethods
 from nicehooks.hooked_models import unwrapped
@@ -80,10 +80,11 @@ class AutoHooks(HookedMethods):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mod_dict: dict[str, nn.Module] = vars(model).get("mod_dict", {})
-        self.mod_dict.clear()
-        self.mod_dict.update((name, module) for name, module in unwrapped(model) if name)
-        self.hook_dict = refreshed(_points_of(model), model)
+        known = _known_points(model)
+        self.mod_dict = {name: module for name, module in unwrapped(model) if name}
+        self.hook_dict: dict[str, Any] = points_of(model, known)
+        _renew(known, self.hook_dict)
+        _renew(vars(model).get("mod_dict", {}), self.mod_dict)
 
     def _hooked_model(self) -> nn.Module:
         return self.model
@@ -123,9 +124,16 @@ _points: weakref.WeakKeyDictionary[nn.Module, dict[str, AutoPoint]] = weakref.We
 """The hook points of the instances of decorated classes."""
 
 
-def _points_of(model: nn.Module) -> dict[str, AutoPoint]:
+def _known_points(model: nn.Module) -> dict[str, AutoPoint]:
     own = vars(model).get("hook_dict")
     return _points.setdefault(model, {}) if own is None else own
+
+
+def _renew(known: dict[str, Any], new: dict[str, Any]) -> None:
+    """Makes `known` what `new` is; where nothing has changed it is left alone: another thread may be reading it."""
+    if list(known.items()) != list(new.items()):
+        known.clear()
+        known.update(new)
 
 
 def is_hooked(model: Any) -> bool:
@@ -175,6 +183,10 @@ class HookMethod:
         if self.name in {*model._modules, *model._parameters, *model._buffers}:
             raise UnsupportedModule(SETS.format(kind=type(model).__name__, name=self.name))
         return BoundHookMethod(model, self.name) if self.name in METHODS else getattr(AutoHooks(model), self.name)
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method of `model`, as the function of an ordinary method would."""
+        return getattr(model, self.name)(*args, **kwargs)
 
     def __set__(self, model: Any, value: Any) -> None:
         raise UnsupportedModule(SETS.format(kind=type(model).__name__, name=self.name))

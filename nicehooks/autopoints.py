@@ -90,10 +90,9 @@ class AutoPoint(HookPoint):
         return [LensHandle(hook, hook.is_permanent, hook.level) for hook in hooks_on(self._tapped(), key, dir)]
 
 
-def refreshed(points: dict[str, AutoPoint], model: nn.Module) -> dict[str, AutoPoint]:
-    """`points`, with what the model has by now; a point whose module is still there stays the same object."""
-    known = dict(points)
-    points.clear()
+def points_of(model: nn.Module, known: dict[str, AutoPoint]) -> dict[str, AutoPoint]:
+    """The hook points that `model` has by now; one in `known` whose module is still there stays the same object."""
+    points: dict[str, AutoPoint] = {}
     for name, module, key in places_of(model):
         point = known.get(name)
         points[name] = point if point is not None and point.is_at(module) else AutoPoint(model, module, name, key)

@@ -251,7 +251,8 @@ class _Checks:
                 yield "", f"module {name!r} was left with other entries: {', '.join(changed)}."
 
     def copies(self) -> Found:
-        self.run(self.plain), self.run(self.hooked)  # what they keep of a run is without a graph now: it can be copied
+        for model in (self.plain, self.hooked):
+            self.run(model)  # what it keeps of a run is without a graph now: it can be copied
         for how, copied in COPIES.items():
             try:
                 copied(self.plain)

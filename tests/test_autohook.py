@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -164,6 +165,7 @@ def test_lists_of_parameters_and_what_is_torchs_own():
         "norm.hook_point",
     ]
     assert list(model.hook_dict) == expected
+    assert list(auto_hook(nn.DataParallel(Held())).hook_dict) == expected  # a wrapper is no module of its own
     with capture(model, "**"):  # what others have bound meanwhile changes nothing
         assert list(model.hook_dict) == expected
         model(inputs())
@@ -368,6 +370,27 @@ def test_a_decorated_class_is_the_same_class():
     assert vars(own).keys() == vars(Autoencoder()).keys()
     assert auto_hook(own) is own and vars(own).keys() == vars(Autoencoder()).keys()
     assert not hasattr(Autoencoder, "hook_dict")
+
+
+def test_methods_can_be_called_on_the_class(model):
+    hooks = [("scale.hook_point", lambda value, hook: value * 0)]
+    assert not Decorated.run_with_hooks(model, inputs(), fwd_hooks=hooks).any()
+    with Decorated.hooks(model, fwd_hooks=hooks):
+        assert not model(inputs()).any() and model.context_level == 1 and not model.is_caching
+    assert model.context_level == 0
+    cache = model.add_caching_hooks("scale.hook_point")
+    assert model.is_caching and torch.equal(model(inputs()), cache["scale.hook_point"])
+    model.reset_hooks()
+    assert not model.is_caching
+
+
+def test_threads_look_at_the_hook_points_at_the_same_time(hooked):
+    def look(_):
+        return [hooked.run_with_hooks(inputs(), fwd_hooks=[(name, lambda value, hook: None)]) for name in NAMES]
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = [out for outs in pool.map(look, range(8)) for out in outs]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
 def test_an_instance_keeps_everything():
