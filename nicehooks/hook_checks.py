@@ -115,11 +115,8 @@ def check_auto_hook(
     Raises:
         HookCheckFailed: a check failed, and `strict` is set. It is a `RuntimeError`.
     """
-    torch_state = torch.random.get_rng_state()
-    try:
+    with torch.random.fork_rng():
         plain = model(**(init_kwargs or {})) if isinstance(model, type) else copy.deepcopy(model)
-    finally:
-        torch.random.set_rng_state(torch_state)
     report = _Checks(plain, input_kwargs).report()
     if not report.ok and strict:
         raise HookCheckFailed(str(report))
@@ -168,7 +165,6 @@ class _Checks:
         model.zero_grad()
         hooks = model.hooks(fwd_hooks=fwd, bwd_hooks=bwd) if fwd or bwd else nullcontext()
         with torch.random.fork_rng(), torch.set_grad_enabled(backward), hooks:
-            torch.manual_seed(0)
             output = model(**inputs)
             if backward:
                 _differentiate(output)
@@ -229,7 +225,8 @@ class _Checks:
 
     def gradients(self) -> Found:
         clean = self.run(self.plain, backward=True).gradients
-        hooked = self.run(self.hooked, [(_every, _returns)], [(_every, _Looks())], backward=True).gradients
+        bwd = [(_every, _Looks())] if any(map(self.can_have_gradient, self.names)) else ()
+        hooked = self.run(self.hooked, [(_every, _returns)], bwd, backward=True).gradients
         for name, gradient in clean.items():
             if not _same(gradient, hooked[name]):
                 yield "", f"the gradient of {name} is another one with hooks."

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_autohook import Autoencoder, Decorated, Returns
+from test_autohook import Autoencoder, Count, Decorated, Returns
 from torch import nn
 from worlds import inputs, state
 
@@ -39,15 +39,19 @@ class Noisy(nn.Module):
         super().__init__()
         self.norm, self.drop = nn.BatchNorm1d(width), nn.Dropout(p)
         self.scale = nn.Parameter(torch.randn(width))
+        self.register_buffer("runs", torch.zeros(()))
 
     def forward(self, x):
+        self.runs += 1
         self.seen = self.drop(self.norm(x.mul_(2.0)))
-        return {"out": (self.seen * self.scale,), "n": len(x)}
+        return {"out": (self.seen * self.scale * self.runs,), "n": len(x)}
 
 
 @pytest.mark.parametrize("model", [Decorated, Autoencoder, Noisy, Returns], ids=lambda model: model.__name__)
 def test_a_good_class_passes(model):
+    random = torch.get_rng_state()
     report = check_auto_hook(model, {"x": inputs()}, strict=True)
+    assert torch.equal(torch.get_rng_state(), random)
     assert report.ok and report.failures == () and report.checks == (*CHECKS, "unwrap")
     assert report.hook_points == tuple(auto_hook(model()).hook_dict) and report.notes == ()
     assert str(report).startswith(f"{model.__name__}: 10 checks passed at {len(report.hook_points)} hook points")
@@ -79,6 +83,11 @@ def test_what_has_no_gradient_is_listed():
     report = check_auto_hook(Returns, {"x": inputs()})
     assert report.without_gradient == ("nothing.hook_point", "count.hook_point")
     assert str(report).endswith("\n  no gradients at: nothing.hook_point, count.hook_point")
+
+
+def test_a_model_without_any_gradient_passes():
+    report = check_auto_hook(Count(), {"x": inputs()}, strict=True)
+    assert report.without_gradient == report.hook_points == ("hook_point",)
 
 
 def test_what_the_model_itself_cannot_do_is_a_note():
