@@ -36,11 +36,15 @@ from nicehooks.steps import When
 class UseRule(CallRule):
     """The results of the operations that a parameter enters; see NOTE [What a use is]."""
 
-    __slots__ = ()
+    __slots__ = ("is_computed",)
     reason = (
         "its module was not called, or the parameter enters no torch function in that module's own forward (a child, "
         "or an autograd function of one's own, may take it)."
     )
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        super().__init__(site, action, when)
+        self.is_computed = site.path.port.name in parametrizations_of(site.module)
 
     def is_about(self, frame: Frame, name: str, call: Call) -> bool:
         function, args, kwargs = call
@@ -50,10 +54,12 @@ class UseRule(CallRule):
 
     def held(self, frame: Frame) -> list[Any]:
         """What stands under the name of the parameter now."""
-        owner, name = self.site.module, self.path.port.name
-        if name in parametrizations_of(owner):
+        if self.is_computed:
             return frame.watchers[0].computed.get(self, [])
-        return [getattr(frame.module if owner is frame.tap.module() else owner, name, None)]
+        owner: Any = self.site.module
+        owner = frame.module if owner is frame.tap.module() else owner
+        name, parameters = self.path.port.name, owner._parameters
+        return [parameters[name] if name in parameters else getattr(owner, name, None)]
 
     def on(self, frame: Frame, number: int, value: Any) -> Any:
         no_tensor = not any([isinstance(leaf, Tensor) for leaf in trees.leaves(value)])
