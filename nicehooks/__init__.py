@@ -41,6 +41,7 @@ The floors, from the ground up; each imports only from the ones below it:
     hooked_models   HookedRootModule, hooked
     autopoints      the hook points that auto_hook makes
     autohook        auto_hook
+    hook_reports    what check_auto_hook returns
     hook_checks     check_auto_hook
     hookpoints      what of this is public
 """

@@ -7,16 +7,18 @@ named_points    hooks by name
 hooked_methods  running with hooks, or with a cache
 hooked_models   HookedRootModule, hooked
 autohook        auto_hook
+hook_reports    what check_auto_hook returns
 hook_checks     check_auto_hook
 """
 
 from nicehooks.autohook import auto_hook
-from nicehooks.caching_hooks import CachingHook
+from nicehooks.caching_hooks import CachingHook, NamesFilter
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
-from nicehooks.hook_checks import HookCheckReport, check_auto_hook
+from nicehooks.hook_checks import check_auto_hook
+from nicehooks.hook_reports import HookCheckReport
 from nicehooks.hooked_methods import HookedMethods
 from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
-from nicehooks.hooks import LensHandle
+from nicehooks.hooks import HookFunction, LensHandle
 from nicehooks.named_points import HookRecord
 from nicehooks.points import HookPoint, Place
 
@@ -25,12 +27,14 @@ __all__ = [
     "HookCheckFailed",
     "HookCheckReport",
     "HookCheckWarning",
+    "HookFunction",
     "HookPoint",
     "HookRecord",
     "HookedMethods",
     "HookedModule",
     "HookedRootModule",
     "LensHandle",
+    "NamesFilter",
     "Place",
     "auto_hook",
     "check_auto_hook",

@@ -229,7 +229,7 @@ def hooks_on(module: nn.Module, key: str, dir: Direction) -> list[Hook]:
     tap = tap_of(module)
     rules: list[Rule] = [] if tap is None else [rule for rule in tap.rules if is_acting(rule.session)]
     mine = [rule.action for rule in rules if isinstance(rule, SiteRule) and rule.site.key[1] == key]
-    return [hook for hook in mine if isinstance(hook, Hook) and hook.dir == dir and not hook.removed]
+    return [hook for hook in mine if isinstance(hook, Hook) and hook.dir == dir]
 
 
 def remove_all(hooks: Iterable[Hook]) -> None:
@@ -262,13 +262,17 @@ class Scope:
         self.keep = keep
         self.needs_backward = needs_backward
         self.own: list[Hooks] = []
+        self.kept: Hooks | None = None
 
     def __enter__(self) -> Scope:
         self.level = level_of(self.model) + 1
         if self.items:
             hooks = Hooks(self.model, self.items, level=self.level, needs_backward=self.needs_backward)
             hooks.verb = "hooks"
-            hooks.attach() if self.keep else hooks.__enter__()
+            if self.keep:
+                self.kept = hooks.attach()
+            else:
+                hooks.__enter__()
             self.own.append(hooks)
         _open.set((*_open.get(), weakref.ref(self)))
         return self
@@ -277,23 +281,23 @@ class Scope:
         _open.set(tuple([ref for ref in _open.get() if ref() not in (self, None)]))
         with ExitStack() as stack:
             for hooks in self.own:
-                if kind is not None or not (self.keep and hooks is self.own[0]):
+                if kind is not None or hooks is not self.kept:
                     stack.callback(hooks.__exit__, kind, error, trace)
 
 
-def open_scopes(model: nn.Module) -> list[Scope]:
-    """The contexts of hooks on `model` that are open here."""
-    return [scope for ref in _open.get() if (scope := ref()) is not None and scope.model is model]
+def _open_scopes() -> list[Scope]:
+    """The contexts of hooks that are open here."""
+    return [scope for ref in _open.get() if (scope := ref()) is not None]
 
 
 def level_of(model: nn.Module) -> int:
     """How many contexts of hooks on `model` are open here."""
-    return len(open_scopes(model))
+    return len([scope for scope in _open_scopes() if scope.model is model])
 
 
 def _scope_at(level: int | None, module: nn.Module) -> Scope | None:
     """The open context of this level whose model has `module` in it."""
-    scopes = [scope for ref in _open.get() if (scope := ref()) is not None and scope.level == level]
+    scopes = [scope for scope in _open_scopes() if scope.level == level]
     return next((scope for scope in scopes if any(module is inner for inner in scope.model.modules())), None)
 
 

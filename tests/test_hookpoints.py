@@ -28,6 +28,7 @@ from nicehooks import (
     PathError,
     SiteNotFound,
     SiteNotReached,
+    StaleActivation,
     TreeMismatch,
     UnsupportedModule,
     ablate,
@@ -485,6 +486,10 @@ def test_a_hook_of_the_level_of_a_context_ends_with_it(model):
         model(inputs())
         assert len(model.list_hooks()) == 4
     assert [r.hook for r in model.list_hooks()] == [zero]
+    with model.hooks(reset_hooks_end=False):
+        model.add_hook(POST, double, level=1)
+        model(inputs())
+    assert [r.hook for r in model.list_hooks()] == [zero]
     model.reset_hooks()
 
 
@@ -495,6 +500,20 @@ def test_reset_hooks_inside_a_context_removes_what_it_is_asked_for(model, clean)
             assert [r.level for r in model.list_hooks()] == [1]
         model.reset_hooks()
         assert same(model(inputs()), clean)
+
+
+def test_one_hook_of_a_context_can_be_removed(model):
+    """Before the run, and then it need not act; or between forward and backward, and then it does not."""
+    grads = []
+    with model.hooks(
+        fwd_hooks=[("blocks.0.hook_never", look), (MLP, look)],
+        bwd_hooks=[(MLP, lambda grad, hook: grads.append(1)), (POST, lambda grad, hook: grads.append(2))],
+    ):
+        model.hook_dict["blocks.0.hook_never"].remove_hooks()
+        loss = model(inputs(), return_type="loss")
+        model.hook_dict[MLP].bwd_hooks[0].hook.remove()
+        loss.backward()
+    assert grads == [2]
 
 
 def test_clear_contexts_empties_what_hooks_wrote(model):
@@ -875,6 +894,31 @@ def test_hooked_works_under_generate_compile_and_vmap(gpt2, fresh_dynamo):
     with hooked(model).hooks(fwd_hooks=[("0", double)]):
         assert torch.allclose(run(x), model(x)) and torch.allclose(torch.vmap(model)(x), model(x), atol=1e-6)
         assert torch.allclose(run(x), (model[0](x)).tanh())
+
+
+def test_hooked_around_a_compiled_model(model, clean, fresh_dynamo):
+    run = torch.compile(model, fullgraph=True, backend="eager")
+    out = hooked(run).run_with_hooks(inputs(), fwd_hooks=[(MLP, zero)])
+    assert torch.allclose(out, model.run_with_hooks(inputs(), fwd_hooks=[(MLP, zero)]), atol=1e-6)
+    hooked(run).add_hook(MLP, zero)
+    assert torch.allclose(run(inputs()), out, atol=1e-6) and [r.hook for r in model.list_hooks()] == [zero]
+    hooked(run).reset_hooks()
+    assert torch.allclose(run(inputs()), clean, atol=1e-6) and "__nicehooks__" not in vars(model)
+
+
+def test_hooked_reaches_what_a_fused_encoder_would_skip():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with torch.no_grad():
+        _, cache = hooked(encoder).run_with_cache(torch.randn(2, 3, 8), names_filter="layers.0.linear1")
+    assert cache["layers.0.linear1"].shape == (2, 3, 16)
+
+
+def test_a_cached_value_that_is_overwritten_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    _, cache = hooked(model).run_with_cache(torch.ones(2, 4), names_filter="0")
+    with pytest.raises(StaleActivation, match="'0'"):
+        cache["0"]
 
 
 def test_hooked_takes_a_module():
