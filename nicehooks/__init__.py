@@ -23,6 +23,7 @@ The floors, from the ground up; each imports only from the ones below it:
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
+    uses            the port @weight.uses(): what a parameter enters
     ports           which rules reach a site
     tracing         entering a context inside compiled code
     contexts        what every intervention is: entered and left, never silent
@@ -47,6 +48,10 @@ The floors, from the ground up; each imports only from the ones below it:
     named_points    hooks by name: listed, added and removed
     hooked_methods  running a model with hooks, or with a cache
     hooked_models   HookedRootModule, hooked
+    autopoints      the hook points that auto_hook makes
+    autohook        auto_hook
+    hook_reports    what check_auto_hook returns
+    hook_checks     check_auto_hook
     hookpoints      what of this is public
 """
 

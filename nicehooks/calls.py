@@ -31,7 +31,7 @@ from nicehooks.parameters import StandIn
 from nicehooks.paths import EVERY_CALL, STEPS, Port
 from nicehooks.rebinding import Frame, Rule
 from nicehooks.rules import Action, SiteRule
-from nicehooks.selection import Site
+from nicehooks.selection import Site, has_forward
 from nicehooks.signatures import parameters_in_call
 from nicehooks.steps import ALWAYS, When
 from nicehooks.trees import Chain, is_same
@@ -45,6 +45,10 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A function and the arguments that it is called with."""
 
 
 class CallRule(SiteRule):
@@ -62,8 +66,8 @@ class CallRule(SiteRule):
     def after(self, frame: Frame) -> None:
         pass
 
-    def is_about(self, name: str) -> bool:
-        """Whether the site is a call of the function called `name`."""
+    def is_about(self, frame: Frame, name: str, call: Call) -> bool:
+        """Whether the rule is about `call`, of a function that is called `name`."""
         return same_function(self.path.port.name, name)
 
     def methods(self, module: Any) -> list[str]:
@@ -105,7 +109,7 @@ class EveryCallRule(CallRule):
 
     __slots__ = ()
 
-    def is_about(self, name: str) -> bool:
+    def is_about(self, frame: Frame, name: str, call: Call) -> bool:
         return name not in _ATTRIBUTES
 
     def methods(self, module: Any) -> list[str]:
@@ -146,13 +150,19 @@ class _RunOf(AbstractContextManager[None]):
         _running.frame = self.before
 
 
+def forward_around(frame: Frame) -> Frame | None:
+    """The run of a module's own forward in which the call `frame` was made, as far as anybody watches it."""
+    return next((one.before for one in frame.contexts if isinstance(one, _RunOf)), _running.frame)
+
+
 class CallWatcher(AbstractContextManager[None]):
     """Brings the calls in one run of a module's forward to the rules that want them, in the order of the rules."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.rules: list[CallRule] = []
-        self.counts: dict[str, int] = {}
+        self.counts: dict[Any, int] = {}
+        self.computed: dict[Any, list[Any]] = {}
 
     def __enter__(self) -> None:
         frame = self.frame
@@ -173,13 +183,14 @@ class CallWatcher(AbstractContextManager[None]):
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.call(name, method, args, kwargs)
 
-    def wants(self, name: str) -> bool:
-        """Whether any rule is about the function called `name`, here and now."""
-        return _running.frame is self.frame and any([rule.is_about(name) for rule in self.rules])
+    def wants(self, name: str, call: Call) -> bool:
+        """Whether any rule is about this call of the function called `name`, here and now."""
+        frame = self.frame
+        return _running.frame is frame and any([rule.is_about(frame, name, call) for rule in self.rules])
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
-        rules = [rule for rule in self.rules if rule.is_about(name)]
+        rules = [rule for rule in self.rules if rule.is_about(self.frame, name, (function, args, kwargs))]
         number = self.counts[_plain(name)] = self.counts.get(_plain(name), -1) + 1
 
         def at(part: str, value: Any) -> Any:
@@ -223,7 +234,7 @@ class _Mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is fused_attention and as_steps_wanted():
             func = self._in_steps()
-        if self.watcher.wants(name):
+        if self.watcher.wants(name, (func, args, kwargs)):
             return self.watcher.call(name, func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -274,10 +285,15 @@ def _is_ordinary(kind: type, name: str) -> bool:
 def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, Rule]]:
     """The rules for a site that is a call; see `ports.rules_for`."""
     module = site.module
-    others = [other for other in module.modules() if other is not module]
+    others = others_below(module)
     return [(module, CallRule(site, action, when)), *((other, OtherForwardRule()) for other in others)]
 
 
 def every_call_rules(site: Site, action: Action) -> list[tuple[nn.Module, Rule]]:
     """The rule for all calls in the own forward of a module, where every module below it has one too."""
     return [(site.module, EveryCallRule(site, action, ALWAYS))]
+
+
+def others_below(module: nn.Module) -> list[nn.Module]:
+    """The modules below `module` that have a forward of their own; a tap on a container would look like one."""
+    return [other for other in module.modules() if other is not module and has_forward(other)]

@@ -41,6 +41,10 @@ class ContextMisuse(NiceHooksError, RuntimeError):
     """An intervention was entered or attached while it was active already."""
 
 
+class HookCheckFailed(NiceHooksError, RuntimeError):
+    """`check_auto_hook(…, strict=True)` has found something that hooks do not do as they should on this model."""
+
+
 class NiceHooksWarning(UserWarning):
     """The base of every warning that this library gives."""
 
@@ -55,3 +59,7 @@ class NotReachedWarning(NiceHooksWarning):
 
 class CheckpointWarning(NiceHooksWarning):
     """An edit acted in an activation-checkpointed region, and the context was left before backward ran it again."""
+
+
+class HookCheckWarning(NiceHooksWarning):
+    """`check_auto_hook` has found something that hooks do not do as they should on this model."""

@@ -68,13 +68,16 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
     key = rule.key_of(frame)
     if key is None:
         return value
+    return watched_at(rule, frame, key, value, chain, used_by(frame, value))
+
+
+def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: set[int]) -> Any:
+    """As `watched`, at the path `key`; `used` are the tensors, by `id`, that have another use than this one."""
     try:
         way, rest = _split(value, chain)
-        used = used_by(frame, value)
-        found = _Found(
-            rule, ModulePath.parse(key), len(way), rest, used, set(), stations_of(frame, rule.path.port.kind)
-        )
-        return trees.rewrite(value, way, lambda part: _watch_all(found, part, ()))
+        stations = stations_of(frame, rule.path.port.kind)
+        found = _Found(rule, ModulePath.parse(key), len(way), rest, used, set(), stations)
+        return trees.rewrite(value, way, lambda part: _watch_part(found, part))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
 
@@ -128,6 +131,16 @@ class _Found(NamedTuple):
         return str(replace(self.path, chain=(*chain[: self.taken], *more, *chain[self.taken :])))
 
 
+def _watch_part(found: _Found, part: Any) -> Any:
+    if not found.rule.wild and not any(map(_is_differentiable, trees.leaves(part))):
+        raise TreeMismatch(f"{trees.describe(part)} has no tensor in it that could have a gradient")
+    return _watch_all(found, part, ())
+
+
+def _is_differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
 def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
     """Every tensor in `part` has a gradient of its own, and a key of its own."""
     if isinstance(part, Tensor):
@@ -163,7 +176,7 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
 
 def may_have_gradient(value: Any) -> bool:
     """Whether `value` is a tensor that can have a gradient, here and now."""
-    return torch.is_grad_enabled() and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.is_grad_enabled() and _is_differentiable(value)
 
 
 def own_use(tensor: Tensor, used: set[int]) -> Tensor:

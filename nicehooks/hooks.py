@@ -85,7 +85,7 @@ class Hook(_Edit):
         self.hook = item.hook
         self.dir: Direction = item.dir
         self.changes = not getattr(item.hook, "only_looks", False)
-        self.point = None if isinstance(point, nn.Module) else point  # a rule may not keep a module alive
+        self.point = point
         self.is_permanent = scope.is_permanent
         self.level = scope.level
         self.aliases = scope.aliases
@@ -179,7 +179,8 @@ class Hooks(Intervention):
         return Group(item.shown, sites, item.wild)
 
     def _rules(self, site: Site, action: Any) -> Pairs:
-        hook = Hook(action.item, self._points[site.key], self)
+        point: Any = self._points[site.key]
+        hook = Hook(action.item, None if point is site.module else point, self)  # a rule may not keep a module alive
         self._hooks.append(hook)
         return super()._rules(site, hook)
 

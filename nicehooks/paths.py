@@ -23,11 +23,12 @@ EVERY_CALL = "*"
 
 @dataclass(frozen=True)
 class Port:
-    """Which value of a module: `kind` is "output", "input", "grad", "input.grad", "parameter" or "call".
+    """Which value of a module.
 
     Attributes:
+        kind: "output", "input", "grad", "input.grad", "parameter", "call", "use" or "use.grad".
         name: of the parameter, or of the function that is called.
-        call: which call of the function.
+        call: which call of the function, or which use of the parameter.
         part: which value of the call: its result (""), its "input", or a step of fused attention (`STEPS`).
     """
 
@@ -36,11 +37,18 @@ class Port:
     call: int | str | None = None
     part: str = ""
 
+    @property
+    def is_of_parameter(self) -> bool:
+        """Whether `name` is that of a parameter."""
+        return self.kind in ("parameter", "use", "use.grad")
+
     def __str__(self) -> str:
         if self.kind == "output":
             return ""
+        number = "" if self.call is None else f"#{self.call}"
+        if self.kind.startswith("use"):
+            return f"@{self.name}.uses{number}(){self.kind.removeprefix('use')}"
         if self.kind == "call":
-            number = "" if self.call is None else f"#{self.call}"
             return f"@{self.name}{number}(){'.' if self.part else ''}{self.part}"
         return f"@{self.name or self.kind}"
 
@@ -207,9 +215,13 @@ def _segment(segment: str) -> str:
 _NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
 _CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
 _PORT = re.compile(
-    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?(?:(?P<call_of>\(\))(?:\.(?P<part>input|scores|pattern))?)?(?![\w.(#])"
+    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?"
+    r"(?:(?P<call_of>\(\))(?:\.(?P<part>input|scores|pattern))?(?P<grad>\.grad)?)?(?![\w.(#])"
 )
 _GROUP = re.compile(r"\{([^{}]*)\}")
+
+USES = ".uses"
+"""What stands between the name of a parameter and the brackets: `@weight.uses()`."""
 
 PORT = "a port is expected after @: input, grad, input.grad, a parameter, or a call name()"
 FUSED_ATTENTION = "scaled_dot_product_attention"
@@ -217,6 +229,9 @@ STEPS = ("scores", "pattern")
 """The steps of fused attention that a path can name: before and after its softmax, `[batch, head, query, key]`."""
 
 STEPS_OF_PORT = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
+GRAD_OF_PORT = "the gradient of a call is that of a parameter's uses alone: @weight.uses().grad"
+BRACKETS_OF_USES = "the uses of a parameter are calls, with brackets: @weight.uses()"
+INPUT_OF_USES = "the uses of a parameter are results, which have no input"
 CALL_OF_PORT = "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())"
 
 
@@ -285,11 +300,19 @@ def _read_port(text: str, at: int) -> tuple[Port, int]:
         raise fault(text, found.start("call") - 1, CALL_OF_PORT)
     if found["part"] in STEPS and found["name"] != FUSED_ATTENTION:
         raise fault(text, found.start("part"), STEPS_OF_PORT)
+    if not found["call_of"] and found["name"].endswith(USES):
+        raise fault(text, found.end(), BRACKETS_OF_USES)
+    if found["grad"] and (found["part"] or not found["name"].endswith(USES)):
+        raise fault(text, found.start("grad"), GRAD_OF_PORT)
+    if found["part"] and found["name"].endswith(USES):
+        raise fault(text, found.start("part") - 1, INPUT_OF_USES)
     return _port(found), found.end()
 
 
 def _port(found: re.Match[str]) -> Port:
     name = found["name"]
+    if found["call_of"] and name.endswith(USES):
+        return Port(f"use{found['grad'] or ''}", name.removesuffix(USES), _number(found["call"]))
     if found["call_of"]:
         return Port("call", name, _number(found["call"]), found["part"] or "")
     if name == "output":

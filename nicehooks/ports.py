@@ -11,6 +11,7 @@ from nicehooks.rebinding import Rule
 from nicehooks.rules import Action, OutputRule, SiteRule, SlowPathRule
 from nicehooks.selection import Site
 from nicehooks.steps import When
+from nicehooks.uses import use_rules
 from nicehooks.weights import parameter_rules
 
 Pairs = list[tuple[nn.Module, Rule]]
@@ -30,6 +31,8 @@ def rules_for(site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
         return parameter_rules(site, action, when, root)
     if kind == "call":
         return call_rules(site, action, when)
+    if kind in ("use", "use.grad"):
+        return use_rules(site, action, when, root)
     return [(site.module, KINDS[kind](site, action, when))]
 
 

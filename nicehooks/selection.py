@@ -297,7 +297,7 @@ def _once(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Modu
 def _has_site(name: str, module: nn.Module, path: ModulePath) -> bool:
     if internals.is_scripted(module):
         raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-    return has_parameter(module, path.port.name) if path.port.kind == "parameter" else has_forward(module)
+    return has_parameter(module, path.port.name) if path.port.is_of_parameter else has_forward(module)
 
 
 EVERYTHING = ModulePath("**")
@@ -355,7 +355,7 @@ TAKES_MORE = ("patch", "edit", "steer")
 
 def _nothing_matches(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> str:
     model = type(census.root).__name__
-    if named and path.port.kind == "parameter":
+    if named and path.port.is_of_parameter:
         name, module = named[0]
         have = ", ".join(parameter_names(module)) or "none of its own"
         return f"module {name!r} ({type(module).__name__}) has no parameter {path.port.name!r}; it has: {have}."

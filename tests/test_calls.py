@@ -15,6 +15,7 @@ from worlds import inputs, same, state, total
 
 from nicehooks import (
     PathError,
+    SiteNotFound,
     SiteNotReached,
     TreeMismatch,
     ablate,
@@ -22,6 +23,7 @@ from nicehooks import (
     edit,
     fused_attention_as_steps,
     patch,
+    select,
 )
 
 
@@ -353,3 +355,19 @@ def test_finding_arguments_keeps_no_module_alive():
     del model
     gc.collect()
     assert [part() for part in parts] == [None, None, None]
+
+
+def test_a_container_stays_one_while_calls_around_it_are_seen():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.blocks[0](x).relu()
+
+    model = Blocks()
+    with capture(model, "@relu()"):
+        with pytest.raises(SiteNotFound, match="never called itself"):
+            select(model, "blocks")
+        model(inputs())
