@@ -88,8 +88,10 @@ class SiteRule(Rule):
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
         key = self.key_of(frame)
-        if key is None:
-            return value
+        return value if key is None else self.at_key(key, value, chain)
+
+    def at_key(self, key: str, value: Any, chain: Chain | None = None) -> Any:
+        """`value` after the action has been at the site in it, which is called `key` in this call."""
         first = self.key not in self.session.reached
         new = self.act(value, self.chain if chain is None else chain, key)
         if self.action.changes and not torch.compiler.is_compiling():
