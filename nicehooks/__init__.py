@@ -42,6 +42,12 @@ The floors, from the ground up; each imports only from the ones below it:
     functional      captured, functional
     differentiating  grad_at
     listing         sites, describe
+    anatomy_parts   a part of a transformer, and the same part of every layer
+    anatomy_tables  where each family of transformers keeps its parts
+    anatomy_finding  which table describes a model
+    anatomy_linear  what is linear between the residual stream and the logits
+    lenses          logit_lens, direct_logit_attribution, head_results
+    anatomy         anatomy, register_anatomy
     hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
     points          HookPoint, and the methods of a place
     caching_hooks   which hook points to cache, and the hook that does it
@@ -56,6 +62,7 @@ The floors, from the ground up; each imports only from the ones below it:
 """
 
 from nicehooks.activations import ActivationCache
+from nicehooks.anatomy import anatomy, register_anatomy
 from nicehooks.attention import fused_attention_as_steps
 from nicehooks.capturing import capture
 from nicehooks.differentiating import grad_at
@@ -76,6 +83,7 @@ from nicehooks.errors import (
 )
 from nicehooks.functional import captured, functional
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
+from nicehooks.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.listing import describe, sites
 from nicehooks.methods import patch_method_to_module
 from nicehooks.paths import ModulePath
@@ -111,16 +119,21 @@ __all__ = [
     "TreeMismatch",
     "UnsupportedModule",
     "ablate",
+    "anatomy",
     "capture",
     "captured",
     "describe",
+    "direct_logit_attribution",
     "edit",
     "expand_module_path",
     "functional",
     "fused_attention_as_steps",
     "grad_at",
+    "head_results",
+    "logit_lens",
     "patch",
     "patch_method_to_module",
+    "register_anatomy",
     "register_forward_hook",
     "register_forward_pre_hook",
     "register_full_backward_hook",

@@ -16,7 +16,7 @@ from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Site
 from nicehooks.sessions import Session
 from nicehooks.steps import When
-from nicehooks.trees import Chain
+from nicehooks.trees import Chain, Rows
 
 
 class Action:
@@ -54,7 +54,7 @@ class SiteRule(Rule):
 
     reason = ""
     output_only = False
-    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when", "wild")
+    __slots__ = ("action", "chain", "index", "key", "path", "rows", "simple", "site", "stars", "when", "wild")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         self.site = site
@@ -62,6 +62,7 @@ class SiteRule(Rule):
         self.key = str(site)
         self.chain: Chain = site.path.chain
         self.stars = site.path.has_stars
+        self.rows = any([isinstance(step, Rows) for step in self.chain])
         self.action = action
         self.when = when
         self.simple = self.output_only and not when.counts
@@ -124,6 +125,9 @@ class SiteRule(Rule):
 
     def act(self, value: Any, chain: Chain, key: str, call: Any = None) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
+        if self.rows:
+            rows = Rows(self.session.progress().rows)
+            chain = tuple([rows if isinstance(step, Rows) else step for step in chain])
         if not self.stars:
             return self.act_at(value, chain, key, call)
         lead = self.path.chain[: len(self.path.chain) - len(chain)]
@@ -224,6 +228,16 @@ class _Deeper(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.progress.depth -= 1
+
+
+class RowsRule(Rule):
+    """Notes the dimensions that the module around a site may flatten; see `Rows`."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        given = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
+        self.session.progress().rows = tuple(given[0].shape[:-1]) if given else None
 
 
 class SlowPathRule(Rule):
