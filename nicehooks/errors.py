@@ -41,6 +41,14 @@ class ContextMisuse(NiceHooksError, RuntimeError):
     """An intervention was entered or attached while it was active already."""
 
 
+class HooksMisuse(NiceHooksError, ValueError):
+    """Hooks in a tree were put together, or called, in a way that cannot work."""
+
+
+class NoSuchHooks(SiteNotFound, AttributeError):
+    """A tree of hooks has no place of this name; the message has those that it has."""
+
+
 class NiceHooksWarning(UserWarning):
     """The base of every warning that this library gives."""
 

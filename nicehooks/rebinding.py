@@ -47,11 +47,12 @@ class Frame:
         args, kwargs: the arguments, as the caller passed them.
         value: the result, once there is one.
         contexts: what rules have entered around the call.
+        inside: changes the result as if within the module's own forward: before any rule sees it.
         watchers: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
     """
 
-    __slots__ = ("args", "contexts", "kwargs", "module", "numbers", "tap", "value", "watchers")
+    __slots__ = ("args", "contexts", "inside", "kwargs", "module", "numbers", "tap", "value", "watchers")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -60,6 +61,7 @@ class Frame:
         self.kwargs = kwargs
         self.value: Any = None
         self.contexts: list[AbstractContextManager[Any]] = []
+        self.inside: Any = None
         self.watchers: list[Any] = []
         self.numbers: dict[int, int] = {}
 
@@ -210,6 +212,8 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
         for rule in rules:
             rule.before(frame)
         frame.value = _watched_call(tap, frame) if frame.watchers else tap.call(frame.module, frame.args, frame.kwargs)
+        if frame.inside is not None:
+            frame.value = frame.inside(frame)
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
