@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -66,8 +67,13 @@ def attention_in_steps(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    at: Callable[[str, Tensor], Tensor] = lambda step, value: value,
 ) -> Tensor:
-    """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`."""
+    """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`.
+
+    `at("scores", value)` gives what takes the place of the value before the softmax, `at("pattern", value)` after it.
+    """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -76,9 +82,11 @@ def attention_in_steps(
     bias = _bias(query, key, attn_mask, is_causal)
     if bias is not None:
         scores = scores + bias
+    scores = at("scores", scores)
     pattern = torch.softmax(scores, dim=-1)
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # a row without any key gets zeros, as in the kernel
         pattern = torch.where(attn_mask.any(-1, keepdim=True), pattern, torch.zeros_like(pattern))
+    pattern = at("pattern", pattern)
     if dropout_p > 0:
         pattern = torch.dropout(pattern, dropout_p, train=True)
     return torch.matmul(pattern, value)

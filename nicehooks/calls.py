@@ -13,18 +13,18 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
 from nicehooks.arguments import arguments_of, written_back
 from nicehooks.attention import as_steps_wanted, attention_in_steps
 from nicehooks.parameters import StandIn
-from nicehooks.paths import EVERY_CALL
+from nicehooks.paths import EVERY_CALL, FUSED_ATTENTION, STEPS
 from nicehooks.rebinding import Frame, Rule, parameters_of
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site
@@ -120,21 +120,24 @@ class CallWatcher(AbstractContextManager[None]):
         return _running.get() is self.frame and any(same_function(rule.path.port.name, name) for rule in self.rules)
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls `function`, with the rules on its arguments before and on its result after."""
+        """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
         rules = [rule for rule in self.rules if same_function(rule.path.port.name, name)]
         number = self.counts[name] = self.counts.get(name, -1) + 1
-        for rule in rules:
-            if rule.path.port.argument:
-                names = _names_of(function)
-                arguments = arguments_of(names, args, kwargs)
-                changed = rule.on(self.frame, number, arguments)
-                if changed is not arguments:
-                    args, kwargs = written_back(names, args, kwargs, arguments, changed)
-        value = function(*args, **kwargs)
-        for rule in rules:
-            if not rule.path.port.argument:
-                value = rule.on(self.frame, number, value)
-        return value
+
+        def at(part: str, value: Any) -> Any:
+            for rule in rules:
+                if rule.path.port.part == part:
+                    value = rule.on(self.frame, number, value)
+            return value
+
+        names = _names_of(attention_in_steps if name == FUSED_ATTENTION else function)
+        arguments = arguments_of(names, args, kwargs)
+        changed = at("input", arguments)
+        if changed is not arguments:
+            args, kwargs = written_back(names, args, kwargs, arguments, changed)
+        if any(rule.path.port.part in STEPS for rule in rules):
+            function = partial(attention_in_steps if function is fused_attention else function, at=at)
+        return at("", function(*args, **kwargs))
 
 
 class _Mode(TorchFunctionMode):
@@ -145,14 +148,14 @@ class _Mode(TorchFunctionMode):
         self.watcher = watcher
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.watcher.wants(name):
-            return self.watcher.call(name, func, args, kwargs)
-        if func is torch.nn.functional.scaled_dot_product_attention and as_steps_wanted():
-            with self:  # its steps are calls in the module's own forward, too
-                return attention_in_steps(*args, **kwargs)
-        return func(*args, **kwargs)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if func is fused_attention and as_steps_wanted():
+            func = self._attention_in_steps
+        return self.watcher.call(name, func, args, kwargs) if self.watcher.wants(name) else func(*args, **kwargs)
+
+    def _attention_in_steps(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self:  # the steps are calls in the module's own forward, too
+            return attention_in_steps(*args, **kwargs)
 
 
 def same_function(wanted: str, name: str) -> bool:

@@ -22,19 +22,25 @@ EVERY_CALL = "*"
 
 @dataclass(frozen=True)
 class Port:
-    """Which value of a module: `kind` is "output", "input", "grad", "input.grad", "parameter" or "call"."""
+    """Which value of a module: `kind` is "output", "input", "grad", "input.grad", "parameter" or "call".
+
+    Attributes:
+        name: of the parameter, or of the function that is called.
+        call: which call of the function.
+        part: which value of the call: its result (""), its "input", or a step of fused attention (`STEPS`).
+    """
 
     kind: str = "output"
     name: str = ""
     call: int | str | None = None
-    argument: bool = False
+    part: str = ""
 
     def __str__(self) -> str:
         if self.kind == "output":
             return ""
         if self.kind == "call":
             number = "" if self.call is None else f"#{self.call}"
-            return f"@{self.name}{number}(){'.input' if self.argument else ''}"
+            return f"@{self.name}{number}(){'.' if self.part else ''}{self.part}"
         return f"@{self.name or self.kind}"
 
 
@@ -192,11 +198,16 @@ def _segment(segment: str) -> str:
 _NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
 _CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
 _PORT = re.compile(
-    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?(?:(?P<call_of>\(\))(?P<argument>\.input)?)?(?![\w.(#])"
+    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?(?:(?P<call_of>\(\))(?:\.(?P<part>input|scores|pattern))?)?(?![\w.(#])"
 )
 _GROUP = re.compile(r"\{([^{}]*)\}")
 
 PORT = "a port is expected after @: input, grad, input.grad, a parameter, or a call name()"
+FUSED_ATTENTION = "scaled_dot_product_attention"
+STEPS = ("scores", "pattern")
+"""The steps of fused attention that a path can name: before and after its softmax, `[batch, head, query, key]`."""
+
+STEPS_OF_PORT = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
 CALL_OF_PORT = "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())"
 
 
@@ -258,13 +269,15 @@ def _read_port(text: str, at: int) -> tuple[Port, int]:
         raise fault(text, at + 1, PORT)
     if found["call"] and not found["call_of"]:
         raise fault(text, found.start("call") - 1, CALL_OF_PORT)
+    if found["part"] in STEPS and found["name"] != FUSED_ATTENTION:
+        raise fault(text, found.start("part"), STEPS_OF_PORT)
     return _port(found), found.end()
 
 
 def _port(found: re.Match[str]) -> Port:
     name = found["name"]
     if found["call_of"]:
-        return Port("call", name, _number(found["call"]), found["argument"] is not None)
+        return Port("call", name, _number(found["call"]), found["part"] or "")
     if name == "output":
         return OUTPUT
     return Port(name) if name in ("input", "grad", "input.grad") else Port("parameter", name)

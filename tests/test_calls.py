@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from worlds import inputs, same, state, total
 
-from nicehooks import SiteNotReached, ablate, capture, edit, fused_attention_as_steps, patch
+from nicehooks import PathError, SiteNotReached, ablate, capture, edit, fused_attention_as_steps, patch
 
 
 class Attention(nn.Module):
@@ -172,6 +174,20 @@ def test_the_pattern_of_fused_attention_by_one_path():
     with fused_attention_as_steps(), patch(model, "0@softmax()[:, 1]", 0.0):
         out = model(x)
     assert not out[:, 1].any() and torch.allclose(out[:, 0], clean[:, 0], atol=1e-5)
+    fused = "0@scaled_dot_product_attention()"
+    for context in (nullcontext(), fused_attention_as_steps()):  # its steps have names of their own, in both
+        with context, capture(model, fused + ".pattern", fused + ".scores", fused + ".input['query']", fused) as acts:
+            assert torch.allclose(model(x), clean, atol=1e-5)
+        assert torch.equal(acts[fused + ".pattern"], acts[fused + ".scores"].softmax(-1))
+        assert torch.allclose(acts[fused + ".pattern"] @ x, acts[fused], atol=1e-5)
+        assert torch.equal(acts[fused + ".input['query']"], x)
+    with edit(model, fused + ".scores", lambda scores: scores * 2), capture(model, fused + ".pattern[0, 1]") as acts:
+        doubled = model(x)
+    scores = torch.full((3, 3), -torch.inf).triu(1) + x[0, 1] @ x[0, 1].T  # 2 / sqrt(4) is 1
+    assert torch.allclose(acts[fused + ".pattern[0, 1]"], scores.softmax(-1), atol=1e-5)
+    assert torch.allclose(doubled[0, 1], scores.softmax(-1) @ x[0, 1], atol=1e-5)
+    with pytest.raises(PathError, match="scores and pattern are steps of"):
+        capture(model, "0@softmax().pattern").__enter__()
     with fused_attention_as_steps(), pytest.raises(SiteNotReached), capture(model, "0@dropout()"):
         model(x)
     assert same(model(x), clean)

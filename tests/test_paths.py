@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nicehooks import ModulePath, NiceHooksError, PathError, capture, select
-from nicehooks.paths import EVERY_CALL, Port, escape
+from nicehooks.paths import EVERY_CALL, FUSED_ATTENTION, Port, escape
 from nicehooks.trees import STAR, Heads
 
 parse = ModulePath.parse
@@ -40,7 +40,8 @@ ports = st.one_of(
     st.just(Port()),
     st.sampled_from(["input", "grad", "input.grad"]).map(Port),
     identifiers.map(lambda name: Port("parameter", name)),
-    st.builds(Port, st.just("call"), identifiers, calls, st.booleans()),
+    st.builds(Port, st.just("call"), identifiers, calls, st.sampled_from(["", "input"])),
+    st.builds(Port, st.just("call"), st.just(FUSED_ATTENTION), calls, st.sampled_from(["scores", "pattern"])),
 )
 integers = st.integers(-100, 100)
 slices = st.builds(slice, *[st.none() | integers] * 3).filter(lambda s: s.step != 0)
@@ -142,7 +143,7 @@ ROWS = {
     "h.3.mlp.c_fc@weight": ModulePath("h.3.mlp.c_fc", port=Port("parameter", "weight")),
     "h.3.attn@softmax()": ModulePath("h.3.attn", port=Port("call", "softmax")),
     "h.3.attn@_attn()": ModulePath("h.3.attn", port=Port("call", "_attn")),
-    "h.3@softmax().input[0]": ModulePath("h.3", port=Port("call", "softmax", None, argument=True), chain=(0,)),
+    "h.3@softmax().input[0]": ModulePath("h.3", port=Port("call", "softmax", None, part="input"), chain=(0,)),
     "h.3@softmax#1()": ModulePath("h.3", port=Port("call", "softmax", 1)),
     "c_proj@input[0]/12[:, :, 7]": ModulePath(
         "c_proj", port=Port("input"), chain=(0, Heads(12), (EVERYTHING, EVERYTHING, 7))
