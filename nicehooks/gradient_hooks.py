@@ -20,27 +20,26 @@ from torch import Tensor
 
 from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch
-from nicehooks.sessions import Session
 
 
 class GradientScope:
     """Which gradients were asked for in one entry of a context, and which came.
 
     Attributes:
-        session: the entry; once it has ended, the hooks do nothing.
-        asked: the keys of the sites where a gradient hook was set.
-        came: the keys of those where a gradient came by.
+        over: whether the context was left; from then on the hooks do nothing.
+        asked: the names of the places where a gradient hook was set.
+        came: the names of those where a gradient came by.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self) -> None:
+        self.over = False
         self.asked: set[str] = set()
         self.came: set[str] = set()
 
     @contextmanager
-    def at(self, key: str) -> Iterator[None]:
-        """Gradient hooks that are set inside belong to this entry, and to the site `key`."""
-        token = _place.set((self, key))
+    def at(self, place: str) -> Iterator[None]:
+        """Gradient hooks that are set inside belong to this entry, and to `place`."""
+        token = _place.set((self, place))
         try:
             yield
         finally:
@@ -76,7 +75,7 @@ class GradientHook:
         self, place: tuple[GradientScope, str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor
     ) -> Tensor:
         if place is not None:
-            if place[0].session.ended:
+            if place[0].over:
                 return gradient
             place[0].came.add(place[1])
         new = self.hook(gradient, *args, **kwargs)
