@@ -32,9 +32,16 @@ The floors, from the ground up; each imports only from the ones below it:
     interventions   patch, edit, ablate, steer, splice, suspend
     functional      captured, functional, grad_at
     listing         sites, describe
+    anatomy_parts   a part of a transformer, and the same part of every layer
+    anatomy_tables  where each family of transformers keeps its parts
+    anatomy_finding  which table describes a model
+    anatomy_linear  what is linear between the residual stream and the logits
+    lenses          logit_lens, direct_logit_attribution, head_results
+    anatomy         anatomy, register_anatomy
 """
 
 from nicehooks.activations import ActivationCache
+from nicehooks.anatomy import anatomy, register_anatomy
 from nicehooks.attention import fused_attention_as_steps
 from nicehooks.capturing import capture
 from nicehooks.errors import (
@@ -54,6 +61,7 @@ from nicehooks.errors import (
 )
 from nicehooks.functional import captured, functional, grad_at
 from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
+from nicehooks.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.listing import describe, sites
 from nicehooks.paths import ModulePath
 from nicehooks.selection import Site, select
@@ -80,14 +88,19 @@ __all__ = [
     "TreeMismatch",
     "UnsupportedModule",
     "ablate",
+    "anatomy",
     "capture",
     "captured",
     "describe",
+    "direct_logit_attribution",
     "edit",
     "functional",
     "fused_attention_as_steps",
     "grad_at",
+    "head_results",
+    "logit_lens",
     "patch",
+    "register_anatomy",
     "select",
     "sites",
     "splice",
