@@ -38,6 +38,14 @@ The floors, from the ground up; each imports only from the ones below it:
     anatomy_linear  what is linear between the residual stream and the logits
     lenses          logit_lens, direct_logit_attribution, head_results
     anatomy         anatomy, register_anatomy
+    normalizing     a norm in its steps
+    gradient_hooks  hooks on gradients as hooks on values
+    hooklists       Hooks, and those that act only sometimes
+    hookcollections  trees of hooks
+    autoencoder_hooks  an autoencoder in the place of a value
+    hookplaces      where the places of a tree of hooks are in a model
+    hookbinding     the context that binds a tree of hooks to a model
+    hooktrees       TransformerHooks, and the names of all of these
 """
 
 from nicehooks.activations import ActivationCache

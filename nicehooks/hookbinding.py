@@ -15,7 +15,7 @@ from nicehooks.errors import HooksMisuse
 from nicehooks.gradient_hooks import GradientScope
 from nicehooks.gradients import NO_GRADIENT
 from nicehooks.hookcollections import FwdBwdHooks, HookCollection
-from nicehooks.hooklists import HookNode
+from nicehooks.hooklists import HookNode, Hooks
 from nicehooks.hookplaces import PLACES, Spot, softmax_denominator, spots
 from nicehooks.normalizing import NormRule
 from nicehooks.ports import Pairs
@@ -103,7 +103,7 @@ class HooksOn(Intervention):
 
 
 TOO_LATE = (
-    "hooks were appended at {place!r} inside hooks.on(model), where nothing had been appended before: they did nothing.\n"
+    "hooks were appended at {place!r} inside hooks.on(model), where there had been none before: they did nothing.\n"
     "  Append them first, and enter the context then."
 )
 
@@ -164,8 +164,10 @@ def places_in_use(tree: HookCollection) -> dict[str, HookNode]:
         if path not in PLACES:
             raise HooksMisuse(f"{path!r} has hooks, but is no place in a transformer; the places: {', '.join(PLACES)}.")
         if not callable(node):
-            raise HooksMisuse(f"{path!r} is a {type(node).__name__}, which no value can go through: it is not callable.")
-        for hooks in node._lists():
+            raise HooksMisuse(
+                f"{path!r} is a {type(node).__name__}, which no value can go through: it is not callable."
+            )
+        for hooks in node.every_list():
             hooks.check_unbound(["layer"])
     return {place: found[place] for place in PLACES if place in found}
 
@@ -181,5 +183,6 @@ def _ends(node: HookCollection, prefix: str) -> Iterator[tuple[str, HookNode]]:
 
 
 def _is_idle(node: HookNode) -> bool:
-    """An autoencoder has something to do without hooks."""
-    return node.is_empty() and (isinstance(node, FwdBwdHooks) or not callable(node) or not isinstance(node, HookCollection))
+    """Whether nothing would happen there: a collection that is more than its hooks (an autoencoder) acts anyway."""
+    plain = isinstance(node, Hooks | FwdBwdHooks) or not callable(node)
+    return plain and node.is_empty()

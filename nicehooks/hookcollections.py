@@ -112,7 +112,7 @@ class HookCollection(HookNode):
         below = [hooks.__repr__(indent + 4, f"{prefix}{own}") for own, hooks in self.all_hooks.items()]
         return "\n".join([f"{' ' * indent}{type(self).__name__ if name is None else name}", *below])
 
-    def _lists(self) -> list[Hooks]:
+    def every_list(self) -> list[Hooks]:
         return list({id(hooks): hooks for _, hooks in _lists_in(self)}.values())
 
     def _unknown(self, name: str, path: str = "") -> str:

@@ -17,7 +17,7 @@ class HookNode:
 
     def bind(self, **kwargs: Any) -> Self:
         """Gives every hook below `kwargs`, in each call from now on. All of them, or in case of an error none."""
-        nodes = self._lists()
+        nodes = self.every_list()
         for hooks in nodes:
             hooks.check_unbound(kwargs)
         for hooks in nodes:
@@ -27,7 +27,7 @@ class HookNode:
     def unbind(self, keys: Iterable[str]) -> Self:
         """Undoes `bind` for the keywords `keys`."""
         keys = [keys] if isinstance(keys, str) else list(keys)
-        nodes = self._lists()
+        nodes = self.every_list()
         for hooks in nodes:
             hooks.check_bound(keys)
         for hooks in nodes:
@@ -43,7 +43,7 @@ class HookNode:
         """Appends `hook` to every list of hooks below that can have any."""
         raise NotImplementedError  # abstract
 
-    def _lists(self) -> list[Hooks]:
+    def every_list(self) -> list[Hooks]:
         """Every list of hooks below, once each: one list may hang in several places."""
         raise NotImplementedError  # abstract
 
@@ -126,7 +126,7 @@ class Hooks(HookNode):
             lines.append(hook.__repr__(indent + 4) if nested else f"{' ' * (indent + 4)}{hook!r}")
         return "\n".join(lines)
 
-    def _lists(self) -> list[Hooks]:
+    def every_list(self) -> list[Hooks]:
         return [self]
 
     def _made_of(self, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +232,7 @@ class _IsAt:
 
 NO_LAYER = (
     "AtLayers({layers}) was called without layer=, so it cannot know where it is.\n"
-    "  In a tree, append it to a place that every layer has; the embedding, the final norm and the logits have no layer.\n"
+    "  In a tree, append it to a place that every layer has: embedding, final norm and logits are in none.\n"
     "  By hand, say it: hooks(x, layer=3), or hooks.bind(layer=3)."
 )
 

@@ -1,10 +1,10 @@
 """Where the places of a tree of hooks are in a model.
 
 NOTE [What the names mean]
-As in the model that transformer-debugger runs: the norm before the attention is `ln_attn`, what it gives `post_ln_attn`,
-what the attention adds to the stream `delta_attn`, and the stream after that `post_attn`; for the MLP likewise. Where
-the norm stands after the addition (BERT), `ln_attn` is the norm that goes with the attention all the same, `post_attn`
-the sum that goes into it, and `post_ln_attn` what comes out.
+As in the model that transformer-debugger runs: the norm before the attention is `ln_attn`, what it gives
+`post_ln_attn`, what the attention adds to the stream `delta_attn`, and the stream after that `post_attn`; for the MLP
+likewise. Where the norm stands after the addition (BERT), `ln_attn` is the norm that goes with the attention all the
+same, `post_attn` the sum that goes into it, and `post_ln_attn` what comes out.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 from nicehooks.anatomy import anatomy
 from nicehooks.autoencoder_hooks import AutoencoderHooks
-from nicehooks.errors import UnsupportedModule
+from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
 from nicehooks.gradient_hooks import GradientHook, grad_hook_wrapper
 from nicehooks.hookbinding import HooksOn
 from nicehooks.hookcollections import (
@@ -39,7 +39,9 @@ __all__ = [
     "GradientHook",
     "HookCollection",
     "Hooks",
+    "HooksMisuse",
     "MLPHooks",
+    "NoSuchHooks",
     "NormalizationHooks",
     "ResidualStreamHooks",
     "ResidualStreamTorsoHooks",
@@ -97,7 +99,7 @@ class TransformerHooks(HookCollection):
             try:
                 spots(parts, place)
             except UnsupportedModule as error:
-                for hooks in tree.at(place)._lists():
+                for hooks in tree.at(place).every_list():
                     hooks.refusal = str(error)
         return tree
 
@@ -113,8 +115,8 @@ class TransformerHooks(HookCollection):
 
         Raises:
             UnsupportedModule: on entry: hooks are at a place that the model does not have.
-            HooksMisuse: on entry: hooks are at no place of a transformer, or bind `layer` themselves; on leaving: a place
-                got its first hooks inside.
+            HooksMisuse: on entry: hooks are at no place of a transformer, or bind `layer` themselves; on leaving: a
+                place got its first hooks inside.
             SiteNotReached: on leaving: a place was reached in no layer, or its gradient did not come.
         """
         return HooksOn(self, model, at)

@@ -1,14 +1,14 @@
 """Normalization in its steps: what a norm computes at once, as values that hooks can reach.
 
 NOTE [A norm in its steps]
-A norm is one fused call, or one expression, so there is nothing in it that a path could name. Where a step is hooked, it
-is computed anew from the input, in the place of what the module has returned, before anything acts on that: so what
+A norm is one fused call, or one expression, so there is nothing in it that a path could name. Where a step is hooked,
+it is computed anew from the input, in the place of what the module has returned, before anything acts on that: so what
 was entered earlier and changes the output of the norm still does. If no hook changes a step, the module's own result
 stands, bit for bit.
 
 NOTE [Which formula]
-Norms have many classes and few formulas: with a mean or without, with `weight` or `1 + weight` as the gain. Which one it
-is, is found by trying them on an input of our own, once for each entry. A class that fits none is refused.
+Norms have many classes and few formulas: with a mean or without, with `weight` or `1 + weight` as the gain. Which one
+it is, is found by trying them on an input of our own, once for each entry. A class that fits none is refused.
 """
 
 from __future__ import annotations
@@ -144,6 +144,6 @@ def _fits(formula: NormFormula, module: nn.Module) -> bool:
 
 
 UNKNOWN_NORM = (
-    "{kind} is no normalization whose steps are known: neither that of nn.LayerNorm nor that of an RMSNorm, with weight "
-    "or 1 + weight as its gain. Its whole result can be hooked: .post_ln_attn, .post_ln_mlp, .post_ln_f."
+    "{kind} is no normalization whose steps are known: neither that of nn.LayerNorm nor that of an RMSNorm, with "
+    "weight or 1 + weight as its gain. Its whole result can be hooked: .post_ln_attn, .post_ln_mlp, .post_ln_f."
 )

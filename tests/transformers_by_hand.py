@@ -1,4 +1,4 @@
-"""Transformers written out by hand, with a place for a hook at each of their values: what `hooks.on(model)` has to equal.
+"""Transformers written out by hand, with a place for a hook at each value: what `hooks.on(model)` has to equal.
 
 They use the weights of a model of the `transformers` library and nothing else of it but rotary embeddings and masks.
 """
