@@ -15,12 +15,14 @@ The floors, from the ground up; each imports only from the ones below it:
     parameters      parameters with another value in one thread or task
     steps           at which steps and calls an intervention acts
     rules           how the value at a site gets to an intervention, and back
+    signatures      the parameters of any function, also of one in C
     arguments       the port @input
     weights         the ports of parameters and buffers
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module
     ports           which rules reach a site
+    tracing         entering a context inside compiled code
     contexts        what every intervention is: entered and left, never silent
     seen            what was seen at a site, and whether it was overwritten since
     parts           which parts of a captured value a path selects

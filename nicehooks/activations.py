@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nicehooks import activation_files, internals, trees
 from nicehooks.arithmetic import Number, combine
 from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.parts import is_within, means_several, parsed
+from nicehooks.parts import is_within, means_several, parsed, wholes_of
 from nicehooks.paths import OUTPUT, ModulePath
 from nicehooks.seen import Calls, Watch, describe
 from nicehooks.selection import Site
@@ -87,24 +87,16 @@ class ActivationCache(dict[str, Any]):
             return None
         if dict.__contains__(self, text):
             return text, ()
-        path = ModulePath.parse(text)
-        return None if means_several(path) else self._whole_of(path)
-
-    def _whole_of(self, path: ModulePath) -> tuple[str, Chain] | None:
-        found = self._whole_under(path)
-        if found is not None:
-            return found
-        for other in self._other_names(path.plain_name):
-            found = self._whole_under(path.on(other))
-            if found is not None:
-                return found
-        return None
-
-    def _whole_under(self, path: ModulePath) -> tuple[str, Chain] | None:
-        for taken in range(len(path.chain), -1, -1):
-            whole = str(replace(path, chain=path.chain[:taken]))
+        for whole, rest in wholes_of(text):
             if dict.__contains__(self, whole):
-                return whole, path.chain[taken:]
+                return whole, rest
+        return None if torch.compiler.is_dynamo_compiling() else self._under_other_name(ModulePath.parse(text))
+
+    def _under_other_name(self, path: ModulePath) -> tuple[str, Chain] | None:
+        for other in self._other_names(path.plain_name):
+            for whole, rest in wholes_of(str(path.on(other))):
+                if dict.__contains__(self, whole):
+                    return whole, rest
         return None
 
     def _read(self, path: Any, whole: str, chain: Chain) -> Any:
@@ -266,7 +258,9 @@ class ActivationCache(dict[str, Any]):
         if isinstance(where, bool):
             return list(self) if where else []
         text = _text(where)
-        return self._chosen_by(where) if text is None else self._at_path(ModulePath.parse(text))
+        if text is None:
+            return self._chosen_by(where)
+        return _keys_at(text, tuple(self)) if torch.compiler.is_dynamo_compiling() else self._at_path(text)
 
     def _chosen_by(self, test: Any) -> list[str]:
         if isinstance(test, re.Pattern):
@@ -281,9 +275,9 @@ class ActivationCache(dict[str, Any]):
             raise SiteNotFound(f"{shown!r} selects nothing in this cache of {_sites(self)}.")
         return found
 
-    def _at_path(self, path: ModulePath) -> list[str]:
-        """The keys that `path` selects; each alternative in its braces has to select something."""
-        options = list(path.alternatives())
+    def _at_path(self, text: str) -> list[str]:
+        """The keys that a path selects; each alternative in its braces has to select something."""
+        options = list(ModulePath.parse(text).alternatives())
         found = [(option, part) for key in self for option in options for part in self._parts(key, option)]
         parts = [part for _, part in found]
         for option in options:
@@ -449,6 +443,12 @@ def show_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+@internals.evaluated_while_tracing
+def _keys_at(text: str, keys: tuple[str, ...]) -> list[str]:
+    """`_at_path`, for a cache with `keys` whose values only traced code knows: a `*` in a subscript finds nothing."""
+    return ActivationCache(dict.fromkeys(keys))._at_path(text)
+
+
 # --- keys and paths ---------------------------------------------------------------------------------------------------
 
 
@@ -458,9 +458,9 @@ def _no_other_names(name: str) -> list[str]:
 
 def _text(key: Any) -> str | None:
     """`key` as text; None where it is no path."""
-    if type(key) is str:
+    if isinstance(key, str):
         return key
-    return str(key) if isinstance(key, str | ModulePath | Site) else None
+    return str(key) if isinstance(key, ModulePath | Site) else None
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

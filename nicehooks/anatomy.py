@@ -6,12 +6,17 @@ from torch import nn
 
 from nicehooks.anatomy_finding import Anatomy, find
 from nicehooks.anatomy_parts import Part, Parts
-from nicehooks.anatomy_tables import FAMILIES, Family, Lacks, Table
+from nicehooks.anatomy_tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, Lacks, Table
 from nicehooks.errors import UnsupportedModule
 from nicehooks.lenses import direct_logit_attribution, head_results, logit_lens
 
 __all__ = [
+    "BERT",
     "FAMILIES",
+    "GPT2",
+    "GPT_NEOX",
+    "LLAMA",
+    "OPT",
     "Anatomy",
     "Family",
     "Lacks",

@@ -48,7 +48,7 @@ def linear_part(norm: nn.Module, x: Tensor, gain_offset: float) -> LinearPart:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     wide = x.float()
     gain = torch.ones_like(wide[..., :1]) if weight is None else weight.float() + gain_offset
-    shift = torch.zeros_like(wide[..., 0, :] if wide.ndim > 1 else wide) if bias is None else bias.float()
+    shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
     target = norm(x).float() - shift
     found: list[tuple[Tensor, LinearPart]] = []
     for centred in (True, False):

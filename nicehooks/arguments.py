@@ -6,7 +6,7 @@ from typing import Any
 
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
-from nicehooks.trees import Chain
+from nicehooks.trees import Chain, is_same
 
 
 class InputRule(SiteRule):
@@ -18,25 +18,10 @@ class InputRule(SiteRule):
         self.number(frame)
         names, defaults = frame.tap.parameters
         arguments = arguments_of(names, frame.args, frame.kwargs)
-        if self.chain:
-            self._complete(arguments, names, defaults)
-        changed = self.through(frame, arguments, self._by_name(names))
-        if changed is not arguments:
+        complete(arguments, self.chain, names, defaults)
+        changed = self.through(frame, arguments, by_name(self.chain, names))
+        if not is_same(changed, arguments):
             frame.args, frame.kwargs = written_back(names, frame.args, frame.kwargs, arguments, changed)
-
-    def _by_name(self, names: tuple[str, ...]) -> Chain:
-        """The chain, with the name of the parameter for its position."""
-        first = self.chain[0] if self.chain else None
-        if type(first) is not int or not 0 <= first < len(names):
-            return self.chain
-        return (names[first], *self.chain[1:])
-
-    def _complete(self, arguments: Arguments, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
-        """Adds the default of the argument that the path names, where the caller did not pass it."""
-        first = self.chain[0]
-        name = names[first] if type(first) is int and 0 <= first < len(names) else first
-        if isinstance(name, str) and name not in arguments and name in defaults:
-            arguments[name] = defaults[name]
 
     def after(self, frame: Frame) -> None:
         pass
@@ -62,6 +47,19 @@ def arguments_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str
     return Arguments(given)
 
 
+def by_name(chain: Chain, names: tuple[str, ...]) -> Chain:
+    """`chain`, with the name of the parameter for its position."""
+    first = chain[0] if chain else None
+    return (names[first], *chain[1:]) if isinstance(first, int) and 0 <= first < len(names) else chain
+
+
+def complete(arguments: Arguments, chain: Chain, names: tuple[str, ...], defaults: dict[str, Any]) -> None:
+    """Adds the default of the argument that `chain` names, where the caller did not pass it."""
+    name = by_name(chain, names)[0] if chain else None
+    if isinstance(name, str) and name not in arguments and name in defaults:
+        arguments[name] = defaults[name]
+
+
 def written_back(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], old: Arguments, new: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -71,7 +69,7 @@ def written_back(
     for name, value in new.items():
         position = name if isinstance(name, int) else names.index(name) if name in names else len(args)
         if name in by_name or position >= len(args):
-            if name not in old or old[name] is not value or name in by_name:
+            if name not in old or not is_same(value, old[name]) or name in by_name:
                 by_name[name] = value
         else:
             positional[position] = value

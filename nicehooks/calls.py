@@ -13,22 +13,26 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
-from functools import lru_cache, partial
-from types import MethodType
+from dataclasses import replace
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
-from nicehooks.arguments import arguments_of, written_back
+from nicehooks import trees
+from nicehooks.arguments import arguments_of, by_name, complete, written_back
 from nicehooks.attention import as_steps_wanted, attention_in_steps
+from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.parameters import StandIn
-from nicehooks.paths import EVERY_CALL, FUSED_ATTENTION, STEPS
-from nicehooks.rebinding import Frame, Rule, parameters_of
+from nicehooks.paths import EVERY_CALL, STEPS, Port
+from nicehooks.rebinding import Frame, Rule
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site
-from nicehooks.steps import When
+from nicehooks.signatures import parameters_in_call
+from nicehooks.steps import ALWAYS, When
+from nicehooks.trees import Chain, is_same
 
 _running: ContextVar[Frame | None] = ContextVar("nicehooks.running", default=None)
 
@@ -48,23 +52,71 @@ class CallRule(SiteRule):
     def after(self, frame: Frame) -> None:
         pass
 
-    def key_of_call(self, frame: Frame, number: int) -> str | None:
-        """The key for call `number` of the function; None where the rule does not act."""
+    def is_about(self, name: str) -> bool:
+        """Whether the site is a call of the function called `name`."""
+        return same_function(self.path.port.name, name)
+
+    def methods(self, module: Any) -> list[str]:
+        """The methods of `module` whose calls the rule wants."""
+        name = self.path.port.name
+        return [name] if is_method(module, name) else []
+
+    def key_of_call(self, frame: Frame, name: str, number: int) -> str | None:
+        """The key for call `number` of the function called `name`; None where the rule does not act."""
         wanted, key = self.path.port.call, self.key_of(frame)
         if key is None or (wanted is not None and wanted != EVERY_CALL and wanted != number):
             return None
         return key.replace("#*()", f"#{number}()", 1) if wanted == EVERY_CALL else key
 
-    def on(self, frame: Frame, number: int, value: Any) -> Any:
+    def on(self, frame: Frame, name: str, number: int, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
-        key = self.key_of_call(frame, number)
+        key = self.key_of_call(frame, name, number)
         if key is None:
             return value
         first = self.key not in self.session.reached
-        new = self.act(value, self.chain, key)
+        new = self.act(value, self.chain if chain is None else chain, key)
         if self.action.changes:
             self.note_checkpoint(first, new)
         return new
+
+    def on_arguments(
+        self, frame: Frame, name: str, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of `function`, after the action has been at the site in them."""
+        names, defaults = parameters_in_call(function, args, kwargs)
+        arguments = arguments_of(names, args, kwargs)
+        complete(arguments, self.chain, names, defaults)
+        first = self.chain[0] if self.chain else None
+        if isinstance(first, str) and first not in arguments:
+            have = ", ".join(map(repr, dict.fromkeys([*names, *arguments, *defaults])))
+            raise self.at_edge(TreeMismatch(f"{name} has no argument {first!r}, it has {have}"), arguments, self.key)
+        changed = self.on(frame, name, number, arguments, by_name(self.chain, names))
+        return (args, kwargs) if is_same(changed, arguments) else written_back(names, args, kwargs, arguments, changed)
+
+
+class EveryCallRule(CallRule):
+    """The results of all calls in a module's own forward in which there are tensors, each under a key of its own."""
+
+    __slots__ = ()
+
+    def is_about(self, name: str) -> bool:
+        return name not in _ATTRIBUTES
+
+    def methods(self, module: Any) -> list[str]:
+        """The methods that a class of its own has, not those of every module."""
+        of_class = {name for kind in type(module).__mro__ if kind is not object for name in vars(kind)}
+        return [n for n in of_class if is_method(module, n) and inspect.isroutine(getattr(type(module), n))]
+
+    def key_of_call(self, frame: Frame, name: str, number: int) -> str | None:
+        return str(replace(self.path, port=Port("call", _plain(name), number)))
+
+    def on(self, frame: Frame, name: str, number: int, value: Any, chain: Chain | None = None) -> Any:
+        shows = any([isinstance(leaf, Tensor) for leaf in trees.leaves(value)])
+        return super().on(frame, name, number, value, chain) if shows else value
+
+
+_ATTRIBUTES = ("__get__", "__set__")
+"""How a torch function mode sees that `x.T` is read: no call that a path could name."""
 
 
 class OtherForwardRule(Rule):
@@ -99,45 +151,58 @@ class CallWatcher(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self.stack = ExitStack()
         frame = self.frame
-        methods = {rule.path.port.name for rule in self.rules if is_method(frame.module, rule.path.port.name)}
+        methods = dict.fromkeys([name for rule in self.rules for name in rule.methods(frame.module)])
         if methods:
-            frame.module = self.stack.enter_context(StandIn(frame.module, dict.fromkeys(methods), tuple(methods)))
+            frame.module = self.stack.enter_context(StandIn(frame.module, methods, tuple(methods)))
             for name in methods:
-                frame.module.__dict__[name] = self._watching(
-                    name, MethodType(getattr(type(frame.module), name), frame.module)
-                )
+                frame.module.__dict__[name] = self._watching(name, _bound(frame.module, name))
         self.stack.enter_context(_Running(frame))
         self.stack.enter_context(_Mode(self))
 
-    def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.stack.__exit__(kind, error, trace)
+        if isinstance(error, _Carried):
+            raise error.error from error.error.__cause__
 
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: self.call(name, method, args, kwargs)
 
     def wants(self, name: str) -> bool:
         """Whether any rule is about the function called `name`, here and now."""
-        return _running.get() is self.frame and any(same_function(rule.path.port.name, name) for rule in self.rules)
+        return _running.get() is self.frame and any([rule.is_about(name) for rule in self.rules])
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
-        rules = [rule for rule in self.rules if same_function(rule.path.port.name, name)]
-        number = self.counts[name] = self.counts.get(name, -1) + 1
+        rules = [rule for rule in self.rules if rule.is_about(name)]
+        number = self.counts[_plain(name)] = self.counts.get(_plain(name), -1) + 1
 
         def at(part: str, value: Any) -> Any:
-            for rule in rules:
-                if rule.path.port.part == part:
-                    value = rule.on(self.frame, number, value)
+            with _Carrying():
+                for rule in rules:
+                    if rule.path.port.part == part:
+                        value = rule.on(self.frame, name, number, value)
             return value
 
-        names = _names_of(attention_in_steps if name == FUSED_ATTENTION else function)
-        arguments = arguments_of(names, args, kwargs)
-        changed = at("input", arguments)
-        if changed is not arguments:
-            args, kwargs = written_back(names, args, kwargs, arguments, changed)
+        with _Carrying():
+            for rule in rules:
+                if rule.path.port.part == "input":
+                    args, kwargs = rule.on_arguments(self.frame, name, number, function, args, kwargs)
         if any(rule.path.port.part in STEPS for rule in rules):
             function = partial(attention_in_steps if function is fused_attention else function, at=at)
         return at("", function(*args, **kwargs))
+
+
+class _Carried(NiceHooksError):
+    """Carries a `TypeError` of a rule out of an operator: torch would take it for an operand of a wrong type."""
+
+    def __init__(self, error: TypeError) -> None:
+        self.error = error
+
+
+class _Carrying(AbstractContextManager[None]):
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TypeError):
+            raise _Carried(error)
 
 
 class _Mode(TorchFunctionMode):
@@ -148,14 +213,21 @@ class _Mode(TorchFunctionMode):
         self.watcher = watcher
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if func is fused_attention and as_steps_wanted():
-            func = self._attention_in_steps
-        return self.watcher.call(name, func, args, kwargs) if self.watcher.wants(name) else func(*args, **kwargs)
+            func = self._in_steps()
+        if self.watcher.wants(name):
+            return self.watcher.call(name, func, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _attention_in_steps(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self:  # the steps are calls in the module's own forward, too
-            return attention_in_steps(*args, **kwargs)
+    def _in_steps(self) -> Callable[..., Tensor]:
+        @wraps(attention_in_steps)
+        def in_steps(*args: Any, **kwargs: Any) -> Tensor:
+            with self:  # the steps are calls in the module's own forward, too
+                return attention_in_steps(*args, **kwargs)
+
+        return in_steps
 
 
 def same_function(wanted: str, name: str) -> bool:
@@ -172,12 +244,10 @@ def is_method(module: Any, name: str) -> bool:
     return callable(getattr(type(module), name, None)) and not hasattr(nn.Module, name)
 
 
-@lru_cache(maxsize=1024)
-def _names_of(function: Any) -> tuple[str, ...]:
-    try:
-        return parameters_of(inspect.signature(function))[0]
-    except (TypeError, ValueError):  # functions in C have no signature: arguments go by position
-        return ()
+def _bound(module: Any, name: str) -> Callable[..., Any]:
+    """The method of `module` that its class defines: an ordinary one, or one of the class, or a static one."""
+    raw: Any = inspect.getattr_static(type(module), name)
+    return raw.__get__(module, type(module)) if hasattr(raw, "__get__") else raw
 
 
 def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, Rule]]:
@@ -185,3 +255,8 @@ def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, 
     module = site.module
     others = [other for other in module.modules() if other is not module]
     return [(module, CallRule(site, action, when)), *((other, OtherForwardRule()) for other in others)]
+
+
+def every_call_rules(site: Site, action: Action) -> list[tuple[nn.Module, Rule]]:
+    """The rule for all calls in the own forward of a module, where every module below it has one too."""
+    return [(site.module, EveryCallRule(site, action, ALWAYS))]

@@ -85,7 +85,7 @@ class capture(Intervention):
         return [(self.where, self._action)]
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        plain = site.path.port.kind == "output" and not site.path.chain and site.path.call is None
+        plain = site.path.port.kind == "output" and len(site.path.chain) == 0 and site.path.call is None
         if plain and self._action.is_plain:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
@@ -162,7 +162,9 @@ class _Capture(Action):
         seen = value
         if self._runs_again(key, site):
             return value
-        if not torch.compiler.is_compiling() and innermost_transform() is not None:
+        if torch.compiler.is_dynamo_compiling():
+            seen = trees.map_tensors(lambda tensor: internals.lift_traced(tensor, session.level), seen)
+        elif innermost_transform() is not None:
             seen = trees.map_tensors(lambda tensor: internals.lift(tensor, session.level), seen)
         if self.detach or self.clone or self.to:
             seen = trees.map_tensors(self._copy, seen)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nicehooks import plotting, sites, terminal
 from nicehooks.errors import NiceHooksError
@@ -67,7 +67,8 @@ def demo_job(options: argparse.Namespace) -> None:
 def sites_job(options: argparse.Namespace) -> None:
     """`nicehooks sites`: every place of a model where a value can be seen or replaced."""
     model, tokenizer = load(options.model, options.device)
-    print(sites(model, **encode(tokenizer, options.prompt, options.device)))
+    inputs: dict[str, Any] = {**encode(tokenizer, options.prompt, options.device)}
+    print(sites(model, **inputs))
 
 
 def _check_extras(options: argparse.Namespace) -> None:

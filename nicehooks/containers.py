@@ -41,7 +41,14 @@ class Node(NamedTuple):
 
 def open_node(tree: Any) -> Node | None:
     """The first level of `tree`, or None where it is a leaf."""
-    return None if isinstance(tree, Tensor) else _OPENERS[_sort_of(type(tree))](tree)
+    if tree is None or isinstance(tree, Tensor | bool | int | float | str):
+        return None
+    return _OPENERS[_sort_of(type(tree))](tree)
+
+
+def is_same(new: Any, old: Any) -> bool:
+    """Whether `new` is `old`. Dynamo tells this of tensors alone; nothing is lost where a container is rebuilt."""
+    return new is old if isinstance(old, Tensor) or not torch.compiler.is_compiling() else False
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from nicehooks import sessions
@@ -19,11 +20,12 @@ from nicehooks.errors import (
 )
 from nicehooks.parameters import stand_in, step_back
 from nicehooks.ports import Pairs, rules_for, slow_path_rules
-from nicehooks.rebinding import bind, unbind
+from nicehooks.rebinding import bind, bind_traced, unbind, unbind_traced
 from nicehooks.rules import Action, SiteRule, StepRule
-from nicehooks.selection import Site, Where, select_groups, unwrap
+from nicehooks.selection import Group, Site, Where, select_groups, unwrap
 from nicehooks.sessions import Session
 from nicehooks.steps import When
+from nicehooks.tracing import groups_of
 from nicehooks.weights import AttributeRule, ParameterRule
 
 
@@ -123,6 +125,8 @@ class Intervention:
         return self._session is not None
 
     def _start(self, attached: bool) -> Session:
+        if torch.compiler.is_dynamo_compiling():
+            return self._start_traced()
         with sessions.LOCK:
             if self._session is not None:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
@@ -145,10 +149,23 @@ class Intervention:
             raise
         return session
 
+    def _start_traced(self) -> Session:
+        self._plan = self._make_plan()
+        self._session = Session(self._plan.label, attached=True)
+        self._session.counting = self._plan.counting
+        for _, rule in self._plan.pairs:
+            rule.session = self._session
+        bind_traced(self._plan.pairs)
+        return self._session
+
     def _stop(self, holders: int | None = None) -> None:
         """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
         session, plan = self._session, self._plan
         if session is None or plan is None:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            unbind_traced(plan.pairs)
+            self._session = None
             return
         try:
             unbind(plan.pairs)
@@ -167,7 +184,7 @@ class Intervention:
         sites: list[Site] = []
         for where, action in self._actions():
             made: dict[Any, Pairs] = {}  # a site that two items select is one site
-            selected = select_groups(self.model, where, self.verb)
+            selected = self._selected(where)
             for group in selected:
                 keys = [site.key for site in group.sites]
                 for key, site in zip(keys, group.sites, strict=True):
@@ -190,6 +207,10 @@ class Intervention:
             rule.index = index
         keys = frozenset([rule.key for rule in rules])
         return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules), keys)
+
+    def _selected(self, where: Where) -> list[Group]:
+        select = groups_of if torch.compiler.is_dynamo_compiling() else select_groups
+        return select(self.model, where, self.verb)
 
     def _counts(self, rules: list[SiteRule]) -> bool:
         """Whether steps, calls, or the depth in the root model matter."""

@@ -7,12 +7,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from nicehooks.paths import ModulePath
 from nicehooks.selection import Site, Where
 
 
 def takes_site(fn: Callable[..., Any]) -> bool:
     """Whether `fn` wants to be told the site."""
+    code = getattr(fn, "__code__", None)
+    if code is not None and torch.compiler.is_compiling():  # Dynamo knows no signature of what traced code defines
+        return "site" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     try:
         return "site" in inspect.signature(fn).parameters
     except (TypeError, ValueError):  # some built-in functions have no signature

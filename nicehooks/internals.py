@@ -6,7 +6,7 @@ import operator
 import sys
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optree.registry
 import torch
@@ -14,7 +14,24 @@ import torch.utils._pytree as torch_pytree
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    temporarily_pop_interpreter_stack,
+)
+from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def evaluated_while_tracing(function: Fn) -> Fn:
+    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
+
+    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 # --- torch.func levels (torch 2.4 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
 
@@ -22,6 +39,7 @@ innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
 """The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
 
 
+@evaluated_while_tracing
 def transform_level() -> int:
     """How many `torch.func` transforms are running around this line."""
     transform = innermost_transform()
@@ -52,6 +70,27 @@ def transform_size(transform: Any) -> int | None:
     if transform.key() != functorch.TransformType.Vmap:
         return None
     return functorch.CVmapInterpreterPtr(transform).batchSize()
+
+
+def lift_traced(value: Tensor, level: int) -> Tensor:
+    """`lift`, in code that is being traced: with what the transforms themselves do to their results."""
+    for above, size in _transforms_above(level):
+        if size is None:
+            value = functorch._unwrap_for_grad(value, above)
+        else:
+            value = remove_batch_dim(value, above, size, 0)
+    return value
+
+
+@evaluated_while_tracing
+def _transforms_above(level: int) -> list[tuple[int, int | None]]:
+    """The level of each running transform above `level`, and the size of a `vmap`, the innermost first."""
+    found: list[tuple[int, int | None]] = []
+    for transform in reversed(retrieve_all_functorch_interpreters()):
+        if transform.level() > level:
+            size = transform.batch_size() if isinstance(transform, VmapInterpreter) else None
+            found.append((transform.level(), size))
+    return found
 
 
 version_counter: Callable[[Tensor], int] = operator.attrgetter("_version")
@@ -105,9 +144,44 @@ def in_checkpoint() -> bool:
 
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
-# --- Dynamo -----------------------------------------------------------------------------------------------------------
+# --- functions in C ---------------------------------------------------------------------------------------------------
 
-Simple = TypeVar("Simple", bound=Callable[..., bool | str])
+
+class Parameter(NamedTuple):
+    """A parameter of a torch function, by the name that Python code passes it by.
+
+    Attributes:
+        kind: its type as the schema writes it: "Tensor", "Optional[Tensor]", "List[int]", …
+        by_name: whether it can be passed by name only.
+        default: its default; `REQUIRED` without one.
+    """
+
+    name: str
+    kind: str
+    by_name: bool
+    default: Any
+
+
+REQUIRED: Any = object()
+
+
+def overloads(name: str) -> list[list[Parameter]]:
+    """The parameters of each overload of the torch function called `name` (torch 2.4 … 2.13).
+
+    torch's own schemas: functions in C have no signature that `inspect` could read, and the lambdas of
+    `torch.overrides.get_testing_overrides` leave parameters out and give some in another order.
+    """
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return [[_parameter(argument) for argument in schema.arguments] for schema in schemas]
+
+
+def _parameter(argument: Any) -> Parameter:
+    name = "input" if argument.name == "self" else argument.name
+    default = argument.default_value if argument.has_default_value() else REQUIRED
+    return Parameter(name, str(argument.type), argument.kwarg_only, default)
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------------
 
 
 def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
@@ -120,15 +194,6 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
         return False  # not loaded, or being loaded by another thread at this moment
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
     return True
-
-
-def evaluated_while_tracing(function: Simple) -> Simple:
-    """Lets Dynamo call `function` while it traces, and take the result as a constant (torch 2.4 … 2.13).
-
-    What `torch.compiler.assume_constant_result` does, but that imports Dynamo.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

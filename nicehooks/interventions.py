@@ -12,9 +12,9 @@ from nicehooks import internals, trees
 from nicehooks.contexts import Intervention, Plan
 from nicehooks.errors import TreeMismatch
 from nicehooks.given import call_user, show_where, takes_site
-from nicehooks.rebinding import tap_of
+from nicehooks.rebinding import has_rules
 from nicehooks.rules import Action, SuspendRule
-from nicehooks.selection import Site, Where, unwrap
+from nicehooks.selection import Site, Where, has_forward, unwrap
 from nicehooks.sessions import Session
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class _Patch(Action):
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
             raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
-        return old if new is old else _copied(new, old)
+        return old if trees.is_same(new, old) else _copied(new, old)
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -311,6 +311,9 @@ class suspend(Intervention):
         return super()._start(attached)
 
     def _make_plan(self) -> Any:
-        modules = {id(module): module for module in unwrap(self.model).modules()}
-        tapped = [module for module in modules.values() if (tap := tap_of(module)) is not None and tap.rules]
+        modules = unwrap(self.model).modules()
+        if torch.compiler.is_dynamo_compiling():  # which traced rules there will be by then is only known there
+            tapped = [module for module in modules if has_forward(module)]
+        else:
+            tapped = [module for module in modules if has_rules(module)]
         return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset())

@@ -62,7 +62,9 @@ def logit_lens(
     """
     body = find(model)
     if part not in STREAM:
-        raise UnsupportedModule(f"logit_lens reads the residual stream, {' or '.join(STREAM)}, and not {part!r}.")
+        raise UnsupportedModule(
+            f"logit_lens reads the residual stream, {', '.join(STREAM[:-1])} or {STREAM[-1]}, and not {part!r}."
+        )
     chosen = _chosen(body, layers)
     sites = [getattr(body, part)[layer] for layer in chosen]
     read = _reader(body, cache, "logit_lens", sites)
@@ -119,6 +121,10 @@ def direct_logit_attribution(
     body = find(model)
     if body.family.post_norm:
         raise UnsupportedModule(POST_NORM.format(kind=body.kind))
+    if not isinstance(position, int | Tensor):
+        raise TreeMismatch(
+            f"position={position!r}: the logits of one position, an int, or of one per example, [batch]."
+        )
     branches = [part for pair in zip(body.z if per_head else body.attn_out, body.mlp_out, strict=True) for part in pair]
     read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *branches, body.resid_post[-1]])
     first, last = read(body.resid_pre[0]), _at_position(read(body.resid_post[-1]), position)

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import nn
 
 from nicehooks import internals, trees
+from nicehooks.calls import every_call_rules
 from nicehooks.capturing import capture
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths import escape
+from nicehooks.paths import ModulePath, escape
+from nicehooks.ports import Pairs
 from nicehooks.rebinding import Rule, Tap, tap_of
-from nicehooks.rules import SiteRule
-from nicehooks.selection import SCRIPTED, Census, has_forward, parameter_names, unwrap
+from nicehooks.rules import Action, SiteRule
+from nicehooks.selection import SCRIPTED, Census, Site, has_forward, parameter_names, unwrap
 from nicehooks.sessions import is_acting
 
 
 class SiteRecord(NamedTuple):
-    """One module of a model, as a place where values can be seen.
+    """One module of a model, or one call in its forward, as a place where values can be seen.
 
     Attributes:
         path: the path of its output.
-        type: the name of its class.
+        type: the name of its class; of a call, "call".
         value: the structure, shapes and dtypes of its output; None without an example.
-        calls: how often the example called it; None without an example.
+        calls: how often the example came by; None without an example.
         parameters: the names of its own parameters and buffers.
     """
 
@@ -97,18 +100,24 @@ class SiteTable(Sequence[SiteRecord]):
         roots = [record for record in self.records if not record.path]
         yield 0, "(model)", _about(roots[0]) if roots else self.kind
         for record in self.records[len(roots) :]:
-            segments = record.path.split(".")
+            path = ModulePath.parse(record.path)
+            segments = path.name.split(".") if path.name else []
             for depth in range(1, len(segments)):
                 parent = ".".join(segments[:depth])
                 if parent not in shown:
                     shown.add(parent)
                     yield depth, segments[depth - 1], ""
-            shown.add(record.path)
-            yield len(segments), segments[-1], _about(record)
+            shown.add(path.name)
+            labels = [*segments, str(path.port)] if path.port.kind == "call" else segments
+            yield len(labels), labels[-1], _about(record)
+
+
+CALL = "call"
+"""The type of a record that is no module."""
 
 
 def _about(record: SiteRecord) -> str:
-    parts = [record.type]
+    parts = [] if record.type == CALL else [record.type]
     if record.calls is not None:
         parts.append(record.value if record.value is not None else "not called")
         parts += [f"× {record.calls}"] if record.calls > 1 else []
@@ -117,7 +126,7 @@ def _about(record: SiteRecord) -> str:
     return "  ".join(parts)
 
 
-def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
+def sites(model: nn.Module, *args: Any, calls: bool = False, **kwargs: Any) -> SiteTable:
     """Every site of `model`, with its type, and with the structure and shapes of its value if there is an example.
 
     >>> from torch import nn, ones
@@ -128,30 +137,56 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> SiteTable:
       1  ReLU  Tensor[5, 3] float32
     >>> [record.path for record in sites(model)]
     ['', '0', '1']
+    >>> [record.path for record in sites(model, ones(5, 2), calls=True)]
+    ['', '0', '0@linear()', '1', '1@relu()']
 
     Args:
         model: any module.
         args, kwargs: an example input; the model runs once on it, without gradients. Without one, only names and types
             are listed.
+        calls: lists what each module calls in its own forward, too: torch functions, and methods of its class, that
+            return tensors. Needs an example.
     """
     census = Census(model)
     example = bool(args or kwargs)
-    seen = _run(model, *args, **kwargs) if example else {}
-    records = [
-        _record(escape(name), module, seen, example)
-        for name, module in census.names.items()
-        if census.first[id(module)] == name and has_forward(module)
-    ]
+    if calls and not example:
+        raise TypeError("sites(model, calls=True) sees calls as the model runs: sites(model, example, calls=True)")
+    seen = _run(model, capture_with_calls if calls else capture, *args, **kwargs) if example else {}
+    called = _calls_by_module(seen)
+    records: list[SiteRecord] = []
+    for name, module in census.names.items():
+        if census.first[id(module)] == name and has_forward(module):
+            records.append(_record(escape(name), module, seen, example))
+            records += called.get(escape(name), [])
     return SiteTable(records, type(census.root).__name__)
 
 
-def _run(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _run(model: nn.Module, context: type[capture], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
     """What each site returned, call by call, described."""
     if internals.is_scripted(unwrap(model)):
         raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
-    with torch.no_grad(), capture(model, _runs_in_python, keep="all", map=trees.describe) as acts:
+    with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.describe) as acts:
         model(*args, **kwargs)
     return dict(acts)
+
+
+class capture_with_calls(capture):
+    """Captures what modules return and, under keys of their own, the calls in their forwards."""
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        return [*super()._rules(site, action), *every_call_rules(site, action)]
+
+
+def _calls_by_module(seen: dict[str, list[str]]) -> dict[str, list[SiteRecord]]:
+    """A record for each call, by the path of its module; without a number where there is only one of its name."""
+    paths = [path for path in map(ModulePath.parse, seen) if path.port.kind == "call"]
+    numbered = {(path.name, path.port.name) for path in paths if path.port.call != 0}
+    called: dict[str, list[SiteRecord]] = {}
+    for path in paths:
+        port = path.port if (path.name, path.port.name) in numbered else replace(path.port, call=None)
+        text, values = str(replace(path, port=port)), seen[str(path)]
+        called.setdefault(path.name, []).append(SiteRecord(text, CALL, _described(values), len(values), ()))
+    return called
 
 
 def _runs_in_python(name: str, module: nn.Module) -> bool:
@@ -160,9 +195,12 @@ def _runs_in_python(name: str, module: nn.Module) -> bool:
 
 def _record(path: str, module: nn.Module, seen: dict[str, Any], example: bool) -> SiteRecord:
     values: list[str] = seen.get(path, [])
-    shown = " | ".join(dict.fromkeys(values)) if values else None
     names = tuple(parameter_names(module))
-    return SiteRecord(path, type(module).__name__, shown, len(values) if example else None, names)
+    return SiteRecord(path, type(module).__name__, _described(values), len(values) if example else None, names)
+
+
+def _described(values: list[str]) -> str | None:
+    return " | ".join(dict.fromkeys(values)) if values else None
 
 
 # --- what is active ---------------------------------------------------------------------------------------------------

@@ -30,11 +30,10 @@ class Table(dict[str, Any]):
 
     users: int
     original: dict[str, Any]
-    traced: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         if torch.compiler.is_compiling():
-            return self.traced[name] if name in self.traced else super().__getitem__(name)
+            return super().__getitem__(name)
         found = _overrides.get().get((id(self), name), _MISSING)
         return super().__getitem__(name) if found is _MISSING else found
 
@@ -52,7 +51,7 @@ def stand_in(module: nn.Module) -> None:
             own = module.__dict__[kind]
             if not isinstance(own, Table):
                 table = Table(own)
-                table.users, table.original, table.traced = 0, own, {}
+                table.users, table.original = 0, own
                 module.__dict__[kind] = own = table
             own.users += 1
 
@@ -113,23 +112,22 @@ class Override(AbstractContextManager[None]):
         _overrides.set(overrides)
         _open_owners.set(owners)
 
-    # Dynamo cannot trace a ContextVar, but it traces one call at a time: the table itself can hold the override.
+    # Dynamo cannot trace a ContextVar, but what it traces is its own: an attribute that stands before the parameter is
+    # gone again when the code that was traced has run.
 
     def _swap(self) -> None:
         self.owner.is_swapped = True
-        self.tables = [(_table(module, name), name) for module, name in self.places]
-        self.old = [table[name] for table, name in self.tables]
-        for table, name in self.tables:
-            table.traced[name] = self.value
+        self.old = [module.__dict__.get(name) for module, name in self.places]
+        for module, name in self.places:
+            module.__dict__[name] = self.value
 
     def _swap_back(self) -> None:
         self.owner.is_swapped = False
-        for (table, name), old in zip(self.tables, self.old, strict=True):
-            table.traced[name] = old
-
-
-def _table(module: Any, name: str) -> Table:
-    return module._parameters if name in module._parameters else module._buffers
+        for (module, name), old in zip(self.places, self.old, strict=True):
+            if old is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = old
 
 
 def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:

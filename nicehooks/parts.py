@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from nicehooks.errors import PathError
+from nicehooks.internals import evaluated_while_tracing
 from nicehooks.paths import EVERY_CALL, ModulePath
-from nicehooks.trees import STAR
+from nicehooks.trees import STAR, Chain
 
 
 def parsed(key: str) -> ModulePath | None:
@@ -22,6 +24,21 @@ def means_several(path: ModulePath) -> bool:
     """Whether `path` may select more than one site."""
     several_calls = EVERY_CALL in (path.call, path.port.call)
     return several_calls or path.is_wild or path.has_stars or any(one.name != path.name for one in path.alternatives())
+
+
+@evaluated_while_tracing
+def wholes_of(text: str) -> tuple[tuple[str, Chain], ...]:
+    """The paths of the values that may have the one at `text` in them, the narrowest first, and the way from there."""
+    return _wholes_of(text)
+
+
+@lru_cache(maxsize=4096)
+def _wholes_of(text: str) -> tuple[tuple[str, Chain], ...]:
+    path = ModulePath.parse(text)
+    if means_several(path):
+        return ()
+    steps = range(len(path.chain), -1, -1)
+    return tuple((str(replace(path, chain=path.chain[:taken])), path.chain[taken:]) for taken in steps)
 
 
 def is_within(own: ModulePath, path: ModulePath) -> bool:

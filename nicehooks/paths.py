@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nicehooks.internals import evaluated_while_tracing
 from nicehooks.subscripts import fault, read_chain
 from nicehooks.trees import STAR, Chain, show_step
 
@@ -62,12 +63,18 @@ class ModulePath:
         call: which call within one step: a number, `"*"` for one site per call, or None.
         port: which value of the module.
         chain: the subscripts on the value.
+        has_stars: whether a subscript has a `*`, which stands for one site per index.
     """
 
     name: str
     call: int | str | None = None
     port: Port = OUTPUT
     chain: Chain = ()
+    has_stars: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        stars = any(item is STAR for step in self.chain for item in _items(step))
+        object.__setattr__(self, "has_stars", stars)  # a field: Dynamo reads nothing else of a frozen dataclass
 
     @staticmethod
     def parse(text: str | ModulePath) -> ModulePath:
@@ -76,7 +83,7 @@ class ModulePath:
         Raises:
             PathError: `text` is not written in the path language.
         """
-        return text if isinstance(text, ModulePath) else _parse(text)
+        return text if isinstance(text, ModulePath) else _read(text)
 
     @cached_property
     def _text(self) -> str:
@@ -109,11 +116,6 @@ class ModulePath:
         """Whether the name has a `*`: then it may select sites that a forward never reaches."""
         return "*" in _ESCAPED.sub("", self.name)
 
-    @cached_property
-    def has_stars(self) -> bool:
-        """Whether a subscript has a `*`, which stands for one site per index."""
-        return any(item is STAR for step in self.chain for item in _items(step))
-
     def alternatives(self) -> Iterator[ModulePath]:
         """One path per alternative of the braces in the name, so that each of them has to match."""
         return (replace(self, name=name) for name in _without_braces(self.name))
@@ -132,6 +134,12 @@ class ModulePath:
         return _unescape(self.name)
 
 
+@evaluated_while_tracing
+def with_chain(text: str, chain: Chain) -> str:
+    """The path `text` with other subscripts."""
+    return str(replace(_parse(text), chain=chain))
+
+
 def _items(step: Any) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 
@@ -147,6 +155,7 @@ _OPTION = re.compile(r"\s*((?:\\.|[^\\,])*?)\s*,", re.DOTALL)
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 
+@evaluated_while_tracing
 def escape(name: str) -> str:
     """`name` with a backslash before each character that the path language gives a meaning."""
     return _SPECIAL.sub(r"\\\g<0>", name)
@@ -209,6 +218,11 @@ STEPS = ("scores", "pattern")
 
 STEPS_OF_PORT = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
 CALL_OF_PORT = "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())"
+
+
+@evaluated_while_tracing
+def _read(text: str) -> ModulePath:
+    return _parse(text)
 
 
 @lru_cache(maxsize=4096)

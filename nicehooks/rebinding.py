@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks import sessions
+from nicehooks import internals, sessions
 from nicehooks.errors import UnsupportedModule
 from nicehooks.sessions import HERE, LOCK, Session, acts_in_backward
 
@@ -115,6 +115,7 @@ class Tap:
         "reduce",
         "rules",
         "simple",
+        "traced",
     )
 
     def __init__(self, module: nn.Module) -> None:
@@ -124,13 +125,18 @@ class Tap:
         self.previous: Any = None  # a forward that stood in the instance's __dict__ before
         self.parameters: Any = None  # of the forward that it calls: see `parameters_of`
         self.rules: tuple[Rule, ...] = ()
+        self.traced: tuple[Rule, ...] = ()  # what was entered in the code that is being traced: after all others
         self.simple = True
         self.forward: Any = _forward_of(self)
         self.reduce = _Reduce(self.module)
 
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the module's own forward."""
-        return self.previous(*args, **kwargs) if self.previous is not None else self.function(module, *args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        if self.traced:  # Dynamo cannot guard a function that it found while it traced, but it can guard a class
+            return type(module).forward(module, *args, **kwargs)
+        return self.function(module, *args, **kwargs)
 
 
 def _unbound(kind: type) -> Callable[..., Any]:
@@ -194,7 +200,7 @@ def _acting_in_traced_code(tap: Tap) -> list[Rule]:
     """As `_acting`; see NOTE [Two views of who is active]."""
     acting: list[Rule] = []
     here = HERE.slots
-    for rule in tap.rules:
+    for rule in (*tap.rules, *tap.traced):
         if rule.session.slot in here or rule.session.attached:
             if rule.suspends:
                 acting = []
@@ -217,13 +223,17 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
-        if not any([rule.caught(stop) for rule in rules]):
+        if not _is_caught(stop, rules):
             raise
         frame.value = None
     finally:
         while frame.contexts:
             frame.contexts.pop().__exit__(None, None, None)
     return frame.value
+
+
+def _is_caught(stop: StopForward, rules: list[Rule]) -> bool:
+    return any([rule.caught(stop) for rule in rules])
 
 
 def _watched_call(tap: Tap, frame: Frame) -> Any:
@@ -293,6 +303,12 @@ def tap_of(module: nn.Module) -> Tap | None:
     return tap if tap is not None and tap.module() is module else None
 
 
+def has_rules(module: nn.Module) -> bool:
+    """Whether any intervention is active on `module` now, in any thread."""
+    tap = tap_of(module)
+    return tap is not None and bool(tap.rules)
+
+
 def _make_tap(module: nn.Module) -> Tap:
     tap = _taps[id(module)] = Tap(module)
     weakref.finalize(module, _forget, id(module)).atexit = False
@@ -322,6 +338,14 @@ def bind(pairs: list[tuple[nn.Module, Rule]]) -> None:
 def _put_in(module: nn.Module, tap: Tap) -> None:
     names = module.__dict__
     tap.previous = names.get("forward")
+    _look_at(module, tap)
+    tap.simple = tap.previous is None
+    names["__reduce_ex__"] = tap.reduce  # before the other, and gone after it: another thread may be copying
+    names["forward"] = tap.forward
+
+
+def _look_at(module: nn.Module, tap: Tap) -> None:
+    """Finds out about the forward that the tap will call."""
     found = type(module).forward
     if found is not tap.found:  # a lazy module has become another class
         tap.found, tap.function, tap.parameters = found, _unbound(type(module)), None
@@ -329,9 +353,52 @@ def _put_in(module: nn.Module, tap: Tap) -> None:
         tap.parameters = parameters_of(inspect.signature(tap.previous))
     elif tap.parameters is None:
         tap.parameters = parameters_of(signature_of(tap.function))
-    tap.simple = tap.previous is None
-    names["__reduce_ex__"] = tap.reduce  # before the other, and gone after it: another thread may be copying
-    names["forward"] = tap.forward
+
+
+def bind_traced(pairs: list[tuple[nn.Module, Rule]]) -> None:
+    """`bind`, in code that is being traced; see NOTE [Inside compiled code]."""
+    for module, rule in pairs:
+        tap = tap_for_tracing(module)
+        if not tap.traced and not is_bound(module):
+            names = module.__dict__
+            tap.previous = names.get("forward")
+            names["forward"] = _traced_forward_of(tap)
+        tap.traced = (*tap.traced, rule)
+
+
+def unbind_traced(pairs: list[tuple[nn.Module, Rule]]) -> None:
+    """Undoes `bind_traced`."""
+    for module, rule in pairs:
+        tap = tap_for_tracing(module)
+        tap.traced = tuple([other for other in tap.traced if other is not rule])
+        if tap.traced or is_bound(module):
+            continue
+        if tap.previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = tap.previous
+            tap.previous = None
+
+
+def _traced_forward_of(tap: Tap) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _staged(tap, _acting_in_traced_code(tap), args, kwargs)
+
+
+@internals.evaluated_while_tracing
+def is_bound(module: nn.Module) -> bool:
+    """Whether the tap of `module` stands in its place, put there by code that is not traced."""
+    tap = tap_of(module)
+    return tap is not None and module.__dict__.get("forward") is tap.forward
+
+
+@internals.evaluated_while_tracing
+def tap_for_tracing(module: nn.Module) -> Tap:
+    """The tap of `module`, as it is before the first rule comes."""
+    with LOCK:
+        tap = tap_of(module) or _make_tap(module)
+        if not tap.rules:
+            _look_at(module, tap)
+        return tap
 
 
 def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:

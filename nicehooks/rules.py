@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from nicehooks import internals, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths import EVERY_CALL, ModulePath
+from nicehooks.paths import EVERY_CALL, ModulePath, with_chain
 from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Site
 from nicehooks.sessions import Session
@@ -117,14 +116,13 @@ class SiteRule(Rule):
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
         if not self.stars:
             return self._act_once(value, chain, key)
-        path = ModulePath.parse(key)
-        lead = path.chain[: len(path.chain) - len(chain)]
+        lead = self.path.chain[: len(self.path.chain) - len(chain)]
         try:
             chains = list(trees.each_index(value, chain))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
         for found in chains:
-            value = self._act_once(value, found, str(replace(path, chain=(*lead, *found))))
+            value = self._act_once(value, found, with_chain(key, (*lead, *found)))
         return value
 
     def _act_once(self, value: Any, chain: Chain, key: str) -> Any:

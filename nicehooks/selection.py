@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from nicehooks import internals
@@ -40,9 +41,9 @@ class Site:
     def __init__(self, name: str, module: nn.Module, path: ModulePath, model: nn.Module, encoders: Any = ()) -> None:
         self.name = name
         self.path = path
-        self._module = weakref.ref(module)
-        self._model = weakref.ref(model)
-        self._encoders = tuple(map(weakref.ref, encoders))
+        self._module = _reference(module)
+        self._model = _reference(model)
+        self._encoders = tuple([_reference(encoder) for encoder in encoders])
         self._text = str(path)
         self.key = (id(module), self._text[len(escape(name)) :])
 
@@ -82,6 +83,11 @@ class Site:
 
     def __hash__(self) -> int:
         return hash(self._text)
+
+
+def _reference(module: nn.Module) -> Callable[[], nn.Module | None]:
+    """A weak reference; in code that is being traced, which makes none, one that is as short-lived as the site."""
+    return (lambda: module) if torch.compiler.is_compiling() else weakref.ref(module)
 
 
 class Census:
@@ -203,7 +209,7 @@ def select(model: nn.Module, *where: Where) -> list[Site]:
 def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[Group]:
     """The sites of each item of `where`; two groups may have the same one."""
     finder = _Finder(model, verb)
-    return [Group(item, *finder.find(item)) for item in _flatten(where)]
+    return [Group(item, *finder.find(item)) for item in flat(where)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -213,14 +219,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _flatten(where: Where) -> Iterator[Where]:
+def flat(where: Where) -> Iterator[Where]:
+    """The items of `where`, however they are nested."""
     if isinstance(where, str | Site):
         yield where
     elif isinstance(where, Mapping):
         yield from where
     elif isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
         for item in where:
-            yield from _flatten(item)
+            yield from flat(item)
     else:
         yield where
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nicehooks import regions
-from nicehooks.containers import Node, describe, leaves, map_tensors, open_node
+from nicehooks.containers import Node, describe, is_same, leaves, map_tensors, open_node
 from nicehooks.errors import TreeMismatch
 from nicehooks.regions import STAR, Chain, Constant, Heads, show_step
 
@@ -27,6 +27,7 @@ __all__ = [
     "each_index",
     "fits",
     "get",
+    "is_same",
     "leaves",
     "length",
     "map_tensors",
@@ -59,7 +60,7 @@ def rewrite(tree: Any, chain: Chain, fn: Callable[[Any], Any]) -> Any:
         return fn(tree)
     part = _step(tree, chain[0])
     new = rewrite(part, chain[1:], fn)
-    return tree if new is part else _replace(tree, chain[0], new)
+    return tree if is_same(new, part) else _replace(tree, chain[0], new)
 
 
 def length(tree: Any, items: list[Any], position: int) -> int:
@@ -137,7 +138,7 @@ def assign(old: Any, new: Any) -> Any:
     A tensor is broadcast to the shape of the old one and cast to its dtype and device. A tree replaces leaf by leaf,
     a number every tensor of a tree, of which None has none, and `KEEP` nothing.
     """
-    if new is old or new is KEEP:
+    if is_same(new, old) or new is KEEP:
         return old
     if isinstance(old, Tensor):
         return _fit(old, new)
@@ -155,7 +156,7 @@ def _assign_children(old: Any, node: Node, new: Any) -> Any:
             children.append(assign(child, value))
         except TreeMismatch as error:
             raise TreeMismatch(f"{error} (in element {entry!r})") from None
-    if all(a is b for a, b in zip(children, node.children, strict=True)):
+    if all(is_same(a, b) for a, b in zip(children, node.children, strict=True)):
         return old
     return node.rebuild(children)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +13,16 @@ from torch.func import grad, vmap
 from torch.nn import functional
 from worlds import inputs, same, state, total
 
-from nicehooks import PathError, SiteNotReached, ablate, capture, edit, fused_attention_as_steps, patch
+from nicehooks import (
+    PathError,
+    SiteNotReached,
+    TreeMismatch,
+    ablate,
+    capture,
+    edit,
+    fused_attention_as_steps,
+    patch,
+)
 
 
 class Attention(nn.Module):
@@ -191,3 +202,154 @@ def test_the_pattern_of_fused_attention_by_one_path():
     with fused_attention_as_steps(), pytest.raises(SiteNotReached), capture(model, "0@dropout()"):
         model(x)
     assert same(model(x), clean)
+
+
+# --- arguments by name ------------------------------------------------------------------------------------------------
+
+
+class Given(nn.Module):
+    """Its forward is the function that it was made with."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+Q = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
+OTHER = torch.randn(4, 3, generator=torch.Generator().manual_seed(4))
+MASK = torch.ones(2, 3, 4, dtype=torch.bool)
+attend = functional.scaled_dot_product_attention
+
+ARGUMENTS = {
+    # a forward, and paths with what stands there
+    "by position": (lambda x: attend(x, x + 1, x), {"['query']": Q, "['key']": Q + 1, "[1]": Q + 1}),
+    "by name": (lambda x: attend(value=x, key=x + 1, query=x), {"['query']": Q, "['key']": Q + 1, "[1]": Q + 1}),
+    "defaults": (lambda x: attend(x, x, x), {"['is_causal']": False, "['scale']": None, "[5]": False, "[3]": None}),
+    "skipped": (lambda x: attend(x, x, x, is_causal=True), {"['is_causal']": True, "[5]": True, "[3]": None}),
+    "function": (lambda x: torch.matmul(x, OTHER), {"['input']": Q, "['other']": OTHER, "[1]": OTHER}),
+    "method": (lambda x: x.matmul(OTHER), {"['input']": Q, "['other']": OTHER, "[1]": OTHER}),
+    "operator": (lambda x: x @ OTHER, {"['input']": Q, "['other']": OTHER, "[1]": OTHER}),
+    "reflected": (lambda x: 2 * x, {"['input']": Q, "['other']": 2}),
+    "a number": (lambda x: torch.add(x, 2, alpha=3), {"['other']": 2, "['alpha']": 3}),
+    "softmax": (lambda x: torch.softmax(x, dim=-1), {"['input']": Q, "[1]": -1, "['dim']": -1, "['dtype']": None}),
+    "functional": (lambda x: functional.softmax(x, -1), {"['input']": Q, "[1]": -1, "['dim']": -1}),
+    "linear": (lambda x: functional.linear(x, weight=OTHER.T), {"['weight']": OTHER.T, "[1]": OTHER.T}),
+    "overloads": (lambda x: x.max(1, True)[0], {"['dim']": 1, "['keepdim']": True}),
+    "another": (lambda x: x.max(other=Q), {"['other']": Q, "[1]": Q}),
+    "order of a method": (lambda x: x.where(MASK, 0.0), {"['input']": Q, "['condition']": MASK, "['other']": 0.0}),
+    "order of a function": (lambda x: torch.where(MASK, x, 0.0), {"['input']": Q, "['condition']": MASK}),
+    "spread": (lambda x: x.permute(2, 0, 1), {"['input']": Q, "[1]": 2, "[3]": 1}),
+    "as a list": (lambda x: x.view((6, 4)), {"['size']": (6, 4), "[1]": (6, 4)}),
+    "written in Python": (lambda x: torch.functional.norm(x, dim=1), {"['input']": Q, "['dim']": 1}),
+}
+NAMES = dict.fromkeys(("by position", "by name", "defaults", "skipped"), "scaled_dot_product_attention") | {
+    "function": "matmul",
+    "method": "matmul",
+    "operator": "matmul",
+    "reflected": "mul",
+    "a number": "add",
+    "softmax": "softmax",
+    "functional": "softmax",
+    "linear": "linear",
+    "overloads": "max",
+    "another": "max",
+    "order of a method": "where",
+    "order of a function": "where",
+    "spread": "permute",
+    "as a list": "view",
+    "written in Python": "norm",
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_name_and_position_find_an_argument_however_it_was_passed(case):
+    forward, expected = ARGUMENTS[case]
+    paths = {f"@{NAMES[case]}().input{part}": value for part, value in expected.items()}
+    model = Given(forward)
+    with capture(model, *paths) as acts:
+        assert same(model(Q), forward(Q))
+    assert {path: same(acts[path], value) for path, value in paths.items()} == dict.fromkeys(paths, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "forward", "expected"),
+    [
+        ("@matmul().input['other']", 0.0, lambda x: x @ OTHER, lambda x: x @ (OTHER * 0)),
+        ("@softmax().input['dim']", 0, lambda x: torch.softmax(x, dim=-1), lambda x: torch.softmax(x, 0)),
+        ("@softmax().input[1]", 0, lambda x: x.softmax(dim=-1), lambda x: torch.softmax(x, 0)),
+        (
+            "@scaled_dot_product_attention().input['is_causal']",
+            True,
+            lambda x: attend(x, x, x),
+            lambda x: attend(x, x, x, is_causal=True),
+        ),
+        ("@linear().input['weight']", 0.0, lambda x: functional.linear(x, OTHER.T), lambda x: x @ OTHER * 0),
+        ("@add().input[1]", 5, lambda x: x + 1, lambda x: x + 5),
+    ],
+    ids=["other", "dim by name", "dim by position", "a default", "weight", "a number"],
+)
+def test_an_argument_is_replaced_by_name(path, value, forward, expected):
+    model = Given(forward)
+    with edit(model, path, lambda old: value):
+        assert torch.equal(model(Q), expected(Q))
+
+
+def test_a_name_that_no_argument_has_is_said():
+    model = Given(lambda x: attend(x, x, x))
+    with pytest.raises(TreeMismatch) as raised, capture(model, "@scaled_dot_product_attention().input['mask']"):
+        model(Q)
+    assert str(raised.value) == (
+        "capture at \"@scaled_dot_product_attention().input['mask']\": scaled_dot_product_attention has no argument "
+        "'mask', it has 'query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa'."
+    )
+    with pytest.raises(TreeMismatch, match=r"matmul\w* has no argument 'mat2', it has 'input', 'other'"):
+        with ablate(Given(lambda x: x @ OTHER), "@matmul().input['mat2']") as context:
+            context.model(Q)
+
+
+def test_arguments_of_attention_in_its_steps():
+    model = Given(lambda x: attend(x, x, x))
+    with fused_attention_as_steps(), capture(model, "@scaled_dot_product_attention().input[1]", "@softmax()") as acts:
+        model(Q)
+    assert torch.equal(acts["@scaled_dot_product_attention().input[1]"], Q) and acts["@softmax()"].shape == (2, 3, 3)
+
+
+class Methods(nn.Module):
+    @staticmethod
+    def halved(x, by=2):
+        return x / by
+
+    @classmethod
+    def more(cls, x):
+        return cls.halved(x) + 1
+
+    def forward(self, x):
+        return self.more(self.halved(x))
+
+
+def test_static_methods_and_those_of_the_class_are_methods_too():
+    model = Methods()
+    with capture(model, "@halved()", "@more()", "@halved().input['by']", "@more().input['x']") as acts:
+        assert torch.equal(model(Q), Q / 2 / 2 + 1)
+    assert torch.equal(acts["@halved()"], Q / 2) and torch.equal(acts["@more()"], Q / 2 / 2 + 1)
+    assert acts["@halved().input['by']"] == 2 and torch.equal(acts["@more().input['x']"], Q / 2)
+
+
+def test_an_operator_and_its_function_are_counted_together():
+    model = Given(lambda x: torch.add(x + 1, x))
+    with capture(model, "@add#*()", "@add#1()") as acts:
+        model(Q)
+    assert list(acts) == ["@add#0()", "@add#1()"] and torch.equal(acts["@add#1()"], Q + 1 + Q)
+
+
+def test_finding_arguments_keeps_no_module_alive():
+    model = Attention()
+    with capture(model, "@_scores().input['k']"):
+        model(inputs())
+    parts = [weakref.ref(part) for part in (model, model.out, model.out.weight)]
+    del model
+    gc.collect()
+    assert [part() for part in parts] == [None, None, None]

@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nicehooks import ablate, capture, describe, edit, patch, select, sites, steer, suspend
+from nicehooks import (
+    ablate,
+    capture,
+    describe,
+    edit,
+    fused_attention_as_steps,
+    patch,
+    select,
+    sites,
+    steer,
+    suspend,
+)
+from nicehooks.trees import describe as describe_value
 
 
 class Block(nn.Module):
@@ -206,6 +218,94 @@ def test_the_model_itself_is_always_the_root(model: nn.Module, text: str) -> Non
     """Also where it is only a container, which is no site."""
     assert sites(model).plain() == text
     assert stripped(str(sites(model))).splitlines()[0] == text.splitlines()[0]
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """Calls torch functions of several sorts, methods of its own, another module, and what returns no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.scaled(x @ x.T, by=2.0)
+
+    @staticmethod
+    def scaled(x: Tensor, by: float) -> Tensor:
+        return x * by
+
+    @classmethod
+    def named(cls, x: Tensor) -> tuple[Tensor, str]:
+        return x + 1, cls.__name__
+
+    def width(self, x: Tensor) -> int:
+        return x.shape[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pattern = torch.softmax(self.scores(self.fc(x)), dim=-1)
+        return self.named(torch.add(torch.matmul(pattern, x), x))[0] - self.width(x)
+
+
+MIXING = """\
+(model)  Mixing  Tensor[3, 2] float32
+  @matmul#0()  Tensor[3, 3] float32
+  @mul()  Tensor[3, 3] float32
+  @scaled()  Tensor[3, 3] float32
+  @scores()  Tensor[3, 3] float32
+  @softmax()  Tensor[3, 3] float32
+  @matmul#1()  Tensor[3, 2] float32
+  @add#0()  Tensor[3, 2] float32
+  @add#1()  Tensor[3, 2] float32
+  @named()  (Tensor[3, 2] float32, str)
+  @sub()  Tensor[3, 2] float32
+  fc  Linear  Tensor[3, 2] float32  @weight, @bias
+    @linear()  Tensor[3, 2] float32"""
+
+
+def test_the_calls_in_each_forward_are_listed_on_request() -> None:
+    """Operators, torch functions, and all sorts of methods; not what returns no tensor."""
+    model = Mixing()
+    before = [dict(vars(module)) for module in model.modules()]
+    assert sites(model, torch.ones(3, 2), calls=True).plain() == MIXING
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert len(sites(model, torch.ones(3, 2))) == 2
+
+
+def test_every_listed_call_is_captured_by_its_path_and_looks_as_listed() -> None:
+    model = nn.Sequential(Mixing(), Mixing(), nn.Identity())
+    model.append(model[0])  # called twice
+    model.add_module("a.b@c".replace(".", "-"), Mixing())
+    table = sites(model, torch.ones(3, 2), calls=True)
+    calls = [record for record in table if record.type == "call"]
+    with capture(model, [record.path for record in calls], keep="all", map=describe_value) as acts:
+        model(torch.ones(3, 2))
+    assert len(calls) == 3 * 11
+    for record in calls:
+        assert record.value == acts[record.path][0]
+        assert record.calls == len(acts[record.path]) == (2 if record.path.startswith("0") else 1)
+
+
+def test_calls_of_attention_in_its_steps_are_listed() -> None:
+    class Fused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model, x = Fused(), torch.ones(1, 2, 3, 4)
+    assert [record.path for record in sites(model, x, calls=True)] == ["", "@scaled_dot_product_attention()"]
+    with fused_attention_as_steps():
+        paths = [record.path for record in sites(model, x, calls=True)]
+        with capture(model, *paths) as acts:
+            model(x)
+    assert {"@softmax()", "@matmul#0()", "@matmul#1()", "@scaled_dot_product_attention()"} <= set(paths)
+    assert acts["@softmax()"].shape == (1, 2, 3, 3) and acts["@scaled_dot_product_attention()"].shape == x.shape
+
+
+def test_calls_are_seen_in_an_example_alone() -> None:
+    with pytest.raises(TypeError, match="sites\\(model, example, calls=True\\)"):
+        sites(MODEL, calls=True)
 
 
 # --- describe ---------------------------------------------------------------------------------------------------------
