@@ -12,6 +12,7 @@ import torch
 import transformers_by_hand as by_hand
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -460,6 +461,20 @@ def test_norms_in_half_precision_are_computed_as_the_modules_do() -> None:
             plain = logits_of(model)
             with tree_of(["resid.ln_f.scale"], lambda _: lambda value: value.clone()).on(model):
                 assert torch.allclose(logits_of(model), plain, rtol=0.05, atol=0.02)
+
+
+def test_hooks_act_in_activation_checkpointed_regions() -> None:
+    model, seen = small(), []
+    tree = tree_of(["mlp.post_act", "resid.torso.ln_attn.scale"], lambda _: lambda value, layer: value * 2)
+    tree.mlp.post_act.append_bwd(lambda gradient, layer: seen.append(layer) or gradient * 3)
+
+    def gradient(logits: Callable[[], Tensor]) -> Tensor:
+        with tree.on(model):
+            return torch.autograd.grad(logits().sin().sum(), model.transformer.wpe.weight)[0]
+
+    plain = gradient(lambda: logits_of(model))
+    assert torch.allclose(gradient(lambda: checkpoint(logits_of, model, use_reentrant=False)), plain, atol=1e-4)
+    assert seen == [1, 0, 1, 0]
 
 
 def test_an_autoencoder_is_a_hook_at_a_place() -> None:
