@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
+from torch.overrides import TorchFunctionMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from worlds import WORLDS
@@ -562,8 +563,28 @@ def test_gradients_split_between_reconstruction_and_error(coder: Any) -> None:
     assert torch.allclose(x.grad, weights @ decode.weight @ encode.weight, atol=1e-5)
 
 
+def test_latents_that_a_hook_has_kept_are_those_of_the_reconstruction(coder: Any) -> None:
+    encode, decode, x = coder
+    hooks: Any = AutoencoderHooks(encode, decode, add_error=True)
+    kept: list[Tensor] = []
+    hooks.latents.append_fwd(kept.append)
+    (gradient,) = torch.autograd.grad(hooks(x).sum(), kept[0])
+    assert torch.allclose(gradient, decode.weight.sum(0).expand(3, 8), atol=1e-6)
+
+
+class Subtractions(TorchFunctionMode):
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "sub" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
 def test_an_error_that_nobody_looks_at_costs_nothing(coder: Any) -> None:
     encode, decode, x = coder
+    with Subtractions() as subtractions:
+        AutoencoderHooks(encode, decode)(x)
+    assert subtractions.count == 0
     decoded: list[int] = []
     AutoencoderHooks(encode, lambda latents: decoded.append(1) or decode(latents))(x)
     AutoencoderHooks(encode, lambda latents: decoded.append(2) or decode(latents), add_error=True)(x)
