@@ -177,7 +177,7 @@ GPT_NEOX = Family(
 
 GPT_NEOX_PARALLEL = replace(GPT_NEOX, parts={**GPT_NEOX.parts, "resid_mid": PARALLEL})
 
-OPT = Family(  # its layers flatten [batch, pos] around the MLP: mlp_* are [batch * pos, …]
+OPT = Family(
     attn_proj="self_attn.out_proj",
     attn_norm="self_attn_layer_norm",
     mlp_act="fc1",
@@ -185,7 +185,12 @@ OPT = Family(  # its layers flatten [batch, pos] around the MLP: mlp_* are [batc
     mlp_norm="final_layer_norm",
     final_norm="final_layer_norm",
     before_unembed="project_out",
-    parts={"mlp_in": "fc1@input[0]", "mlp_out": "fc2"},
+    parts={  # its layers flatten [batch, pos] before the MLP, and unflatten behind it
+        "mlp_in": "fc1@input[0]/rows",
+        "mlp_pre": "fc1/rows",
+        "mlp_post": "fc2@input[0]/rows",
+        "mlp_out": "fc2/rows",
+    },
 )
 
 POST_NORM = Lacks("each layer ends with a norm of its own, so there is none after the last one")

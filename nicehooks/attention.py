@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -16,9 +17,19 @@ from torch.overrides import TorchFunctionMode
 _wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
 
 
+class _Here(threading.local):
+    """The same for traced code, which cannot read a `ContextVar`."""
+
+    def __init__(self) -> None:
+        self.wanted = 0
+
+
+_here = _Here()
+
+
 def as_steps_wanted() -> bool:
     """Whether attention runs in its steps here."""
-    return _wanted.get() > 0
+    return (_here.wanted if torch.compiler.is_dynamo_compiling() else _wanted.get()) > 0
 
 
 class fused_attention_as_steps(AbstractContextManager[None]):
@@ -42,18 +53,23 @@ class fused_attention_as_steps(AbstractContextManager[None]):
     """
 
     def __enter__(self) -> None:
-        _wanted.set(_wanted.get() + 1)
+        self._count(1)
         self.mode = _AsSteps()
         self.mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self.mode.__exit__(*error)
-        _wanted.set(_wanted.get() - 1)
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        _here.wanted += change
+        if not torch.compiler.is_dynamo_compiling():
+            _wanted.set(_wanted.get() + change)
 
 
 class _AsSteps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
+        if func is functional.scaled_dot_product_attention and as_steps_wanted():
             return attention_in_steps(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

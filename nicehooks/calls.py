@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
@@ -25,6 +26,7 @@ from nicehooks import trees
 from nicehooks.arguments import arguments_of, by_name, complete, written_back
 from nicehooks.attention import as_steps_wanted, attention_in_steps
 from nicehooks.errors import NiceHooksError, TreeMismatch
+from nicehooks.internals import evaluated_while_tracing
 from nicehooks.parameters import StandIn
 from nicehooks.paths import EVERY_CALL, STEPS, Port
 from nicehooks.rebinding import Frame, Rule
@@ -34,7 +36,15 @@ from nicehooks.signatures import parameters_in_call
 from nicehooks.steps import ALWAYS, When
 from nicehooks.trees import Chain, is_same
 
-_running: ContextVar[Frame | None] = ContextVar("nicehooks.running", default=None)
+
+class _Running(threading.local):
+    """The run of a module's own forward that this thread is in, as far as anybody watches it."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+
+
+_running = _Running()
 
 
 class CallRule(SiteRule):
@@ -45,9 +55,9 @@ class CallRule(SiteRule):
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
-        if not frame.watchers:
-            frame.watchers.append(CallWatcher(frame))
-        frame.watchers[0].rules.append(self)
+        if frame.watcher is None:
+            frame.watcher = CallWatcher(frame)
+        frame.watcher.rules.append(self)
 
     def after(self, frame: Frame) -> None:
         pass
@@ -73,11 +83,7 @@ class CallRule(SiteRule):
         key = self.key_of_call(frame, name, number)
         if key is None:
             return value
-        first = self.key not in self.session.reached
-        new = self.act(value, self.chain if chain is None else chain, key)
-        if self.action.changes:
-            self.note_checkpoint(first, new)
-        return new
+        return self.at_key(key, value, chain)
 
     def on_arguments(
         self, frame: Frame, name: str, number: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -125,19 +131,19 @@ class OtherForwardRule(Rule):
     __slots__ = ()
 
     def before(self, frame: Frame) -> None:
-        frame.enter(_Running(frame))
+        frame.enter(_RunOf(frame))
 
 
-class _Running(AbstractContextManager[None]):
-    def __init__(self, frame: Frame | None) -> None:
+class _RunOf(AbstractContextManager[None]):
+    def __init__(self, frame: Frame) -> None:
         self.frame = frame
 
     def __enter__(self) -> None:
-        self.before = _running.get()
-        _running.set(self.frame)
+        self.before = _running.frame
+        _running.frame = self.frame
 
     def __exit__(self, *_: object) -> None:
-        _running.set(self.before)
+        _running.frame = self.before
 
 
 class CallWatcher(AbstractContextManager[None]):
@@ -149,18 +155,18 @@ class CallWatcher(AbstractContextManager[None]):
         self.counts: dict[str, int] = {}
 
     def __enter__(self) -> None:
-        self.stack = ExitStack()
         frame = self.frame
         methods = dict.fromkeys([name for rule in self.rules for name in rule.methods(frame.module)])
         if methods:
-            frame.module = self.stack.enter_context(StandIn(frame.module, methods, tuple(methods)))
+            frame.module = frame.enter(StandIn(frame.module, methods, tuple(methods)))
             for name in methods:
                 frame.module.__dict__[name] = self._watching(name, _bound(frame.module, name))
-        self.stack.enter_context(_Running(frame))
-        self.stack.enter_context(_Mode(self))
+        frame.enter(_RunOf(frame))
+        self.mode = _Mode(self)
+        self.mode.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.stack.__exit__(kind, error, trace)
+        self.mode.__exit__(kind, error, trace)
         if isinstance(error, _Carried):
             raise error.error from error.error.__cause__
 
@@ -169,7 +175,7 @@ class CallWatcher(AbstractContextManager[None]):
 
     def wants(self, name: str) -> bool:
         """Whether any rule is about the function called `name`, here and now."""
-        return _running.get() is self.frame and any([rule.is_about(name) for rule in self.rules])
+        return _running.frame is self.frame and any([rule.is_about(name) for rule in self.rules])
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
@@ -230,24 +236,39 @@ class _Mode(TorchFunctionMode):
         return in_steps
 
 
+@evaluated_while_tracing
 def same_function(wanted: str, name: str) -> bool:
     """Whether a path that says `wanted` means the function called `name`; an operator and its function are one."""
     return name == wanted or _plain(name) == _plain(wanted)
 
 
+@evaluated_while_tracing
 def _plain(name: str) -> str:
     return re.sub(r"^__(r(?=add|sub|mul|truediv|matmul|pow))?(\w+)__$", r"\2", name)
 
 
 def is_method(module: Any, name: str) -> bool:
     """Whether `name` is a method that the class of `module` defines."""
-    return callable(getattr(type(module), name, None)) and not hasattr(nn.Module, name)
+    return _has_method(type(module), name)
+
+
+@evaluated_while_tracing
+def _has_method(kind: type, name: str) -> bool:
+    return callable(getattr(kind, name, None)) and not hasattr(nn.Module, name)
 
 
 def _bound(module: Any, name: str) -> Callable[..., Any]:
     """The method of `module` that its class defines: an ordinary one, or one of the class, or a static one."""
+    if torch.compiler.is_dynamo_compiling():
+        of_class = getattr(type(module), name)
+        return partial(of_class, module) if _is_ordinary(type(module), name) else of_class
     raw: Any = inspect.getattr_static(type(module), name)
     return raw.__get__(module, type(module)) if hasattr(raw, "__get__") else raw
+
+
+@evaluated_while_tracing
+def _is_ordinary(kind: type, name: str) -> bool:
+    return not isinstance(inspect.getattr_static(kind, name), staticmethod | classmethod)
 
 
 def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, Rule]]:

@@ -64,10 +64,11 @@ class HooksOn(Intervention):
         ]
 
     def _rules(self, site: Site, action: Action) -> Pairs:
+        pairs = super()._rules(site, action)
         if isinstance(action, _AtPlace) and action.spot.formula is not None:
             when, step = When(self.steps, self.calls, site.path.call), action.place.rpartition(".")[2]
-            return [(site.module, NormRule(site, action, when, step, action.spot.formula))]
-        return super()._rules(site, action)
+            pairs[0] = site.module, NormRule(site, action, when, step, action.spot.formula)
+        return pairs
 
     def _left(self, session: Session) -> None:
         self._scope.over = True

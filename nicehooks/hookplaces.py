@@ -19,6 +19,7 @@ from nicehooks.anatomy import Anatomy
 from nicehooks.errors import NiceHooksError, UnsupportedModule
 from nicehooks.normalizing import STEPS, NormFormula, formula_of
 from nicehooks.paths import ModulePath, escape
+from nicehooks.regions import Rows
 
 PARTS = {
     "resid.torso.post_ln_attn": "attn_in",
@@ -101,7 +102,10 @@ def _step(anatomy: Anatomy, role: str, step: str, layer: int | None) -> Spot:
     formula = formula_of(module)
     if step == "post_mean_subtraction" and not formula.centred:
         raise UnsupportedModule(f"{anatomy.kind} normalizes with {type(module).__name__}, which subtracts no mean.")
-    return Spot(_norm_path(anatomy, role, layer), layer, formula)
+    path = _norm_path(anatomy, role, layer)
+    if role == "mlp_norm" and layer is not None and not anatomy.family.post_norm:  # OPT flattens positions before it
+        path = replace(path, chain=tuple([step for step in anatomy.mlp_in[layer].chain if isinstance(step, Rows)]))
+    return Spot(path, layer, formula)
 
 
 def _norm_path(anatomy: Anatomy, role: str, layer: int | None) -> ModulePath:

@@ -244,10 +244,9 @@ def _at_position(value: Tensor, position: Position) -> Tensor:
 
 
 def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
-    """`value` as `[batch, pos, d_model]`, also where a layer has it as `[batch * pos, d_model]` (OPT)."""
-    if value.numel() != stream.numel():
+    if value.shape != stream.shape:
         raise TreeMismatch(f"{part.what} is {describe(value)}, but the stream is {describe(stream)}: two runs?")
-    return value.reshape(stream.shape)
+    return value
 
 
 # --- terms ------------------------------------------------------------------------------------------------------------

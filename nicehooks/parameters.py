@@ -93,11 +93,13 @@ class Override(AbstractContextManager[None]):
     @staticmethod
     def is_open(owner: Any) -> bool:
         """Whether `owner` has an override open around this line."""
-        return owner.is_swapped if torch.compiler.is_compiling() else id(owner) in _open_owners.get()
+        return owner.is_swapped if torch.compiler.is_dynamo_compiling() else id(owner) in _open_owners.get()
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
-            self._swap()
+        if torch.compiler.is_dynamo_compiling():
+            self.owner.is_swapped = True
+            self.attributes = Attributes(self.places, [self.value] * len(self.places))
+            self.attributes.__enter__()
             return
         self.before = (_overrides.get(), _open_owners.get())
         entries = {key: self.value for place in self.places for key in _keys(*place)}
@@ -105,33 +107,41 @@ class Override(AbstractContextManager[None]):
         _open_owners.set(_open_owners.get() | {id(self.owner)})
 
     def __exit__(self, *_: object) -> None:
-        if torch.compiler.is_compiling():
-            self._swap_back()
+        if torch.compiler.is_dynamo_compiling():
+            self.owner.is_swapped = False
+            self.attributes.__exit__()
             return
         overrides, owners = self.before
         _overrides.set(overrides)
         _open_owners.set(owners)
 
-    # Dynamo cannot trace a ContextVar, but what it traces is its own: an attribute that stands before the parameter is
-    # gone again when the code that was traced has run.
-
-    def _swap(self) -> None:
-        self.owner.is_swapped = True
-        self.old = [module.__dict__.get(name) for module, name in self.places]
-        for module, name in self.places:
-            module.__dict__[name] = self.value
-
-    def _swap_back(self) -> None:
-        self.owner.is_swapped = False
-        for (module, name), old in zip(self.places, self.old, strict=True):
-            if old is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = old
-
 
 def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:
     return [(id(table), name) for kind in ("_parameters", "_buffers") if name in (table := module.__dict__[kind])]
+
+
+class Attributes(AbstractContextManager[None]):
+    """While traced code has it entered, each module in `places` has a value as a plain attribute of that name.
+
+    An attribute stands before a parameter and before a method. What traced code does to attributes, and undoes, is its
+    own: nothing of it is done when the code that was traced runs.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]], values: list[Any]) -> None:
+        self.places = places
+        self.values = values
+
+    def __enter__(self) -> None:
+        self.old = [module.__dict__.get(name, _MISSING) for module, name in self.places]
+        for (module, name), value in zip(self.places, self.values, strict=True):
+            module.__dict__[name] = value
+
+    def __exit__(self, *_: object) -> None:
+        for (module, name), old in zip(self.places, self.old, strict=True):
+            if old is _MISSING:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = old
 
 
 class StandIn(AbstractContextManager[nn.Module]):
@@ -147,12 +157,19 @@ class StandIn(AbstractContextManager[nn.Module]):
         self.private = private
 
     def __enter__(self) -> nn.Module:
+        if torch.compiler.is_dynamo_compiling():
+            self.attributes = Attributes([(self.module, name) for name in self.changes], list(self.changes.values()))
+            self.attributes.__enter__()
+            return self.module
         self.other: nn.Module = object.__new__(type(self.module))
         self.given = {**self.module.__dict__, **self.changes}
         self.other.__dict__.update(self.given)
         return self.other
 
     def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self.attributes.__exit__()
+            return
         for name, value in self.other.__dict__.items():
             if value is not self.given.get(name, _MISSING) and name not in self.private:
                 self.module.__dict__[name] = value

@@ -1,6 +1,6 @@
 """The path language: text that says which values of a model are meant.
 
-    path  =  modules  [ "#" call ]  [ "@" port ]  { "[" index "]" | "/" heads }
+    path  =  modules  [ "#" call ]  [ "@" port ]  { "[" index "]" | "/" heads | "/rows" }
 
 This file knows nothing of any model: it turns text into `ModulePath`s and back, and tells which module names a path
 matches. `selection.py` brings paths and models together.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -48,11 +48,11 @@ class Frame:
         value: the result, once there is one.
         contexts: what rules have entered around the call.
         inside: changes the result as if within the module's own forward: before any rule sees it.
-        watchers: what is entered last and left first: around the module's own forward alone, and no rule.
+        watcher: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
     """
 
-    __slots__ = ("args", "contexts", "inside", "kwargs", "module", "numbers", "tap", "value", "watchers")
+    __slots__ = ("args", "contexts", "inside", "kwargs", "module", "numbers", "tap", "value", "watcher")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -62,7 +62,7 @@ class Frame:
         self.value: Any = None
         self.contexts: list[AbstractContextManager[Any]] = []
         self.inside: Any = None
-        self.watchers: list[Any] = []
+        self.watcher: Any = None
         self.numbers: dict[int, int] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:
@@ -217,7 +217,8 @@ def _staged(tap: Tap, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str
     try:
         for rule in rules:
             rule.before(frame)
-        frame.value = _watched_call(tap, frame) if frame.watchers else tap.call(frame.module, frame.args, frame.kwargs)
+        watched = frame.watcher is not None
+        frame.value = _watched_call(tap, frame) if watched else tap.call(frame.module, frame.args, frame.kwargs)
         if frame.inside is not None:
             frame.value = frame.inside(frame)
         for rule in rules:
@@ -237,9 +238,7 @@ def _is_caught(stop: StopForward, rules: list[Rule]) -> bool:
 
 
 def _watched_call(tap: Tap, frame: Frame) -> Any:
-    with ExitStack() as stack:
-        for watcher in frame.watchers:
-            stack.enter_context(watcher)
+    with frame.watcher:
         return tap.call(frame.module, frame.args, frame.kwargs)
 
 

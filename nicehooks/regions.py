@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from nicehooks.errors import TreeMismatch
 
 Chain = tuple[Any, ...]
 """The subscripts that lead from a value to a part of it: Python subscripts (integers, strings, slices, `None`, `...`,
-lists of integers, tuples of them) and `Heads`."""
+lists of integers, tuples of them), `Heads` and `Rows`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class Heads:
 
     def __str__(self) -> str:
         return f"/{self.count}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The step `/rows` of a chain: the first dimension split into those that the module around has flattened.
+
+    Attributes:
+        sizes: of these dimensions, `(batch, pos)`; they are known only while that module runs.
+    """
+
+    sizes: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return "/rows"
 
 
 class Constant:
@@ -47,7 +62,7 @@ STAR = Constant(__name__, "STAR", "*")
 
 def show_step(step: Any) -> str:
     """A step of a chain as it is written in a path."""
-    if isinstance(step, Heads):
+    if isinstance(step, Heads | Rows):
         return str(step)
     if isinstance(step, tuple):
         inner = ", ".join(_show_item(item) for item in step)
@@ -68,6 +83,8 @@ def read(tensor: Tensor, step: Any) -> Tensor:
     """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
     if isinstance(step, Heads):
         return _split(tensor, step.count)
+    if isinstance(step, Rows):
+        return _split_rows(tensor, step.sizes)
     items = step if isinstance(step, tuple) else (step,)
     if any(isinstance(item, str) for item in items):
         raise TreeMismatch(f"{show_step(step)} is a key, but the value is {describe(tensor)}")
@@ -85,10 +102,20 @@ def _split(tensor: Tensor, count: int) -> Tensor:
     return tensor.unflatten(-1, (count, tensor.shape[-1] // count))
 
 
+def _split_rows(tensor: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+    if sizes is None:
+        raise TreeMismatch(f"{Rows()} of {describe(tensor)} is known only while the model runs: capture it so")
+    if tensor.ndim == 0 or tensor.shape[0] != math.prod(sizes):
+        raise TreeMismatch(f"{Rows()} does not split the first dimension of {describe(tensor)} into {list(sizes)}")
+    return tensor.reshape(*sizes, *tensor.shape[1:])
+
+
 def replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
     """`base` with the region `step` replaced by `new`, which has the region's shape; out of place, under `vmap` too."""
     if isinstance(step, Heads):
         return new.flatten(-2)
+    if isinstance(step, Rows):
+        return new.reshape(base.shape)
     items = list(step) if isinstance(step, tuple) else [step]
     if any(isinstance(item, list) for item in items):
         return _with_scattered(base, step, new)

@@ -16,7 +16,7 @@ from nicehooks.rebinding import Frame, Passing, Rule, StopForward
 from nicehooks.selection import Site
 from nicehooks.sessions import Session
 from nicehooks.steps import When
-from nicehooks.trees import Chain
+from nicehooks.trees import Chain, Rows
 
 
 class Action:
@@ -48,7 +48,7 @@ class SiteRule(Rule):
 
     reason = ""
     output_only = False
-    __slots__ = ("action", "chain", "index", "key", "path", "simple", "site", "stars", "when", "wild")
+    __slots__ = ("action", "chain", "index", "key", "path", "rows", "simple", "site", "stars", "when", "wild")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         self.site = site
@@ -56,6 +56,7 @@ class SiteRule(Rule):
         self.key = str(site)
         self.chain: Chain = site.path.chain
         self.stars = site.path.has_stars
+        self.rows = any([isinstance(step, Rows) for step in self.chain])
         self.action = action
         self.when = when
         self.simple = self.output_only and not when.counts
@@ -87,8 +88,10 @@ class SiteRule(Rule):
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
         key = self.key_of(frame)
-        if key is None:
-            return value
+        return value if key is None else self.at_key(key, value, chain)
+
+    def at_key(self, key: str, value: Any, chain: Chain | None = None) -> Any:
+        """`value` after the action has been at the site in it, which is called `key` in this call."""
         first = self.key not in self.session.reached
         new = self.act(value, self.chain if chain is None else chain, key)
         if self.action.changes and not torch.compiler.is_compiling():
@@ -114,6 +117,9 @@ class SiteRule(Rule):
 
     def act(self, value: Any, chain: Chain, key: str) -> Any:
         """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
+        if self.rows:
+            rows = Rows(self.session.progress().rows)
+            chain = tuple([rows if isinstance(step, Rows) else step for step in chain])
         if not self.stars:
             return self._act_once(value, chain, key)
         lead = self.path.chain[: len(self.path.chain) - len(chain)]
@@ -210,6 +216,16 @@ class _Deeper(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.progress.depth -= 1
+
+
+class RowsRule(Rule):
+    """Notes the dimensions that the module around a site may flatten; see `Rows`."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        given = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
+        self.session.progress().rows = tuple(given[0].shape[:-1]) if given else None
 
 
 class SlowPathRule(Rule):

@@ -38,15 +38,17 @@ class Progress:
     Attributes:
         calls: how often each rule's module has been called, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
+        rows: the leading dimensions of what the module around a site was called with last, for the step `/rows`.
     """
 
-    __slots__ = ("calls", "depth", "seen", "step")
+    __slots__ = ("calls", "depth", "rows", "seen", "step")
 
     def __init__(self) -> None:
         self.step = -1
         self.depth = 0
         self.calls: dict[int, int] = {}
         self.seen: set[str] = set()
+        self.rows: tuple[int, ...] | None = None
 
     def next_step(self) -> None:
         """The root model is called anew."""

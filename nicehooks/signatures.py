@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import get_testing_overrides
 
@@ -28,11 +29,23 @@ def parameters_in_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
     The tensor that a method belongs to is `input`, as in the function of the same name.
     """
+    if torch.compiler.is_dynamo_compiling():
+        shown = [Tensor if isinstance(value, Tensor) else value for value in args]
+        named = {name: Tensor if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        return _parameters_while_tracing(inspect.unwrap(function), shown, named)
     if isinstance(function, MethodType):  # not remembered itself: it keeps its object alive
         names, defaults = _of_signature(function.__func__) or ((), {})
         return names[1:], defaults
     function = inspect.unwrap(function)
     return _of_signature(function) or _of_schema(function, args, kwargs) or _of_overrides(function) or ((), {})
+
+
+@internals.evaluated_while_tracing
+def _parameters_while_tracing(function: Any, args: list[Any], kwargs: dict[str, Any]) -> Parameters:
+    """`parameters_in_call`, told only where the tensors are."""
+    tensor = torch.empty(0)
+    given = tuple([tensor if value is Tensor else value for value in args])
+    return parameters_in_call(function, given, {k: tensor if v is Tensor else v for k, v in kwargs.items()})
 
 
 @lru_cache(maxsize=1024)

@@ -11,11 +11,12 @@ import re
 from typing import Any
 
 from nicehooks.errors import PathError
-from nicehooks.trees import STAR, Chain, Heads
+from nicehooks.trees import STAR, Chain, Heads, Rows
 
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _MARK = re.compile(rf"{_QUOTED.pattern}|[\[\],'\"]", re.DOTALL)
 _HEADS = re.compile(r"/([0-9]{1,18})(?![0-9])")
+_ROWS = re.compile(r"/rows(?!\w)")
 _WORDS = {"*": STAR, "...": Ellipsis, "None": None}
 
 ORDER = "one of # @ [ / is expected here, in this order"
@@ -40,9 +41,14 @@ def read_chain(text: str, at: int) -> Chain:
     while at < len(text):
         if text[at] not in "[/":
             raise fault(text, at, ORDER)
-        step, at = _read_subscript(text, at) if text[at] == "[" else _read_heads(text, at)
+        step, at = _read_subscript(text, at) if text[at] == "[" else _read_split(text, at)
         chain.append(step)
     return tuple(chain)
+
+
+def _read_split(text: str, at: int) -> tuple[Heads | Rows, int]:
+    rows = _ROWS.match(text, at)
+    return _read_heads(text, at) if rows is None else (Rows(), rows.end())
 
 
 def _read_heads(text: str, at: int) -> tuple[Heads, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nicehooks import regions
 from nicehooks.containers import Node, describe, is_same, leaves, map_tensors, open_node
 from nicehooks.errors import TreeMismatch
-from nicehooks.regions import STAR, Chain, Constant, Heads, show_step
+from nicehooks.regions import STAR, Chain, Constant, Heads, Rows, show_step
 
 __all__ = [
     "KEEP",
@@ -22,6 +22,7 @@ __all__ = [
     "Chain",
     "Heads",
     "Node",
+    "Rows",
     "assign",
     "describe",
     "each_index",
@@ -115,7 +116,7 @@ def _replace(tree: Any, step: Any, new: Any) -> Any:
 
 def _child(tree: Any, step: Any) -> tuple[Node, int]:
     """The node of `tree` and the position in it of what `step` names: a position, a key or a field."""
-    if isinstance(step, Heads | tuple | slice):
+    if isinstance(step, Heads | Rows | tuple | slice):
         raise TreeMismatch(f"{show_step(step)} needs a tensor, not {describe(tree)}")
     node = open_node(tree)
     if node is None:

@@ -146,7 +146,6 @@ def bert(model: Any, ids: Tensor, at: At = plain) -> Tensor:
 
 
 def opt(model: Any, ids: Tensor, at: At = plain) -> Tensor:
-    """Around the MLP, batch and positions are one dimension."""
     core, n = model.model.decoder, model.config.num_attention_heads
     x = at("resid.post_emb", core.embed_tokens.weight[ids] + core.embed_positions.weight[2 : 2 + ids.shape[1]])
     for i, block in enumerate(core.layers):
@@ -157,10 +156,9 @@ def opt(model: Any, ids: Tensor, at: At = plain) -> Tensor:
         k = here("attn.k", heads(attn.k_proj(y), n))
         v = here("attn.v", heads(attn.v_proj(y), n))
         x = here("resid.torso.post_attn", x + here("resid.torso.delta_attn", attn.out_proj(attention(q, k, v, here))))
-        flat = x.flatten(0, 1)
-        y = here("resid.torso.post_ln_mlp", layer_norm(block.final_layer_norm, flat, here, "resid.torso.ln_mlp"))
+        y = here("resid.torso.post_ln_mlp", layer_norm(block.final_layer_norm, x, here, "resid.torso.ln_mlp"))
         y = here("mlp.post_act", here("mlp.pre_act", block.fc1(y)).relu())
         y = here("resid.torso.delta_mlp", block.fc2(y))
-        x = here("resid.torso.post_mlp", (flat + y).view(x.shape))
+        x = here("resid.torso.post_mlp", x + y)
     x = at("resid.post_ln_f", layer_norm(core.final_layer_norm, x, at, "resid.ln_f"))
     return at("logits", x @ model.lm_head.weight.T)
