@@ -48,6 +48,14 @@ The floors, from the ground up; each imports only from the ones below it:
     anatomy_linear  what is linear between the residual stream and the logits
     lenses          logit_lens, direct_logit_attribution, head_results
     anatomy         anatomy, register_anatomy
+    normalizing     a norm in its steps
+    gradient_hooks  hooks on gradients as hooks on values
+    hooklists       Hooks, and those that act only sometimes
+    hookcollections  trees of hooks
+    autoencoder_hooks  an autoencoder in the place of a value
+    hookplaces      where the places of a tree of hooks are in a model
+    hookbinding     the context that binds a tree of hooks to a model
+    hooktrees       TransformerHooks, and the names of all of these
     hooks           functions fn(value, hook=point) as one intervention, and the levels of contexts
     points          HookPoint, and the methods of a place
     caching_hooks   which hook points to cache, and the hook that does it

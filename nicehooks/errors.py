@@ -45,6 +45,14 @@ class HookCheckFailed(NiceHooksError, RuntimeError):
     """`check_auto_hook(…, strict=True)` has found something that hooks do not do as they should on this model."""
 
 
+class HooksMisuse(NiceHooksError, ValueError):
+    """Hooks in a tree were put together, or called, in a way that cannot work."""
+
+
+class NoSuchHooks(SiteNotFound, AttributeError):
+    """A tree of hooks has no place of this name; the message has those that it has."""
+
+
 class NiceHooksWarning(UserWarning):
     """The base of every warning that this library gives."""
 

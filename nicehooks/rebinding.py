@@ -49,12 +49,13 @@ class Frame:
         args, kwargs: the arguments, as the caller passed them.
         value: the result, once there is one.
         contexts: what rules have entered around the call.
+        inside: changes the result as if within the module's own forward: before any rule sees it.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
         numbers: which call this is, for the rules that count.
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("args", "contexts", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
+    __slots__ = ("args", "contexts", "inside", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
 
     def __init__(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -63,6 +64,7 @@ class Frame:
         self.kwargs = kwargs
         self.value: Any = None
         self.contexts: list[AbstractContextManager[Any]] = []
+        self.inside: Any = None
         self.watcher: Any = None
         self.numbers: dict[int, int] = {}
         self.kept: dict[Any, Any] = {}
@@ -219,9 +221,10 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
     try:
         for rule in rules:
             rule.before(frame)
-        frame.value = (
-            _watched_call(tap, frame) if frame.watcher is not None else tap.call(frame.module, frame.args, frame.kwargs)
-        )
+        watched = frame.watcher is not None
+        frame.value = _watched_call(tap, frame) if watched else tap.call(frame.module, frame.args, frame.kwargs)
+        if frame.inside is not None:
+            frame.value = frame.inside(frame)
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:

@@ -1,0 +1,149 @@
+"""Normalization in its steps: what a norm computes at once, as values that hooks can reach.
+
+NOTE [A norm in its steps]
+A norm is one fused call, or one expression, so there is nothing in it that a path could name. Where a step is hooked,
+it is computed anew from the input, in the place of what the module has returned, before anything acts on that: so what
+was entered earlier and changes the output of the norm still does. If no hook changes a step, the module's own result
+stands, bit for bit.
+
+NOTE [Which formula]
+Norms have many classes and few formulas: with a mean or without, with `weight` or `1 + weight` as the gain. Which one
+it is, is found by trying them on an input of our own, once for each entry. A class that fits none is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.arguments import arguments_of
+from nicehooks.errors import UnsupportedModule
+from nicehooks.rebinding import Frame
+from nicehooks.rules import Action, SiteRule
+from nicehooks.selection import Site
+from nicehooks.steps import When
+
+STEPS = ("post_mean_subtraction", "scale", "post_scale")
+"""The steps of a norm, in order: `x - mean`, `sqrt(var + eps)`, and their ratio, before the gain and the bias."""
+
+
+class NormFormula(NamedTuple):
+    """How a norm computes its result.
+
+    Attributes:
+        eps: what is added to the variance, or to the mean square; None for the smallest step of the dtype.
+        centred: whether the mean is subtracted (LayerNorm; not RMSNorm).
+        offset: what is added to the weight to make the gain.
+    """
+
+    eps: float | None
+    centred: bool
+    offset: float
+
+    def scale_of(self, centred: Tensor) -> Tensor:
+        """`sqrt(mean(x²) + eps)`, `[..., 1]`."""
+        eps = torch.finfo(centred.dtype).eps if self.eps is None else self.eps
+        return (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+    def finished(self, module: Any, normalized: Tensor, dtype: torch.dtype) -> Tensor:
+        """`normalized` with gain and bias."""
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        value = normalized if weight is None else normalized * (weight.to(normalized.dtype) + self.offset)
+        return (value if bias is None else value + bias.to(value.dtype)).to(dtype)
+
+
+class NormRule(SiteRule):
+    """Brings one step of a norm to an action; see NOTE [A norm in its steps]."""
+
+    __slots__ = ("formula", "step")
+
+    def __init__(self, site: Site, action: Action, when: When, step: str, formula: NormFormula) -> None:
+        super().__init__(site, action, when)
+        self.step = step
+        self.formula = formula
+
+    def before(self, frame: Frame) -> None:
+        self.number(frame)
+        if frame.inside is None:
+            frame.inside = _NormInSteps(self.formula)
+        frame.inside.rules.append(self)
+
+    def after(self, frame: Frame) -> None:
+        pass
+
+
+class _NormInSteps:
+    """One call of a norm, for all the rules on its steps, in their order."""
+
+    def __init__(self, formula: NormFormula) -> None:
+        self.formula = formula
+        self.rules: list[NormRule] = []
+
+    def __call__(self, frame: Frame) -> Any:
+        names, _ = frame.tap.parameters
+        x = arguments_of(names, frame.args, frame.kwargs)[0]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as the norms themselves do
+        same = True
+        if self.formula.centred:
+            plain = wide - wide.mean(-1, keepdim=True)
+            wide = self._through("post_mean_subtraction", plain, frame)
+            same = wide is plain
+        plain = self.formula.scale_of(wide)
+        scale = self._through("scale", plain, frame)
+        same = same and scale is plain
+        plain = wide / scale
+        normalized = self._through("post_scale", plain, frame)
+        if same and normalized is plain:
+            return frame.value
+        return self.formula.finished(frame.module, normalized, frame.value.dtype)
+
+    def _through(self, step: str, value: Tensor, frame: Frame) -> Tensor:
+        for rule in self.rules:
+            if rule.step == step:
+                value = rule.through(frame, value)
+        return value
+
+
+# --- which formula ----------------------------------------------------------------------------------------------------
+
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
+
+
+def formula_of(module: nn.Module) -> NormFormula:
+    """How `module` normalizes; see NOTE [Which formula].
+
+    Raises:
+        UnsupportedModule: it is none of the known ways.
+    """
+    eps: Any = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return NormFormula(eps, True, 0.0)
+    for formula in [NormFormula(eps, centred, offset) for centred in (True, False) for offset in (0.0, 1.0)]:
+        if _fits(formula, module):
+            return formula
+    raise UnsupportedModule(UNKNOWN_NORM.format(kind=type(module).__name__))
+
+
+def _fits(formula: NormFormula, module: nn.Module) -> bool:
+    """Whether `formula` gives what `module` does, on an input whose mean is not zero."""
+    example: Any = next(iter(module.parameters(recurse=False)), torch.empty(getattr(module, "normalized_shape", (8,))))
+    size = example.shape[-1]
+    x = torch.linspace(-1, 2, 2 * size, dtype=torch.float64).sin().reshape(1, 2, size) + 0.5
+    x = x.to(device=example.device, dtype=example.dtype)
+    try:
+        with torch.no_grad():
+            expected: Any = type(module).forward(module, x)  # the class's own: no intervention acts on it
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            wide = wide - wide.mean(-1, keepdim=True) if formula.centred else wide
+            found = formula.finished(module, wide / formula.scale_of(wide), expected.dtype)
+            return bool(torch.allclose(found, expected, rtol=0.05 if x.dtype != wide.dtype else 1e-4, atol=1e-4))
+    except (RuntimeError, TypeError, AttributeError, IndexError):  # it takes other inputs, or returns something else
+        return False
+
+
+UNKNOWN_NORM = (
+    "{kind} is no normalization whose steps are known: neither that of nn.LayerNorm nor that of an RMSNorm, with "
+    "weight or 1 + weight as its gain. Its whole result can be hooked: .post_ln_attn, .post_ln_mlp, .post_ln_f."
+)
