@@ -153,7 +153,8 @@ class Intervention:
 
     def _start_traced(self) -> Session:
         self._plan = self._make_plan()
-        self._session = Session(self._plan.label, attached=True)
+        self._session = Session(self._plan.label)
+        self._session.attached = True  # acts wherever its rules are: nobody else has them
         self._session.counting = self._plan.counting
         for _, rule in self._plan.pairs:
             rule.session = self._session

@@ -99,7 +99,7 @@ def read(tensor: Tensor, step: Any) -> Tensor:
 def _split(tensor: Tensor, count: int) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[-1] % count:
         raise TreeMismatch(f"/{count} does not divide the last dimension of {describe(tensor)}")
-    return tensor.unflatten(-1, (count, tensor.shape[-1] // count))
+    return tensor.reshape(*tensor.shape[:-1], count, tensor.shape[-1] // count)  # a view; Dynamo may not take unflatten
 
 
 def _split_rows(tensor: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
