@@ -232,13 +232,13 @@ def _ways(value: Any, chain: Chain) -> Iterator[tuple[Chain, Chain]]:
 
 
 def _watched_part(
-    stations: Stations, used: set[int], part: Any, act: Callable[[Any], Any], make: bool = False, last: bool = False
+    stations: Stations, used: list[Tensor], part: Any, act: Callable[[Any], Any], make: bool = False, last: bool = False
 ) -> tuple[Any, bool]:
     """`part` with `act` on the gradient of it, or on a tuple of those of its elements, and whether it has any.
 
     Args:
         stations: those of this side of the call.
-        used: the tensors, by `id`, that have other uses.
+        used: the tensors that have other uses.
         part: a tensor, or a container of some.
         act: what acts on the gradients, all at once.
         make: whether a tensor that nothing has made differentiable is made so.

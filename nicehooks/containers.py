@@ -51,6 +51,11 @@ def is_same(new: Any, old: Any) -> bool:
     return new is old if isinstance(old, Tensor) or not torch.compiler.is_compiling() else False
 
 
+def place_in(values: Iterable[Any], value: Any) -> int | None:
+    """Where `value` itself stands among `values`. Not by `id`: compiled code would be for that one tensor alone."""
+    return next((at for at, one in enumerate(values) if one is value), None)
+
+
 def leaves(tree: Any) -> list[Any]:
     """All leaves of `tree` in order; `None` is a leaf."""
     if isinstance(tree, Tensor):

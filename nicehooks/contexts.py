@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from nicehooks.errors import (
     SiteNotFound,
     SiteNotReached,
 )
+from nicehooks.gradients import act_on_gradient
 from nicehooks.parameters import stand_in, step_back
 from nicehooks.ports import Pairs, rules_for, slow_path_rules
 from nicehooks.rebinding import bind, unbind
@@ -25,6 +27,7 @@ from nicehooks.rules import Action, SiteRule, StepRule
 from nicehooks.selection import Group, Site, Where, select_groups, unwrap
 from nicehooks.sessions import Session
 from nicehooks.steps import When
+from nicehooks.tickets import give_ticket, take_ticket
 from nicehooks.tracing import bind_traced, groups_of, unbind_traced
 from nicehooks.weights import AttributeRule, ParameterRule
 
@@ -38,7 +41,17 @@ class _Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What entering does: made at the first entry, used again by the next ones."""
+    """What entering does: made at the first entry, used again by the next ones.
+
+    Attributes:
+        label: how the intervention is shown.
+        pairs: the rules, each with the module whose tap it belongs to.
+        groups: the rules of the sites that each item of a `where` has selected.
+        holders: the modules with a parameter that may have another value.
+        counting: whether steps, calls, or the depth in the root model matter.
+        keys: the keys of the sites.
+        in_backward: the rules of the sites, by their `index`; empty if none of them is about a gradient.
+    """
 
     label: str
     pairs: Pairs
@@ -46,6 +59,7 @@ class Plan(NamedTuple):
     holders: list[nn.Module]
     counting: bool
     keys: frozenset[str]
+    in_backward: list[SiteRule]
 
 
 class Intervention:
@@ -144,6 +158,8 @@ class Intervention:
             for module in plan.holders:
                 done += 1
                 stand_in(module)
+            if plan.in_backward and internals.innermost_transform() is None:
+                give_ticket(session, [partial(act_on_gradient, rule) for rule in plan.in_backward])
             sessions.begin(session)
             bind(plan.pairs, self.first)
         except BaseException:
@@ -177,6 +193,7 @@ class Intervention:
             raise
         finally:
             sessions.end(session)
+            take_ticket(session)
             self._session = None
             for module in plan.holders[:holders]:
                 step_back(module)
@@ -208,8 +225,9 @@ class Intervention:
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         for index, rule in enumerate(rules):
             rule.index = index
+        gradients = rules if any([rule.path.port.kind.endswith("grad") for rule in rules]) else []
         keys = frozenset([rule.key for rule in rules])
-        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules), keys)
+        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules), keys, gradients)
 
     def _selected(self, where: Where) -> list[Group]:
         select = groups_of if torch.compiler.is_dynamo_compiling() else select_groups

@@ -15,7 +15,7 @@ A hook outlives its context, with the graph it is in. It does nothing once the s
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,16 +24,32 @@ from torch import Tensor
 from nicehooks import internals, trees
 from nicehooks.arguments import InputRule
 from nicehooks.errors import TreeMismatch
-from nicehooks.paths import ModulePath
+from nicehooks.paths import with_chain
 from nicehooks.rebinding import Frame
 from nicehooks.rules import SiteRule
 from nicehooks.stations import Gradients, Stations
-from nicehooks.trees import Chain
+from nicehooks.tickets import passed
+from nicehooks.trees import Chain, place_in
 
 NO_GRADIENT = (
     "no gradient came by. Run backward inside the context, of something that depends on this value, with gradients "
     "enabled in the forward. (An in-place layer overwrites its input: take the gradient of the module before it.)"
 )
+
+
+def act_on_gradient(rule: SiteRule, gradient: Tensor, key: str, steps: int, order: int, mapped: int = 0) -> Any:
+    """`gradient`, of a tensor at `key`, after the rule has acted on it.
+
+    Args:
+        steps: how many steps of the rule's path lead on in the tensor.
+        order: when the tensor was made.
+        mapped: how many dimensions in front are those of examples, which an edit sees one by one.
+    """
+    rule.session.order = order
+    act: Any = partial(rule.act, chain=rule.chain[len(rule.chain) - steps :], key=key)
+    for _ in range(mapped if rule.action.changes else 0):
+        act = torch.vmap(act, randomness="different")
+    return act(gradient)
 
 
 class GradientRule(SiteRule):
@@ -60,7 +76,12 @@ class InputGradientRule(InputRule):
 
 
 _order = itertools.count()
-"""Numbers the values whose gradients are watched: backward comes to the last call of a module first."""
+
+
+@internals.evaluated_while_tracing
+def next_order() -> int:
+    """Numbers the values whose gradients are watched: backward comes to the last call of a module first."""
+    return next(_order)
 
 
 def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
@@ -71,24 +92,24 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
     return watched_at(rule, frame, key, value, chain, used_by(frame, value))
 
 
-def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: set[int]) -> Any:
-    """As `watched`, at the path `key`; `used` are the tensors, by `id`, that have another use than this one."""
+def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: list[Tensor]) -> Any:
+    """As `watched`, at the path `key`; `used` are the tensors that have another use than this one."""
     try:
         way, rest = _split(value, chain)
         stations = stations_of(frame, rule.path.port.kind)
-        found = _Found(rule, ModulePath.parse(key), len(way), rest, used, set(), stations)
+        found = _Found(rule, key, len(way), rest, used, [], stations)
         return trees.rewrite(value, way, lambda part: _watch_part(found, part))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
 
 
-def used_by(frame: Frame, value: Any) -> set[int]:
-    """The tensors, by `id`, with another use than one in `value`: what went into the call, and what is there twice."""
-    used = {id(leaf) for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)}
-    if not isinstance(value, Tensor):
-        here = [id(leaf) for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
-        used |= {one for one in here if here.count(one) > 1}
-    return used
+def used_by(frame: Frame, value: Any) -> list[Tensor]:
+    """The tensors with another use than one in `value`: what went into the call, and what is there twice."""
+    used = [leaf for leaf in trees.leaves((frame.args, frame.kwargs)) if isinstance(leaf, Tensor)]
+    if isinstance(value, Tensor):
+        return used
+    here = [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+    return used + [one for at, one in enumerate(here) if place_in(here[:at], one) is not None]
 
 
 def stations_of(frame: Frame, port: str) -> Stations:
@@ -109,26 +130,26 @@ class _Found(NamedTuple):
 
     Attributes:
         rule: the rule whose action the gradients go through.
-        path: the path of the site.
+        text: the path of the site in this call.
         taken: how many steps of the path lead to the tensors.
         rest: the steps that lead on in them.
-        used: the tensors, by `id`, that have another use than this one.
-        passed: the tensors, by `id`, that this rule has come by already.
+        used: the tensors that have another use than this one.
+        passed: the tensors that this rule has come by already.
         stations: where gradients of this call are acted on already.
     """
 
     rule: SiteRule
-    path: ModulePath
+    text: str
     taken: int
     rest: Chain
-    used: set[int]
-    passed: set[int]
+    used: list[Tensor]
+    passed: list[Tensor]
     stations: Stations
 
     def key(self, more: Chain) -> str:
         """The path of the tensor at the end of `more`."""
-        chain = self.path.chain
-        return str(replace(self.path, chain=(*chain[: self.taken], *more, *chain[self.taken :])))
+        chain = self.rule.path.chain
+        return with_chain(self.text, (*chain[: self.taken], *more, *chain[self.taken :]))
 
 
 def _watch_part(found: _Found, part: Any) -> Any:
@@ -150,26 +171,30 @@ def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
         return part
     inner = zip(node.entries, node.children, strict=True)
     children = [_watch_all(found, child, (*more, entry)) for entry, child in inner]
-    same = all([new is old for new, old in zip(children, node.children, strict=True)])
+    same = all([trees.is_same(new, old) for new, old in zip(children, node.children, strict=True)])
     return part if same else node.rebuild(children)
 
 
 def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
     rule, rest = found.rule, found.rest
-    if tensor not in found.stations or id(tensor) in found.passed:
+    if tensor not in found.stations or place_in(found.passed, tensor) is not None:
         if not may_have_gradient(tensor):
             return tensor
-        tensor = own_use(tensor, found.used | found.passed)
+        tensor = own_use(tensor, found.used + found.passed)
         if internals.innermost_transform() is None:
             tensor = made_differentiable(tensor)
-    found.passed.add(id(tensor))
-    session, order = rule.session, next(_order)
+    found.passed.append(tensor)
+    session, order = rule.session, next_order()
+    if torch.compiler.is_dynamo_compiling() and session.ticket is not None:
+        ticket, index, steps = session.ticket, rule.index, len(rest)
+        return found.stations.watch(
+            [tensor], lambda gradients: list(passed(gradients[0], ticket, index, key, steps, order)), ticket=ticket
+        )[0]
 
     def on_gradient(gradients: Gradients) -> Gradients:
         if session.ended:
             return gradients
-        session.order = order
-        return [rule.act(gradients[0], rest, key)]
+        return [act_on_gradient(rule, gradients[0], key, len(rest), order)]
 
     return found.stations.watch([tensor], on_gradient)[0]
 
@@ -179,11 +204,13 @@ def may_have_gradient(value: Any) -> bool:
     return torch.is_grad_enabled() and _is_differentiable(value)
 
 
-def own_use(tensor: Tensor, used: set[int]) -> Tensor:
+def own_use(tensor: Tensor, used: list[Tensor]) -> Tensor:
     """`tensor`, or a view if it is in `used`: with other uses come other gradients."""
-    return tensor.view_as(tensor) if id(tensor) in used else tensor
+    return tensor if place_in(used, tensor) is None else tensor.view_as(tensor)
 
 
 def made_differentiable(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy that requires a gradient: a clone, because an in-place layer may not write to a leaf."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_().clone()
+    if tensor.requires_grad or torch.compiler.is_dynamo_compiling():  # there, the ticket does it
+        return tensor
+    return tensor.detach().requires_grad_().clone()

@@ -279,8 +279,8 @@ def _is_tensor(leaf: Any) -> bool:
 def _copied(new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return new.clone()
-    kept = {id(leaf) for leaf in trees.leaves(old)}
-    return trees.map_tensors(lambda tensor: tensor if id(tensor) in kept else tensor.clone(), new)
+    kept = [leaf for leaf in trees.leaves(old) if isinstance(leaf, Tensor)]
+    return trees.map_tensors(lambda tensor: tensor.clone() if trees.place_in(kept, tensor) is None else tensor, new)
 
 
 # --- suspend ----------------------------------------------------------------------------------------------------------
@@ -319,4 +319,4 @@ class suspend(Intervention):
             tapped = [module for module in modules if has_forward(module)]
         else:
             tapped = [module for module in modules if has_rules(module)]
-        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset())
+        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset(), [])

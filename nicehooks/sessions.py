@@ -71,6 +71,8 @@ class Session:
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
         order: of the gradient that is on its way: when its value was made.
+        ticket: by which compiled code comes back to `rules` in backward, if any of them is about a gradient.
+        rules: the rules of the sites; empty without a ticket.
         reached: the keys of the rules that have acted.
         checkpointed: how deep in activation-checkpointed regions a rule changed something.
         recomputed: whether a backward pass came by and ran it again.
@@ -90,8 +92,10 @@ class Session:
         "order",
         "reached",
         "recomputed",
+        "rules",
         "slot",
         "suspended",
+        "ticket",
     )
 
     def __init__(self, label: str, attached: bool = False) -> None:
@@ -105,6 +109,8 @@ class Session:
         self.checkpointed = 0
         self.reached: dict[str, bool] = {}
         self.slot = -1
+        self.ticket: torch.Tensor | None = None
+        self.rules: list[Any] = []
         self._progress: dict[int, Progress] = {}
 
     def progress(self) -> Progress:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nicehooks import internals
 from nicehooks.errors import UnsupportedModule
+from nicehooks.trees import place_in
 
 Gradients = list[Any]
 """The gradients of some tensors, in their order."""
@@ -31,11 +32,14 @@ class _Standing(NamedTuple):
 
     positions: list[int]
     fn: OnGradients
+    ticket: Tensor | None = None
 
     def pass_by(self, gradients: Gradients) -> Gradients:
+        """The gradients after it has acted on them; behind them, the gradient of its ticket, if it has one."""
         new = self.fn([gradients[position] for position in self.positions])
-        found = dict(zip(self.positions, new, strict=True))
-        return [found.get(position, gradient) for position, gradient in enumerate(gradients)]
+        of_ticket = new[len(self.positions) :]
+        found = dict(zip(self.positions, new[: len(self.positions)], strict=True))
+        return [*[found.get(position, gradient) for position, gradient in enumerate(gradients)], *of_ticket]
 
 
 class Station:
@@ -57,8 +61,29 @@ class Station:
     def pass_by(self, gradients: Gradients) -> Gradients:
         """The gradients after everything has acted on them."""
         for standing in [*self.line, *self.last]:
-            gradients = standing.pass_by(gradients)
+            gradients = standing.pass_by(gradients)[: len(gradients)]
         return gradients
+
+    def pass_by_with_tickets(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
+        """As `pass_by`, and the gradient of each of the `tickets`."""
+        count, tickets = len(gradients), self.tickets
+        of_tickets: list[Any] = [0.0] * len(tickets)
+        for standing in self.line:
+            new = standing.pass_by(gradients)
+            gradients = new[:count]
+            for at, ticket in enumerate(tickets):
+                if ticket is standing.ticket:
+                    of_tickets[at] = of_tickets[at] + new[count]
+        return gradients, of_tickets
+
+    @property
+    def tickets(self) -> list[Tensor]:
+        """Of those that act through an operator; see NOTE [Gradients of compiled code]."""
+        found: list[Tensor] = []
+        for standing in self.line:
+            if standing.ticket is not None and not any([standing.ticket is ticket for ticket in found]):
+                found.append(standing.ticket)
+        return found
 
     def pass_one_by(self, gradient: Tensor) -> Tensor:
         """As `pass_by`, as a hook on a tensor has to say it."""
@@ -78,26 +103,30 @@ class Stations:
     __slots__ = ("_places",)
 
     def __init__(self) -> None:
-        self._places: dict[int, tuple[Tensor, Station]] = {}  # the tensors keep their ids their own
+        self._places: list[tuple[Tensor, Station]] = []
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._places
+        return self._station_of(tensor) is not None
 
-    def watch(self, tensors: Sequence[Tensor], fn: OnGradients, last: bool = False) -> list[Tensor]:
-        """`tensors`, or what takes their place, with `fn` on their gradients, all at once."""
+    def watch(
+        self, tensors: Sequence[Tensor], fn: OnGradients, last: bool = False, ticket: Tensor | None = None
+    ) -> list[Tensor]:
+        """`tensors`, or what takes their place, with `fn` on their gradients, all at once.
+
+        With a `ticket`, which traced code has, the last that `fn` returns is the gradient of the ticket.
+        """
         if torch.compiler.is_compiling():
-            return self._watch_in_traced_code(tensors, fn)
+            return self._watch_in_traced_code(tensors, fn, ticket)
         station = self._station_of(tensors[0])
         if station is None or any([self._station_of(tensor) is not station for tensor in tensors]):
             station, tensors = self._new_station(tensors)
         if station is None:
             return list(tensors)
-        at = [id(tensor) for tensor in self._tensors_of(station)]
-        standing = _Standing([at.index(id(tensor)) for tensor in tensors], fn)
+        standing = _Standing(_places_in(self._tensors_of(station), tensors), fn)
         (station.last if last else station.line).append(standing)
         return list(tensors)
 
-    def _watch_in_traced_code(self, tensors: Sequence[Tensor], fn: OnGradients) -> list[Tensor]:
+    def _watch_in_traced_code(self, tensors: Sequence[Tensor], fn: OnGradients, ticket: Any) -> list[Tensor]:
         """Dynamo traces what a node does when the node is made, so one more in the line needs a new node."""
         before = self._station_of(tensors[0])
         if any([self._station_of(tensor) is not before for tensor in tensors]):
@@ -106,26 +135,24 @@ class Stations:
             raise UnsupportedModule(PARTS)
         station = Station()
         station.sources = list(tensors) if before is None else before.sources
-        station.line = [*([] if before is None else before.line), _Standing(list(range(len(tensors))), fn)]
-        watched = _Node.apply(station, *station.sources)
-        for tensor in watched:
-            self._places[id(tensor)] = (tensor, station)
+        station.line = [*([] if before is None else before.line), _Standing(list(range(len(tensors))), fn, ticket)]
+        watched = _Node.apply(station, *station.tickets, *station.sources)
+        self._places += [(tensor, station) for tensor in watched]
         return list(watched)
 
     def _station_of(self, tensor: Tensor) -> Station | None:
-        place = self._places.get(id(tensor))
-        return None if place is None else place[1]
+        return next((station for watched, station in reversed(self._places) if watched is tensor), None)
 
     def _tensors_of(self, station: Station) -> list[Tensor]:
-        return [tensor for tensor, at in self._places.values() if at is station]
+        return [tensor for tensor, at in self._places if at is station]
 
     def _new_station(self, tensors: Sequence[Tensor]) -> tuple[Station | None, Sequence[Tensor]]:
         """A station of `tensors`, or of what takes their place; none where nothing differentiates them."""
-        station, here = Station(), [id(tensor) for tensor in tensors]
+        station = Station()
         for before in [at for at in map(self._station_of, tensors) if at is not None]:
-            theirs = [id(tensor) for tensor in self._tensors_of(before)]
-            if set(theirs) <= set(here):  # else they come by at a later point of backward
-                station.take_over(before, [here.index(one) for one in theirs])
+            theirs = self._tensors_of(before)
+            if all([place_in(tensors, one) is not None for one in theirs]):  # else they come by later in backward
+                station.take_over(before, _places_in(tensors, theirs))
         if len(tensors) == 1:
             hooked = internals.hook_gradient(tensors[0], station.pass_one_by)
             if hooked is None:
@@ -133,9 +160,13 @@ class Stations:
             tensors = [hooked]
         else:
             tensors = _NodeWithTangents.apply(station, *tensors)
-        for tensor in tensors:
-            self._places[id(tensor)] = (tensor, station)
+        self._places += [(tensor, station) for tensor in tensors]
         return station, tensors
+
+
+def _places_in(tensors: Sequence[Tensor], some: Sequence[Tensor]) -> list[int]:
+    """Where each of `some` stands among `tensors`, which has them all."""
+    return [at for one in some if (at := place_in(tensors, one)) is not None]
 
 
 PARTS = (
@@ -151,7 +182,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(station: Station, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tuple([tensor.clone() for tensor in tensors])
+        return tuple([tensor.clone() for tensor in tensors[len(station.tickets) :]])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -159,7 +190,10 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return (None, *ctx.station.pass_by(list(gradients)))
+        if not ctx.station.tickets:
+            return (None, *ctx.station.pass_by(list(gradients)))
+        new, of_tickets = ctx.station.pass_by_with_tickets(list(gradients))
+        return (None, *of_tickets, *new)
 
 
 class _NodeWithTangents(_Node):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nicehooks import regions
-from nicehooks.containers import Node, describe, is_same, leaves, map_tensors, open_node
+from nicehooks.containers import Node, describe, is_same, leaves, map_tensors, open_node, place_in
 from nicehooks.errors import TreeMismatch
 from nicehooks.regions import STAR, Chain, Constant, Heads, Rows, show_step
 
@@ -33,6 +33,7 @@ __all__ = [
     "length",
     "map_tensors",
     "open_node",
+    "place_in",
     "rewrite",
     "show_step",
     "usable",

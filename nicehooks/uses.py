@@ -86,7 +86,7 @@ class UseGradientRule(UseRule):
 
     def on_use(self, frame: Frame, number: int, value: Any) -> Any:
         key = self.key_of_call(frame, "", number)
-        return value if key is None else watched_at(self, frame, key, value, self.chain, set())
+        return value if key is None else watched_at(self, frame, key, value, self.chain, [])
 
 
 class ComputedRule(Rule):
