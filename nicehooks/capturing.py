@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from nicehooks import internals, trees
 from nicehooks.activations import ActivationCache
 from nicehooks.contexts import Intervention, Plan
+from nicehooks.errors import UnsupportedModule
 from nicehooks.given import call_user, show_where, takes_site
 from nicehooks.internals import innermost_transform, version_counter
 from nicehooks.ports import Pairs
-from nicehooks.rebinding import StopForward
-from nicehooks.rules import Action, OutputRule, SiteRule
+from nicehooks.rebinding import Frame, StopForward
+from nicehooks.rules import Action, OutputRule, SiteRule, StepRule
 from nicehooks.seen import versions_of
 from nicehooks.selection import Census, Site, Where
-from nicehooks.sessions import Session
+from nicehooks.sessions import Session, note_export
 from nicehooks.steps import ALWAYS
 
 Keep = Literal["first", "last", "all"]
@@ -89,6 +91,9 @@ class capture(Intervention):
         if plain and self._action.is_plain:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
+
+    def _step_rule(self) -> StepRule:
+        return _StepOfCapture(self._action)
 
     def _counts(self, rules: list[SiteRule]) -> bool:
         return self._action.stop or super()._counts(rules)
@@ -210,6 +215,47 @@ class _Capture(Action):
         progress.seen.add(key)
         if len(progress.seen) == self.expected and progress.depth > 0:
             raise StopForward(session)
+
+
+class _StepOfCapture(StepRule):
+    """Hands the activations of a model that is being exported out beside its output.
+
+    What was captured there are no values, but what stands for them in the program that is made.
+    """
+
+    __slots__ = ("action",)
+
+    def __init__(self, action: _Capture) -> None:
+        self.action = action
+
+    def before(self, frame: Frame) -> None:
+        super().before(frame)
+        if internals.is_exporting() and not self.session.exporting:
+            if internals.is_part_of_export():
+                raise UnsupportedModule(PART_OF_EXPORT.format(label=self.session.label))
+            frame.enter(_HandedOut(frame, self.session, self.action.cache))
+
+
+PART_OF_EXPORT = (
+    "{label} is around an export of which its model is only a part, so it cannot hand the activations out.\n"
+    "    output, activations = captured(model, …)(x)  # in the forward of the module around the model"
+)
+
+
+class _HandedOut(AbstractContextManager[None]):
+    def __init__(self, frame: Frame, session: Session, cache: ActivationCache) -> None:
+        self.frame = frame
+        self.session = session
+        self.cache = cache
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        frame, found = self.frame, dict(self.cache)
+        before = frame.kept.get("handed out")
+        frame.kept["handed out"] = everything = {**found, **({} if before is None else before)}
+        frame.value = (frame.value if before is None else frame.value[0], everything)
+        for key in found:
+            note_export(self.session, key)
+        self.cache.clear()
 
 
 class _WholeOutput(OutputRule):

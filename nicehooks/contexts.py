@@ -91,6 +91,10 @@ class Intervention:
     def _rules(self, site: Site, action: Action) -> Pairs:
         return rules_for(site, action, When(self.steps, self.calls, site.path.call), unwrap(self.model))
 
+    def _step_rule(self) -> StepRule:
+        """What happens whenever the model itself is called."""
+        return StepRule()
+
     def _entered(self, session: Session) -> Any:
         """What `with … as` gives."""
         return self
@@ -200,7 +204,7 @@ class Intervention:
 
     def _make_plan(self) -> Plan:
         groups: list[_Group] = []
-        pairs: Pairs = [(unwrap(self.model), StepRule())]
+        pairs: Pairs = [(unwrap(self.model), self._step_rule())]
         sites: list[Site] = []
         for where, action in self._actions():
             made: dict[Any, Pairs] = {}  # a site that two items select is one site

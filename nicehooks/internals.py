@@ -290,6 +290,30 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
     return True
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` runs around this line (torch 2.7 … 2.13; False before)."""
+    return _is_exporting()
+
+
+@evaluated_while_tracing
+def is_part_of_export() -> bool:
+    """Whether the module that is called around this line is only a part of the one that is exported.
+
+    Other modules are being called around it, besides those of `torch.export` itself (torch 2.7 … 2.13). In code that
+    Dynamo traces (`strict=True`) there is nobody to ask.
+    """
+    kinds: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            kinds.append(type(frame.f_locals["self"]).__module__)
+        frame = frame.f_back
+    return len([kind for kind in kinds if not kind.startswith(("torch.export", "torch._export"))]) > 1
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 no_forward = nn.Module.forward

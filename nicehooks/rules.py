@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import internals, trees
+from nicehooks import internals, sessions, trees
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths import EVERY_CALL, ModulePath, with_chain
 from nicehooks.rebinding import Frame, Passing, Rule, StopForward
@@ -155,6 +155,7 @@ class SiteRule(Rule):
         empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
         if not empty:
             self.session.reached[self.key] = True
+            sessions.note_export(self.session, self.key)
         if told:
             return self.action.act_in_call(call, value, key=key, site=self.site)
         return self.action.act(self.session, value, key=key, site=self.site)
@@ -208,6 +209,7 @@ class StepRule(Rule):
 
     def before(self, frame: Frame) -> None:
         self.session.called = True
+        sessions.note_export(self.session, "")
         if not self.session.counting:
             return
         progress = self.session.progress()

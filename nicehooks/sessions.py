@@ -66,6 +66,7 @@ class Session:
         level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
+        exporting: whether it was entered inside of code that is being exported.
         ended: whether the context was left.
         called: whether the root model was called here.
         elsewhere: whether a selected module was called where this session does not act.
@@ -87,6 +88,7 @@ class Session:
         "counting",
         "elsewhere",
         "ended",
+        "exporting",
         "label",
         "level",
         "order",
@@ -104,6 +106,7 @@ class Session:
         self.counting = False
         self.order = 0
         self.level = 0 if attached else internals.transform_level()  # a handle may outlive every transform
+        self.exporting = internals.is_exporting()
         self.ended = False
         self.called = self.elsewhere = self.suspended = self.recomputed = False
         self.checkpointed = 0
@@ -192,6 +195,19 @@ def end(session: Session) -> None:
     HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)
     with LOCK:
         _used_slots.discard(session.slot)
+
+
+def note_export(session: Session, key: str) -> None:
+    """Under export: that the model was called, and a site reached. At once: what is exported is traced and never run."""
+    if internals.is_exporting() and not session.exporting:
+        _note(session, key)
+
+
+@internals.evaluated_while_tracing
+def _note(session: Session, key: str) -> None:
+    session.called = True
+    if key:
+        session.reached[key] = True
 
 
 def acts_in_backward(session: Session) -> bool:
