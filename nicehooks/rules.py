@@ -209,7 +209,7 @@ class StepRule(Rule):
 
     def before(self, frame: Frame) -> None:
         self.session.called = True
-        sessions.note_export(self.session, "")
+        sessions.note_export(self.session)
         if not self.session.counting:
             return
         progress = self.session.progress()

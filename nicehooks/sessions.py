@@ -197,16 +197,16 @@ def end(session: Session) -> None:
         _used_slots.discard(session.slot)
 
 
-def note_export(session: Session, key: str) -> None:
-    """Under export: that the model was called, and a site reached. At once: what is exported is traced and never run."""
+def note_export(session: Session, key: str | None = None) -> None:
+    """Under export: that the model was called, and a site reached. What is exported is traced and never run."""
     if internals.is_exporting() and not session.exporting:
         _note(session, key)
 
 
 @internals.evaluated_while_tracing
-def _note(session: Session, key: str) -> None:
+def _note(session: Session, key: str | None) -> None:
     session.called = True
-    if key:
+    if key is not None:
         session.reached[key] = True
 
 
