@@ -27,7 +27,7 @@ from nicehooks.arithmetic import Number, combine
 from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
 from nicehooks.parts import is_within, means_several, parsed, wholes_of
 from nicehooks.paths import OUTPUT, ModulePath
-from nicehooks.seen import Calls, Watch, describe
+from nicehooks.seen import Calls, Link, Watch, calls_of, describe
 from nicehooks.selection import Site
 from nicehooks.trees import Chain
 
@@ -55,6 +55,7 @@ class ActivationCache(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
         super().__init__(values)
         self._pass_starts: dict[str, int] = {}
+        self._firsts: dict[str, bool] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
         self._other_names: Callable[[str], list[str]] = _no_other_names
         if isinstance(values, ActivationCache):
@@ -112,6 +113,9 @@ class ActivationCache(dict[str, Any]):
 
     def _fresh(self, key: str) -> Any:
         value = dict.__getitem__(self, key)
+        if isinstance(value, Link):
+            value = calls_of(value)
+            dict.__setitem__(self, key, value)
         if self._seen and not torch.compiler.is_compiling():
             if len(self._seen) > len(self):
                 self._forget()
@@ -209,19 +213,32 @@ class ActivationCache(dict[str, Any]):
 
     def record(self, key: str, value: Any, keep: str = "last") -> None:
         """Stores a captured value, with its version, to notice when it is overwritten later."""
-        if keep == "first" and dict.__contains__(self, key):
-            return
+        if keep == "first":
+            if self._has_first(key):
+                return
+            self._firsts[key] = True
         if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
-            dict.__setitem__(self, key, Calls([*dict.get(self, key, ()), value]) if keep == "all" else value)
+            dict.__setitem__(self, key, Link(dict.get(self, key), value) if keep == "all" else value)
             return
         watch = Watch.over(value)
         if keep == "all":
             before = dict.get(self, key)
+            before = calls_of(before) if isinstance(before, Link) else before
             if type(before) is Calls:
                 watch = (self._watch(key) or Watch()).joined(watch)
             value = Calls([*before, value]) if type(before) is Calls else Calls([value])
         self[key] = value
         self._seen[key] = watch
+
+    def _has_first(self, key: str) -> bool:
+        """Whether there is a value already; traced code does not look at values of other graphs (their `.grad` warns)."""
+        return key in self._firsts if torch.compiler.is_compiling() else dict.__contains__(self, key)
+
+    def settle(self) -> None:
+        """Makes lists of the calls that compiled code has collected."""
+        for key, value in list(dict.items(self)):
+            if isinstance(value, Link):
+                dict.__setitem__(self, key, calls_of(value))
 
     def _watch_as(self, other: ActivationCache) -> None:
         """Watches over the values that are those of `other`; the watch over another value notices nothing."""
@@ -247,6 +264,7 @@ class ActivationCache(dict[str, Any]):
         Raises:
             SiteNotFound: an item of `where` selects nothing.
         """
+        self.settle()
         keys = list(dict.fromkeys(self._chosen(where)))
         chosen = self._like([(key, self[key]) for key in keys])
         for key in keys:
@@ -402,6 +420,7 @@ class ActivationCache(dict[str, Any]):
     @property
     def nbytes(self) -> int:
         """The memory of all tensors, in bytes; a tensor that is there twice counts once."""
+        self.settle()
         leaves = [leaf for value in dict.values(self) for leaf in trees.leaves(value)]
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -424,6 +443,7 @@ class ActivationCache(dict[str, Any]):
         return f"ActivationCache: {_sites(self)}, {show_bytes(self.nbytes)}"
 
     def _rows(self) -> list[tuple[str, str]]:
+        self.settle()
         return [(str(key), describe(value)) for key, value in dict.items(self)]
 
     def __repr__(self) -> str:

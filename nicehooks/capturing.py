@@ -109,6 +109,7 @@ class capture(Intervention):
             self._action.begin(0)
 
     def _all_reached(self, session: Session, plan: Plan) -> bool:
+        self._action.cache.settle()
         return not plan.keys.difference(dict.keys(self._action.cache)).difference(session.reached)
 
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:

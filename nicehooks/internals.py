@@ -143,7 +143,9 @@ def transform_size(transform: Any) -> int | None:
 
 def lift_traced(value: Tensor, level: int) -> Tensor:
     """`lift`, in code that is being traced: with what the transforms themselves do to their results."""
-    for above, size in _transforms_above(level):
+    for above, size in _running_transforms():
+        if above <= level:
+            break
         if size is None:
             value = functorch._unwrap_for_grad(value, above)
         else:
@@ -152,13 +154,12 @@ def lift_traced(value: Tensor, level: int) -> Tensor:
 
 
 @evaluated_while_tracing
-def _transforms_above(level: int) -> list[tuple[int, int | None]]:
-    """The level of each running transform above `level`, and the size of a `vmap`, the innermost first."""
+def _running_transforms() -> list[tuple[int, int | None]]:
+    """The level of each running transform, and the size of a `vmap`, the innermost first."""
     found: list[tuple[int, int | None]] = []
     for transform in reversed(retrieve_all_functorch_interpreters()):
-        if transform.level() > level:
-            size = transform.batch_size() if isinstance(transform, VmapInterpreter) else None
-            found.append((transform.level(), size))
+        size = transform.batch_size() if isinstance(transform, VmapInterpreter) else None
+        found.append((transform.level(), size))
     return found
 
 

@@ -19,6 +19,27 @@ class Calls(list[_T]):
     """One value per call of a site, in the order in which the calls ended: what `keep="all"` collects."""
 
 
+class Link:
+    """One more call, behind those before: how compiled code collects calls without looking at them.
+
+    What it looked at, Dynamo would guard, and compile again for each number of calls.
+    """
+
+    def __init__(self, before: Any, value: Any) -> None:
+        self.before = before
+        self.value = value
+
+
+def calls_of(link: Link) -> Calls[Any]:
+    """The calls that `link` and those before it stand for."""
+    values: list[Any] = []
+    before: Any = link
+    while type(before) is Link:
+        values.append(before.value)
+        before = before.before
+    return Calls([*(before or ()), *reversed(values)])
+
+
 def describe(value: Any) -> str:
     """The structure of a value; calls that look alike are counted."""
     if type(value) is not Calls:

@@ -189,6 +189,61 @@ def test_with_transforms(name, where):
         check(entered(context, compiled(run)), entered(context, run), model)
 
 
+@pytest.mark.parametrize("keep", ["first", "last", "all"])
+def test_many_calls_in_one_context_are_compiled_a_few_times(keep):
+    """Then never again, in other entries neither: what traced code reads does not depend on how full the cache is."""
+    model = make("Thrice")
+    run = compiled(model)
+    for _ in range(2):
+        with (
+            capture(model, "block", keep=keep) as acts,
+            capture(model, "block#1") as second,
+            ablate(model, "block[:, 0]", steps=[1]),
+        ):
+            for step in range(12):
+                run(inputs() + step)
+        with (
+            capture(model, "block", keep=keep) as expected,
+            capture(model, "block#1") as expected_second,
+            ablate(model, "block[:, 0]", steps=[1]),
+        ):
+            for step in range(12):
+                model(inputs() + step)
+        agree((acts, second), (expected, expected_second))
+        assert graphs() <= 4
+        assert len(acts.calls("block")) == (36 if keep == "all" else 1)
+
+
+def test_a_list_of_calls_is_complete_wherever_it_is_read():
+    model = make("Thrice")
+    run = compiled(model)
+    with capture(model, "block", keep="all") as acts:
+        run(inputs())
+        assert "3 × Tensor[5, 4]" in repr(acts)
+        run(inputs())
+        assert acts.nbytes == 6 * 5 * 4 * 4
+        model(inputs())
+        run(inputs())
+        assert [len(calls) for calls in acts.select("*").values()] == [12]
+    assert len(acts["block"]) == 12
+
+
+def test_other_batch_sizes():
+    model = make("Mlp")
+    run = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for size in (5, 3, 8):
+        x = torch.randn(size, 4)
+        with steer(model, "embed[:, 0]", torch.ones(())), capture(model, "blocks.1[:, :2]", "head@input[0]") as acts:
+            out = run(x)
+        with (
+            steer(model, "embed[:, 0]", torch.ones(())),
+            capture(model, "blocks.1[:, :2]", "head@input[0]") as expected,
+        ):
+            agree(out, model(x))
+        agree(acts, expected)
+    assert graphs() == 1
+
+
 def test_a_stack_inside():
     model = make("Mlp")
 
