@@ -231,7 +231,7 @@ class ActivationCache(dict[str, Any]):
         self._seen[key] = watch
 
     def _has_first(self, key: str) -> bool:
-        """Whether there is a value already; traced code does not look at values of other graphs (their `.grad` warns)."""
+        """Whether there is a value already; traced code looks at no values of other graphs (their `.grad` warns)."""
         return key in self._firsts if torch.compiler.is_compiling() else dict.__contains__(self, key)
 
     def settle(self) -> None:
