@@ -13,10 +13,6 @@ from worlds import inputs, make, state
 
 from nicehooks import SiteNotReached, ablate, capture, edit, tickets
 
-# Dynamo of torch 2.13 itself makes an instance of each autograd function that it traces, which torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()

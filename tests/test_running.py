@@ -719,7 +719,6 @@ def test_hooks_in_compiled_code(net, compiled, path):
 
 
 # What torch does itself where it traces a node of the graph.
-@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")
 @pytest.mark.parametrize("path", ["first", "two", "two[0]", "first[..., 1]", ""])
 def test_hooks_on_gradients_in_compiled_code(net, compiled, path):
     def gradient(model):
