@@ -17,6 +17,7 @@ reach the method of the subclass, patch the subclass.
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks.errors import ContextMisuse, UnsupportedModule
+from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule
 from nicehooks.sessions import LOCK
 
 
@@ -169,9 +170,19 @@ class MethodHandle:
             if method is None or not self.active:
                 return
             method.users = [user for user in method.users if user is not self]
-            if not method.users:
-                del _patched[self.kind, self.name]
-                _put_back(method)
+            if method.users:
+                return
+            del _patched[self.kind, self.name]
+            _put_back(method)
+            in_use = any(["forward" in vars(module) for module in method.modules.values()])
+        if in_use:
+            warnings.warn(IN_USE.format(handle=self), NotReachedWarning, stacklevel=2)
+
+
+IN_USE = (
+    "{handle} was removed while something acts on this method: from here on that does nothing. "
+    "Leave the contexts and remove the hooks on it first."
+)
 
 
 def _put_back(method: _MethodAsModule) -> None:

@@ -13,6 +13,7 @@ from worlds import inputs, make, state
 
 from nicehooks import SiteNotReached, ablate, capture, edit, tickets
 
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from worlds import WORLDS, inputs, same, state
 
 from nicehooks import (
     ContextMisuse,
+    NotReachedWarning,
     SiteNotFound,
     UnsupportedModule,
     ablate,
@@ -228,6 +229,15 @@ def test_two_handles_of_one_method(model):
     assert not two.active
     with pytest.raises(SiteNotFound):
         select(model, "0.mix")
+
+
+def test_a_method_that_something_acts_on_is_not_put_back_silently(model):
+    handle = patch_method_to_module(Attention, "mix")
+    hook = ablate(model, "0.mix").attach()
+    model(inputs())
+    with pytest.warns(NotReachedWarning, match=r"patch_method_to_module\(Attention, 'mix'\) was removed while"):
+        handle.remove()
+    hook.remove()
 
 
 def test_what_somebody_else_has_set_meanwhile_stays(model):
