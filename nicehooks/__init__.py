@@ -30,6 +30,7 @@ The floors, from the ground up; each imports only from the ones below it:
     contexts        what every intervention is: entered and left, never silent
     seen            what was seen at a site, and whether it was overwritten since
     parts           which parts of a captured value a path selects
+    choosing        which keys of a cache something selects
     arithmetic      arithmetic of nested values
     activation_files  activations in safetensors files
     activations     ActivationCache

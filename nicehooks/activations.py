@@ -10,25 +10,23 @@ overridden: either would make a store slow (60 ns more). So a value that nobody 
 
 from __future__ import annotations
 
-import difflib
 import html
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nicehooks import activation_files, internals, trees
 from nicehooks.arithmetic import Number, combine
-from nicehooks.errors import NotCaptured, PathError, SiteNotFound, StaleActivation, TreeMismatch
-from nicehooks.parts import is_within, means_several, parsed, wholes_of
-from nicehooks.paths import OUTPUT, ModulePath
+from nicehooks.choosing import keys_chosen, not_captured, sites_in, text_of
+from nicehooks.errors import NotCaptured, SiteNotFound, StaleActivation, TreeMismatch
+from nicehooks.parts import parsed, wholes_of
+from nicehooks.paths import ModulePath
 from nicehooks.seen import Calls, Link, Watch, calls_of, describe
-from nicehooks.selection import Site
 from nicehooks.trees import Chain
 
 
@@ -73,7 +71,7 @@ class ActivationCache(dict[str, Any]):
         """
         found = self._find(path)
         if found is None:
-            raise NotCaptured(_not_captured(self, path))
+            raise NotCaptured(not_captured(self, path))
         return self._read(path, *found)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -85,7 +83,7 @@ class ActivationCache(dict[str, Any]):
 
     def _find(self, key: Any) -> tuple[str, Chain] | None:
         """The key of the value that has the value at `key` in it, and the way from there."""
-        text = _text(key)
+        text = text_of(key)
         if text is None:
             return None
         if dict.__contains__(self, text):
@@ -159,11 +157,11 @@ class ActivationCache(dict[str, Any]):
     # writing
 
     def pop(self, key: Any, *default: Any) -> Any:
-        text = _text(key)
+        text = text_of(key)
         if text is None or not dict.__contains__(self, text):
             if default:
                 return default[0]
-            raise NotCaptured(_not_captured(self, key))
+            raise NotCaptured(not_captured(self, key))
         value = self._fresh(text)
         del self[text]
         self._seen.pop(text, None)
@@ -265,62 +263,13 @@ class ActivationCache(dict[str, Any]):
             SiteNotFound: an item of `where` selects nothing.
         """
         self.settle()
-        keys = list(dict.fromkeys(self._chosen(where)))
+        keys = list(dict.fromkeys(keys_chosen(self, where)))
         chosen = self._like([(key, self[key]) for key in keys])
         for key in keys:
             whole, chain = self._find(key) or (key, ())
             if chain and self._watch(whole) is not None:
                 chosen._seen[key] = Watch.over(dict.__getitem__(chosen, key))
         return chosen
-
-    def _chosen(self, where: Any) -> list[str]:
-        """The keys that `where` selects, those of parts too."""
-        if isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
-            return [key for item in where for key in self._chosen(item)]
-        if isinstance(where, bool):
-            return list(self) if where else []
-        text = _text(where)
-        if text is None:
-            return self._chosen_by(where)
-        return _keys_at(text, tuple(self)) if torch.compiler.is_dynamo_compiling() else self._at_path(text)
-
-    def _chosen_by(self, test: Any) -> list[str]:
-        if isinstance(test, re.Pattern):
-            found = [key for key in self if test.search(key)]
-        elif callable(test) and not isinstance(test, type | nn.Module):
-            found = [key for key in self if test(key)]
-        else:
-            shown = f"this {type(test).__name__}" if isinstance(test, nn.Module) else getattr(test, "__name__", test)
-            raise PathError(NO_WHERE.format(shown=shown))
-        if not found:
-            shown = getattr(test, "pattern", None) or getattr(test, "__name__", test)
-            raise SiteNotFound(f"{shown!r} selects nothing in this cache of {_sites(self)}.")
-        return found
-
-    def _at_path(self, text: str) -> list[str]:
-        """The keys that a path selects; each alternative in its braces has to select something."""
-        options = list(ModulePath.parse(text).alternatives())
-        found = [(option, part) for key in self for option in options for part in self._parts(key, option)]
-        parts = [part for _, part in found]
-        for option in options:
-            if all(option is not other for other, _ in found):
-                if option not in self:  # under another name of the module
-                    raise SiteNotFound(_not_captured(self, option))
-                parts.append(str(option))
-        return parts
-
-    def _parts(self, key: str, path: ModulePath) -> list[str]:
-        """The keys of what `path` selects in the value at `key`."""
-        own = parsed(key)
-        if own is None or not path.matches(own.plain_name):
-            return []
-        if path.call is None and path.port == OUTPUT and not path.chain:
-            return [key]
-        if not is_within(own, path):
-            return []
-        value, rest = dict.__getitem__(self, key), path.chain[len(own.chain) :]
-        whole = value[0] if type(value) is Calls and value else value
-        return [str(replace(own, chain=(*own.chain, *more))) if more else key for more in trees.each_index(whole, rest)]
 
     def stack(self, where: Any = True) -> Tensor:
         """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
@@ -352,7 +301,7 @@ class ActivationCache(dict[str, Any]):
         numbers = {own.call for key in self if (own := parsed(key)) is not None and isinstance(own.call, int)}
         each = [one for number in sorted(numbers) if (one := replace(wanted, call=number)) in self]
         if not each:
-            raise NotCaptured(_not_captured(self, path))
+            raise NotCaptured(not_captured(self, path))
         return [self[one] for one in each]
 
     # every tensor
@@ -440,7 +389,7 @@ class ActivationCache(dict[str, Any]):
         return ActivationCache(activation_files.read(file))
 
     def _title(self) -> str:
-        return f"ActivationCache: {_sites(self)}, {show_bytes(self.nbytes)}"
+        return f"ActivationCache: {sites_in(self)}, {show_bytes(self.nbytes)}"
 
     def _rows(self) -> list[tuple[str, str]]:
         self.settle()
@@ -467,24 +416,8 @@ def show_bytes(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-@internals.evaluated_while_tracing
-def _keys_at(text: str, keys: tuple[str, ...]) -> list[str]:
-    """`_at_path`, for a cache with `keys` whose values only traced code knows: a `*` in a subscript finds nothing."""
-    return ActivationCache(dict.fromkeys(keys))._at_path(text)
-
-
-# --- keys and paths ---------------------------------------------------------------------------------------------------
-
-
 def _no_other_names(name: str) -> list[str]:
     return []
-
-
-def _text(key: Any) -> str | None:
-    """`key` as text; None where it is no path."""
-    if isinstance(key, str):
-        return key
-    return str(key) if isinstance(key, ModulePath | Site) else None
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -501,30 +434,6 @@ OUTLIVED = (
     '    output, acts = captured(model, "{key}")(x)  # inside the transform: return acts from the function\n'
     '    with capture(model, "{key}") as acts: ...   # around the transform: acts gets the full batch'
 )
-
-SEVERAL = (
-    "{key!r} may mean several sites, and has no single value in this cache of {sites}.\n"
-    '    acts.select("{key}")  # a cache of them all'
-)
-
-NO_WHERE = (
-    "{shown} selects nothing in a cache, which knows paths and no modules: write a path, a Site, True, "
-    "a regular expression or a predicate over the keys, or a list of them"
-)
-
-
-def _not_captured(cache: ActivationCache, key: Any) -> str:
-    shown, sites, keys = _text(key), _sites(cache), [str(one) for one in cache]
-    if shown is not None and means_several(ModulePath.parse(shown)):
-        return SEVERAL.format(key=shown, sites=sites)
-    near = difflib.get_close_matches(str(key), keys, n=3, cutoff=0.3) or keys[:3]
-    have = f"nearest: {', '.join(near)}" if near else "it is empty"
-    return f"{key if shown is None else shown!r} is not in this cache of {sites} ({have})."
-
-
-def _sites(cache: ActivationCache) -> str:
-    return "1 site" if len(cache) == 1 else f"{len(cache)} sites"
-
 
 # --- pytrees ----------------------------------------------------------------------------------------------------------
 
