@@ -9,19 +9,11 @@ import pytest
 import torch
 import torch._dynamo
 from torch.func import grad
-from worlds import inputs, make, state
+from worlds import graphs, inputs, make, state
 
 from nicehooks import SiteNotReached, ablate, capture, edit, tickets
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]

@@ -8,22 +8,14 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
-from worlds import inputs, make, same, state
+from worlds import graphs, inputs, make, same, state
 
 from nicehooks import ablate, capture, edit, patch, splice, steer, suspend
 
 V = torch.linspace(-1, 1, 6)
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def graphs():
-    """How many graphs Dynamo has made."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(model):

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional
-from worlds import inputs, make, state
+from worlds import graphs, inputs, make, state
 
 from nicehooks import (
     KEEP,
@@ -96,15 +96,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def graphs():
-    """How many graphs Dynamo has made."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def compiled(f):

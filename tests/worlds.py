@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from nicehooks import trees
@@ -153,6 +154,11 @@ def make(name: str) -> nn.Module:
 
 def inputs() -> Tensor:
     return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has made."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def state(model: nn.Module) -> Any:
