@@ -181,7 +181,11 @@ class CallWatcher(AbstractContextManager[None]):
             raise error.error from error.error.__cause__
 
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self.call(name, method, args, kwargs)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            return self.call(name, method, args, kwargs)
+
+        # with the signature of the method, which a model may inspect
+        return watched if torch.compiler.is_dynamo_compiling() else wraps(method)(watched)
 
     def wants(self, name: str, call: Call) -> bool:
         """Whether any rule is about this call of the function called `name`, here and now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Context
 from typing import Any, NamedTuple, TypeVar
 
@@ -289,6 +289,18 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
         return False  # not loaded, or being loaded by another thread at this moment
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
     return True
+
+
+def while_nothing_is_traced() -> AbstractContextManager[Any]:
+    """Waits until Dynamo traces nothing, and lets it begin nothing (torch 2.4 … 2.13).
+
+    A tap that comes or goes in one thread would be half there for what another one is tracing.
+    """
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    return getattr(convert_frame, "compile_lock", _NO_LOCK)
+
+
+_NO_LOCK = nullcontext()
 
 
 def is_exporting() -> bool:

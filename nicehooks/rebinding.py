@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks import sessions
+from nicehooks import internals, sessions
 from nicehooks.errors import UnsupportedModule
 from nicehooks.sessions import HERE, LOCK, Session, acts_in_backward
 
@@ -199,7 +199,7 @@ def acting_in_traced_code(tap: Any) -> list[Rule]:
     acting: list[Rule] = []
     here = HERE.slots
     for rule in (*tap.rules, *entered_in_traced_code(tap.module())):
-        if rule.session.slot in here or rule.session.attached:
+        if rule.session.attached or rule.session.slot in here:
             if rule.suspends:
                 acting = []
             else:
@@ -339,7 +339,7 @@ def _forget(key: int) -> None:
 def bind(pairs: list[tuple[nn.Module, Rule]], first: bool = False) -> None:
     """Adds each rule to the tap of its module; see NOTE [Order]."""
     sessions.teach_dynamo()
-    with LOCK:
+    with internals.while_nothing_is_traced(), LOCK:
         for module, rule in reversed(pairs) if first else pairs:
             tap = _taps.get(id(module)) or _make_tap(module)
             if not tap.rules:
@@ -370,7 +370,7 @@ def _put_in(module: nn.Module, tap: Tap) -> None:
 
 def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
     """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
-    with LOCK:
+    with internals.while_nothing_is_traced(), LOCK:
         for module, rule in pairs:
             tap = _taps.get(id(module))
             if tap is None or not tap.rules:

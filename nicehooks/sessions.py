@@ -13,7 +13,9 @@ writes what it has seen, and reads a count only if an intervention asks for one.
 
 NOTE [Steps and calls are counted per thread]
 A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each
-thread counts its own steps, and its own calls within a step.
+thread counts its own steps, and its own calls within a step. It finds its counts by the slot of the session, in eager
+code as in traced code: a part of the model may be compiled, and the rest not. Eager code also looks whether they are of
+this session, and not of one that had the slot before.
 """
 
 from __future__ import annotations
@@ -36,14 +38,16 @@ class Progress:
     """How far one thread is: the step, how deep in the root model it is, and what has happened within this step.
 
     Attributes:
+        session: the number of the session whose progress it is.
         calls: how often each rule's module has been called, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
         rows: the leading dimensions of what the module around a site was called with last, for the step `/rows`.
     """
 
-    __slots__ = ("calls", "depth", "rows", "seen", "step")
+    __slots__ = ("calls", "depth", "rows", "seen", "session", "step")
 
-    def __init__(self) -> None:
+    def __init__(self, session: int) -> None:
+        self.session = session
         self.step = -1
         self.depth = 0
         self.calls: dict[int, int] = {}
@@ -62,7 +66,8 @@ class Session:
 
     Attributes:
         label: how the intervention is shown to the user.
-        slot: a number that no other living session has.
+        slot: a number that no other living session has; of an attached one, a number that no other has ever had.
+        number: its own for ever, once it has begun.
         level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
@@ -81,7 +86,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
-        "_progress",
+        "_progresses",
         "attached",
         "called",
         "checkpointed",
@@ -91,6 +96,7 @@ class Session:
         "exporting",
         "label",
         "level",
+        "number",
         "order",
         "reached",
         "recomputed",
@@ -114,23 +120,34 @@ class Session:
         self.slot = -1
         self.ticket: torch.Tensor | None = None
         self.rules: list[Any] = []
-        self._progress: dict[int, Progress] = {}
+        self.number = 0
+        self._progresses: list[Progress] = []
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
-        here = 0 if torch.compiler.is_compiling() else HERE.number
-        found = self._progress.get(here)
-        if found is None and len(self._progress) == 1 and here and internals.in_backward():
-            return next(iter(self._progress.values()))  # a thread of autograd's own goes on with the forward's
-        if found is None:
-            found = self._progress[here] = Progress()
+        if self.slot < 0:  # entered in code that is being traced
+            return self._new_progress() if not self._progresses else self._progresses[0]
+        found = HERE.progress.get(self.slot)
+        if torch.compiler.is_dynamo_compiling():
+            return self._new_progress() if found is None else found
+        if found is not None and found.session == self.number:
+            return found
+        if len(self._progresses) == 1 and internals.in_backward():
+            return self._progresses[0]  # a thread of autograd's own goes on with the forward's
+        return self._new_progress()
+
+    def _new_progress(self) -> Progress:
+        found = HERE.progress[self.slot] = Progress(self.number)
+        self._progresses.append(found)
         return found
 
 
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
 _get_active = _active.get  # one object: Dynamo knows what it was taught by identity
 _used_slots: set[int] = set()
-_thread_numbers = itertools.count(1)
+_session_numbers = itertools.count(1)
+ATTACHED = 1_000_000
+"""The slots of attached sessions are numbers behind this one."""
 
 
 class _Here(threading.local):
@@ -140,13 +157,13 @@ class _Here(threading.local):
         slots: the slots of the sessions that act in it, for traced code.
         traced: what traced code has entered itself, by the `id` of the module: the forward that stood in its `__dict__`
             before, and the rules. Empty whenever no such code is being traced.
-        number: its own for ever; the identifier of a thread that has ended is given to another.
+        progress: how far each session is, by its slot.
     """
 
     def __init__(self) -> None:
         self.slots: tuple[int, ...] = ()
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
-        self.number = next(_thread_numbers)
+        self.progress: dict[int, Progress] = {}
 
 
 HERE = _Here()
@@ -179,17 +196,23 @@ def teach_dynamo() -> bool:
 
 def begin(session: Session) -> None:
     """From here on `session` acts in this thread or task."""
+    session.number = next(_session_numbers)
+    if session.attached:
+        session.slot = ATTACHED + session.number
+        return
     with LOCK:
         session.slot = next(number for number in range(len(_used_slots) + 1) if number not in _used_slots)
         _used_slots.add(session.slot)
-    if not session.attached:
-        _active.set(_active.get() | {session})
-        HERE.slots = (*HERE.slots, session.slot)
+    _active.set(_active.get() | {session})
+    HERE.slots = (*HERE.slots, session.slot)
+    if session.counting:
+        session.progress()  # traced code looks no further than this
 
 
 def end(session: Session) -> None:
     """Undoes `begin`, by value and not by token: a fixture or a generator may leave in another context."""
     session.ended = True
+    HERE.progress.pop(session.slot, None)
     if session in _active.get():
         _active.set(_active.get() - {session})
     HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)

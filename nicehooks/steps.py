@@ -52,7 +52,12 @@ def _filter(name: str, wanted: Any) -> Callable[[int], bool]:
             raise ValueError(
                 f"{name}={wanted}: how many there will be is not known, so counting from the end cannot work"
             )
-        return lambda number: number in range(*wanted.indices(number + 1))
+        first, last, each = (
+            wanted.start or 0,
+            wanted.stop,
+            wanted.step or 1,
+        )  # as arithmetic: Dynamo has no `range` for it
+        return lambda number: number >= first and (last is None or number < last) and (number - first) % each == 0
     if callable(wanted):
         return lambda number: bool(wanted(number))
     if isinstance(wanted, list | tuple | range | set | frozenset) and all(type(number) is int for number in wanted):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -61,7 +62,14 @@ def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], 
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
     (group,) = select_groups(model, [item], verb)
-    return [_Place(site.name, _keys(names[id(site.module)]), site.path) for site in group.sites], group.wild
+    return [_Place(site.name, _keys(names[id(site.module)]), _copied(site.path)) for site in group.sites], group.wild
+
+
+def _copied(path: ModulePath) -> ModulePath:
+    """A path that nobody else has: what Dynamo meets in two places it guards, and here it knows no way to the one."""
+    own = replace(path, port=replace(path.port))
+    str(own)  # is remembered, so that traced code need not find it out
+    return own
 
 
 def _joined(name: str, key: str) -> str:

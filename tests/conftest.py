@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 
 with warnings.catch_warnings():  # torch's own module for jvp uses its own deprecated torch.jit.script when it is loaded
     warnings.simplefilter("ignore", DeprecationWarning)
-    import torch._decomp.decompositions_for_jvp
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from contextlib import nullcontext
 
@@ -371,3 +372,19 @@ def test_a_container_stays_one_while_calls_around_it_are_seen():
         with pytest.raises(SiteNotFound, match="never called itself"):
             select(model, "blocks")
         model(inputs())
+
+
+def test_a_method_that_is_watched_keeps_its_signature():
+    """Models look at the functions that they hand on, to see how many arguments those take."""
+
+    class Chunked(nn.Module):
+        def forward(self, x):
+            return self.chunk(x) * len(inspect.signature(self.chunk).parameters)
+
+        def chunk(self, part, by=2.0):
+            return part * by
+
+    model, x = nn.Sequential(Chunked()), torch.ones(3)
+    with capture(model, "0@chunk()") as acts:
+        assert torch.equal(model(x), x * 4)
+    assert torch.equal(acts["0@chunk()"], x * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import torch
@@ -305,3 +306,108 @@ def test_what_is_not_reached_inside_is_an_error():
         compiled(run)(inputs())
     with pytest.raises(Exception, match=r"no module matches 'nothing.\*' in Mlp"):
         compiled(captured(model, "nothing.*"))(inputs())
+
+
+GLOBAL = make("Mlp")
+
+
+def test_inside_around_and_a_model_that_is_a_global():
+    """Dynamo meets the same objects by two ways, and guards only those that it can find again."""
+
+    def run(x):
+        with ablate(GLOBAL, "blocks.1"), capture(GLOBAL, "blocks.0") as acts:
+            out = GLOBAL(x)
+        return out, acts
+
+    inside = compiled(run)
+    check(inside, run, GLOBAL)
+    for path in ("blocks.1", "blocks.0", "embed"):
+        torch._dynamo.utils.counters.clear()
+        check(
+            entered(lambda path=path: steer(GLOBAL, path, V), inside),
+            entered(lambda path=path: steer(GLOBAL, path, V), run),
+            GLOBAL,
+        )
+
+
+PARTLY = {
+    "model.forward": lambda model: setattr(model, "forward", compiled(model.forward)),
+    "a part in place": lambda model: model.embed.compile(fullgraph=True, backend="eager"),
+    "a part": lambda model: setattr(model, "embed", compiled(model.embed)),
+    "all": lambda model: model.compile(fullgraph=True, backend="eager"),
+}
+STEPS = {
+    "0": 0,
+    "1": 1,
+    "list": [1, 3],
+    "slice": slice(1, None),
+    "step": slice(0, None, 2),
+    "odd": lambda step: step % 2 == 1,
+}
+
+
+@pytest.mark.parametrize("part", PARTLY)
+@pytest.mark.parametrize("steps", STEPS)
+def test_steps_are_counted_where_only_a_part_is_compiled(part, steps):
+    model, eager = make("Mlp"), make("Mlp")
+    PARTLY[part](model)
+
+    def acted(model):
+        with ablate(model, "embed", steps=STEPS[steps]), capture(model, "embed") as acts:
+            return [(model(inputs()), not acts["embed"].any())[1] for _ in range(6)]
+
+    for _ in range(2):
+        assert acted(model) == acted(eager)
+
+
+@pytest.mark.parametrize("part", PARTLY)
+def test_calls_are_counted_where_only_a_part_is_compiled(part):
+    model = make("Mlp")
+    PARTLY[part](model)
+    for _ in range(2):
+        with capture(model, "embed#0", "head#*") as acts:
+            for _ in range(3):
+                model(inputs())
+        assert sorted(acts) == ["embed#0", "head#0"]
+
+
+def test_steps_of_a_handle_in_two_threads():
+    model = make("Mlp")
+    model.embed.compile(fullgraph=True, backend="eager")
+    handle = ablate(model, "embed", steps=0).attach()
+    found = []
+
+    def work():
+        with capture(model, "embed") as acts:
+            found.append([(model(inputs()), not acts["embed"].any())[1] for _ in range(3)])
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    work()
+    handle.remove()
+    assert found == [[True, False, False]] * 3
+
+
+def test_a_thread_enters_and_leaves_while_another_one_compiles():
+    model, found = make("Mlp"), []
+    clean = model(inputs())
+    run = compiled(model)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            with ablate(model, "head"), capture(model, "blocks.*"):
+                found.append(model(inputs()).any().item())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(4):
+            torch._dynamo.reset()
+            assert torch.allclose(run(inputs()), clean)
+    finally:
+        stop.set()
+        thread.join()
+    assert found and not any(found)
