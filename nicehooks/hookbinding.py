@@ -17,7 +17,7 @@ from nicehooks.gradients import NO_GRADIENT
 from nicehooks.hookcollections import FwdBwdHooks, HookCollection
 from nicehooks.hooklists import HookNode, Hooks
 from nicehooks.hookplaces import PLACES, Spot, softmax_denominator, spots
-from nicehooks.normalizing import NormRule
+from nicehooks.normalizing import NormRule, has_kept, unless_kept
 from nicehooks.ports import Pairs
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site, Where
@@ -141,8 +141,8 @@ class _AtDenominator(_AtPlace):
 
     def act(self, session: Session, value: Tensor, key: str, site: Site) -> Any:
         denominator = softmax_denominator(value)
-        new = self._hooked(denominator)
-        return value if new is denominator else value * denominator / new
+        new = self._hooked(denominator.clone())
+        return unless_kept([has_kept(denominator, new)], value, value * denominator / new)
 
 
 def _action_at(place: str) -> type[_AtPlace]:
