@@ -677,6 +677,27 @@ def test_a_layer_that_is_bound_by_hand_is_an_error_on_entry() -> None:
         logits_of(small())
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", AtLayers([0, 7]).append(torch.relu)),
+        TransformerHooks().append_to_path("mlp.pre_act.bwd", AtLayers([0, 7]).append(torch.relu)),
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", Hooks().append(AtLayers([0, 7]).append(torch.relu))),
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", FwdBwdHooks().append_fwd2(AtLayers([0, 7]))),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_an_error_on_entry(tree: TransformerHooks) -> None:
+    with pytest.raises(HooksMisuse) as raised:
+        with tree.on(small()):
+            pass
+    assert str(raised.value).startswith(
+        "AtLayers([0, 7]) at 'mlp.pre_act': the model has 2 layers, 0 … 1, and no layer 7: the hooks would never act"
+    )
+    with pytest.raises(HooksMisuse, match=r"no layer -1: .*\n  .* the last is AtLayers\(1\)\."):
+        with TransformerHooks().append_to_path("attn.q.fwd", AtLayers(-1).append(torch.relu)).on(small()):
+            pass
+
+
 def test_at_layers_at_a_place_without_layers_says_so() -> None:
     with pytest.raises(HooksMisuse, match=r"AtLayers\(\[1\]\) was called without layer="):
         with tree_of(["resid.ln_f.scale"], lambda _: AtLayers(1).append(abs)).on(small()):
