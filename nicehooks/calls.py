@@ -118,8 +118,8 @@ class CallRule(SiteRule):
 NOT_CALLED = "its module was not called, or calls no function and no method of this name itself (its children may)."
 
 EAGER_NOW = (
-    "  If the model runs eager attention by now (set_attn_implementation), its {part} are at {eager!r}:\n"
-    "  anatomy(model).{part} is where they are under the setting at the time it is asked for."
+    "  If the model runs eager attention by now (set_attn_implementation), the path is {eager!r}.\n"
+    "  anatomy(model).{part} gives the path under the setting at the time it is asked for."
 )
 
 
