@@ -150,6 +150,11 @@ class Anatomy:
         path = self._path(what, self._here(what, place))
         return Parts((self._part(what, path, layer) for layer in range(self.n_layers)), what)
 
+    def lacks(self, what: str) -> bool:
+        """Whether the table says of a part (`"mlp_out"`, `"final_norm"`) that the model lacks it."""
+        own = self.family.final_norm if what == "final_norm" else self.family.parts.get(what)
+        return isinstance(own, Lacks)
+
     def _known(self) -> list[str]:
         return ["embed", *PARTS, *(what for what in self.family.parts if what not in PARTS), "final_norm", "logits"]
 

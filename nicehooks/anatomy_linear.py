@@ -64,6 +64,13 @@ def linear_part(norm: nn.Module, x: Tensor, gain_offset: float) -> LinearPart:
     return best
 
 
+def last_linear_part(body: Anatomy, x: Tensor) -> LinearPart:
+    """The final norm at the scale that it has on `x`; the identity where the model lacks one."""
+    if not body.lacks("final_norm"):
+        return linear_part(body.module("final_norm"), x, body.family.gain_offset)
+    return LinearPart(torch.ones_like(x[..., :1], dtype=torch.float32), x.new_zeros(x.shape[-1]).float(), False)
+
+
 def results_of_heads(body: Anatomy, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
     """What each head adds to `attn_out`, `[…, head, d_model]`, for `z`, `[…, head, d_head]`; and what the bias adds."""
     project = body.module("attn_proj", layer)

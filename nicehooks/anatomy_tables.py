@@ -18,7 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
+
+from nicehooks.errors import UnsupportedModule
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,11 @@ class Family:
         gain_offset: what the norms add to their weight; 1 in Gemma.
         softcap: the attribute of the config with the soft cap of the logits.
         n_heads, n_kv_heads, d_head, d_model: a number, or the attribute of the config that has it.
-        parts: by the name of a part, its place where that is not the one in `PARTS`; further parts are welcome.
+        parts: by the name of a part, its place where that is not the one in `PARTS`; further parts are welcome, under
+            names that could not be meant for these.
+
+    Raises:
+        UnsupportedModule: a name in `parts` is nearly that of a part, or that of a part with a field of its own.
     """
 
     blocks: str = "layers"
@@ -126,6 +133,28 @@ class Family:
     d_head: str | int = "head_dim"
     d_model: str | int = "hidden_size"
     parts: Mapping[str, Place] = field(default_factory=dict[str, Place])
+
+    def __post_init__(self) -> None:
+        for what in self.parts:
+            if what in FIELDS:
+                raise UnsupportedModule(NO_PLACE.format(what=what, field=FIELDS[what]))
+            near = [] if what in PARTS else get_close_matches(what, [*PARTS, *FIELDS], cutoff=0.8)
+            if near:
+                shown = " or ".join(map(repr, near))
+                raise UnsupportedModule(NEARLY.format(what=what, near=shown, all=", ".join(PARTS)))
+
+
+FIELDS = {"embed": "token_embedding", "final_norm": "final_norm", "logits": "unembed"}
+"""The parts that are single, and the fields of a table that say where they are."""
+
+NO_PLACE = (
+    "Family(parts={{{what!r}: …}}): {what} is no part of a layer. Where it is, says the field: Family({field}=…)."
+)
+
+NEARLY = (
+    "Family(parts={{{what!r}: …}}): there is no part {what!r}. Did you mean {near}? The parts are {all}.\n"
+    "  If it is a further part, give it a name that could not be meant for one of these."
+)
 
 
 LLAMA = Family()

@@ -15,9 +15,9 @@ from nicehooks.errors import HooksMisuse
 from nicehooks.gradient_hooks import GradientScope
 from nicehooks.gradients import NO_GRADIENT
 from nicehooks.hookcollections import FwdBwdHooks, HookCollection
-from nicehooks.hooklists import HookNode, Hooks
+from nicehooks.hooklists import AtLayers, HookNode, Hooks, hooks_below
 from nicehooks.hookplaces import PLACES, Spot, softmax_denominator, spots
-from nicehooks.normalizing import NormRule
+from nicehooks.normalizing import NormRule, has_kept, unless_kept
 from nicehooks.ports import Pairs
 from nicehooks.rules import Action, SiteRule
 from nicehooks.selection import Site, Where
@@ -57,6 +57,10 @@ class HooksOn(Intervention):
 
     def _actions(self) -> list[tuple[Where, Action]]:
         found, parts = places_in_use(self.tree), anatomy(self.model, self.at)
+        for place, node in found.items():
+            for hooks in hooks_below(node):
+                if isinstance(hooks, AtLayers):
+                    hooks.check_layers(place, parts.n_layers)
         return [
             (spot.where, _action_at(place)(place, node, spot, self._scope))
             for place, node in found.items()
@@ -141,8 +145,8 @@ class _AtDenominator(_AtPlace):
 
     def act(self, session: Session, value: Tensor, key: str, site: Site) -> Any:
         denominator = softmax_denominator(value)
-        new = self._hooked(denominator)
-        return value if new is denominator else value * denominator / new
+        new = self._hooked(denominator.clone())
+        return unless_kept([has_kept(denominator, new)], value, value * denominator / new)
 
 
 def _action_at(place: str) -> type[_AtPlace]:

@@ -227,10 +227,11 @@ class ResidualStreamTorsoHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        for part in ("attn", "mlp"):
-            _places(self, f"post_ln_{part}")
-            self.add_subhooks(f"ln_{part}", NormalizationHooks())
-            _places(self, f"delta_{part}", f"post_{part}")
+        _places(self, "post_ln_attn")  # in transformer-debugger's order, which is not the same in both halves
+        self.add_subhooks("ln_attn", NormalizationHooks())
+        _places(self, "delta_attn", "post_attn")
+        self.add_subhooks("ln_mlp", NormalizationHooks())
+        _places(self, "post_ln_mlp", "delta_mlp", "post_mlp")
 
 
 class ResidualStreamHooks(HookCollection):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from nicehooks.errors import HooksMisuse, UnsupportedModule
-from nicehooks.gradient_hooks import grad_hook_wrapper
+from nicehooks.gradient_hooks import GradientHook, grad_hook_wrapper
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,6 +98,10 @@ class Hooks(HookNode):
     def is_empty(self) -> bool:
         """Whether nothing has been appended."""
         return not self._hooks
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        """What is called, in its order."""
+        return iter(self._hooks)
 
     @property
     def name(self) -> str:
@@ -217,6 +221,15 @@ class AtLayers(ConditionalHooks):
     def name(self) -> str:
         return f"{type(self).__name__}({self.at_layers})"
 
+    def check_layers(self, place: str, n_layers: int) -> None:
+        """Raises if a layer is meant that a model with `n_layers` does not have: the hooks would never act there."""
+        missing = [layer for layer in self.at_layers if not 0 <= layer < n_layers]
+        if missing:
+            shown = ", ".join(map(str, missing))
+            raise HooksMisuse(
+                NO_SUCH_LAYER.format(name=self.name, place=place, n=n_layers, last=n_layers - 1, no=shown)
+            )
+
 
 class _IsAt:
     """Whether a call is in one of some layers; a class, because a function made in another one cannot be pickled."""
@@ -235,6 +248,25 @@ NO_LAYER = (
     "  In a tree, append it to a place that every layer has: embedding, final norm and logits are in none.\n"
     "  By hand, say it: hooks(x, layer=3), or hooks.bind(layer=3)."
 )
+
+
+NO_SUCH_LAYER = (
+    "{name} at {place!r}: the model has {n} layers, 0 … {last}, and no layer {no}: the hooks would never act there.\n"
+    "  Layers count from the first, 0; the last is AtLayers({last})."
+)
+
+
+def hooks_below(hook: object) -> Iterator[Hooks]:
+    """The lists of hooks at and below `hook`, also where one is a hook in another, as far as they show."""
+    if isinstance(hook, Hooks):
+        yield hook
+        for inner in hook:
+            yield from hooks_below(inner)
+    elif isinstance(hook, HookNode):
+        for hooks in hook.every_list():
+            yield from hooks_below(hooks)
+    elif isinstance(hook, GradientHook):
+        yield from hooks_below(hook.hook)
 
 
 def gradient_hooks() -> WrapperHooks:

@@ -115,8 +115,8 @@ class TransformerHooks(HookCollection):
 
         Raises:
             UnsupportedModule: on entry: hooks are at a place that the model does not have.
-            HooksMisuse: on entry: hooks are at no place of a transformer, or bind `layer` themselves; on leaving: a
-                place got its first hooks inside.
+            HooksMisuse: on entry: hooks are at no place of a transformer, or bind `layer` themselves, or are
+                `AtLayers` that the model does not have; on leaving: a place got its first hooks inside.
             SiteNotReached: on leaving: a place was reached in no layer, or its gradient did not come.
         """
         return HooksOn(self, model, at)

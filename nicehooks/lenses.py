@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nicehooks.activations import ActivationCache
 from nicehooks.anatomy_finding import Anatomy, find
-from nicehooks.anatomy_linear import direction, linear_part, results_of_heads, unembedded
+from nicehooks.anatomy_linear import direction, last_linear_part, results_of_heads, unembedded
 from nicehooks.anatomy_parts import Part
 from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
 from nicehooks.interventions import suspend
@@ -44,7 +44,7 @@ def logit_lens(
     (torch.Size([4, 1, 5, 100]), True)
 
     A model whose norms are on the stream (BERT) has no final norm: what leaves a layer goes through the norm of that
-    layer, as on its way to the next one.
+    layer, as on its way to the next one. Where the table of a model says that it lacks a final norm, none is applied.
 
     Args:
         model: a model with a language modelling head that `anatomy` knows.
@@ -91,7 +91,8 @@ def direct_logit_attribution(
     >>> from nicehooks import anatomy, capture
     >>> model, ids = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval(), [[3, 1, 4]]
     >>> parts = anatomy(model)
-    >>> with capture(model, parts.resid_pre[0], parts.attn_out, parts.mlp_out, parts.resid_post[-1]) as cache:
+    >>> ends = parts.resid_pre[0], parts.resid_post[-1], parts.final_norm
+    >>> with capture(model, parts.attn_out, parts.mlp_out, *ends) as cache:
     ...     logits = model(torch.tensor(ids)).logits
     >>> terms = direct_logit_attribution(model, cache, 7, against=5)
     >>> list(terms)[:3], len(terms)
@@ -101,8 +102,8 @@ def direct_logit_attribution(
 
     Args:
         model: a model with a language modelling head, whose norms are on the branches (not BERT).
-        cache: activations with `resid_pre[0]`, `attn_out` (with `per_head`, `z`), `mlp_out` and `resid_post[-1]` of
-            `anatomy(model)`.
+        cache: activations with `resid_pre[0]`, `attn_out` (with `per_head`, `z`), `mlp_out`, `resid_post[-1]` and
+            `final_norm` of `anatomy(model)`, as far as the model has them.
         tokens: the token whose logit it is, or one per example.
         against: the token whose logit is subtracted, likewise; None subtracts nothing.
         position: the position whose logits these are, or one per example, `[batch]`.
@@ -111,8 +112,8 @@ def direct_logit_attribution(
     Returns:
         One term `[batch]` per name, in the order of the model: `"resid_pre[0]"` (the embeddings), `"attn_out[i]"` (or
         `"z[i].head(h)"` and `"attn_out[i] bias"`), `"mlp_out[i]"`; then `"final_norm bias"` and `"logits bias"`, and
-        `"rest"`: rounding, and whatever an intervention put into the stream. Of logits with a soft cap, these are the
-        terms before it.
+        `"rest"`: rounding, and whatever an intervention put into the stream or made of the final norm. Of logits with a
+        soft cap, these are the terms before it; an intervention on the logits themselves is in none of them.
 
     Raises:
         NotCaptured: the cache lacks a part; the message has the line that captures it.
@@ -125,26 +126,30 @@ def direct_logit_attribution(
         raise TreeMismatch(
             f"position={position!r}: the logits of one position, an int, or of one per example, [batch]."
         )
-    branches = [part for pair in zip(body.z if per_head else body.attn_out, body.mlp_out, strict=True) for part in pair]
-    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *branches, body.resid_post[-1]])
+    every = [getattr(body, what) for what in ("z" if per_head else "attn_out", "mlp_out") if not body.lacks(what)]
+    branches: list[Part] = [part for layer in zip(*every, strict=True) for part in layer]
+    ends = [body.resid_post[-1], *([] if body.lacks("final_norm") else [body.final_norm])]
+    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *branches, *ends])
     first, last = read(body.resid_pre[0]), _at_position(read(body.resid_post[-1]), position)
     terms = {"resid_pre[0]": _at_position(first, position).float()}
     with suspend(model):
         for index, part in enumerate(branches):
             value = read(part)
-            if per_head and index % 2 == 0:
-                terms.update(_terms_of_heads(body, index // 2, part, _at_position(value, position)))
+            if part.what.startswith("z["):
+                layer = index // len(every)
+                terms.update(_terms_of_heads(body, layer, part, _at_position(value, position)))
             else:
                 terms[part.what] = _at_position(_like_stream(value, first, part), position).float()
-        norm = linear_part(body.module("final_norm"), last, body.family.gain_offset)
+        norm = last_linear_part(body, last)
         to, bias = direction(body, tokens, against, batch=len(last))
-    rest = last.float() - torch.stack(list(terms.values())).sum(0)
+    read_by_unembed = _at_position(_like_stream(read(ends[-1]), first, ends[-1]), position)
+    rest = read_by_unembed.float() - norm.of(torch.stack(list(terms.values())).sum(0)) - norm.bias
     found = {what: (norm.of(term) * to).sum(-1) for what, term in terms.items()}
     return {
         **found,
         "final_norm bias": (norm.bias * to).sum(-1),
         "logits bias": bias,
-        "rest": (norm.of(rest) * to).sum(-1),
+        "rest": (rest * to).sum(-1),
     }
 
 
@@ -255,7 +260,7 @@ def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
 def _normed(body: Anatomy, part: str, layer: int, row: Tensor) -> Tensor:
     """The stream behind the norm that comes next on the way to the logits."""
     if not body.family.post_norm:
-        return body.module("final_norm")(row)
+        return row if body.lacks("final_norm") else body.module("final_norm")(row)
     if part == "resid_pre":
         return row
     return body.module("mlp_norm" if part == "resid_post" else "attn_norm", layer)(row)

@@ -13,6 +13,7 @@ it is, is found by trying them on an input of our own, once for each entry. A cl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,25 +86,63 @@ class _NormInSteps:
         names, _ = frame.tap.parameters
         x = arguments_of(names, frame.args, frame.kwargs)[0]
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as the norms themselves do
-        same = True
+        kept: list[Tensor] = []
         if self.formula.centred:
-            plain = wide - wide.mean(-1, keepdim=True)
-            wide = self._through("post_mean_subtraction", plain, frame)
-            same = wide is plain
-        plain = self.formula.scale_of(wide)
-        scale = self._through("scale", plain, frame)
-        same = same and scale is plain
-        plain = wide / scale
-        normalized = self._through("post_scale", plain, frame)
-        if same and normalized is plain:
+            wide = self._through("post_mean_subtraction", wide - wide.mean(-1, keepdim=True), frame, kept)
+        scale = self._through("scale", self.formula.scale_of(wide), frame, kept)
+        normalized = self._through("post_scale", wide / scale, frame, kept)
+        if not kept:  # in this call no rule acts
             return frame.value
-        return self.formula.finished(frame.module, normalized, frame.value.dtype)
+        return unless_kept(kept, frame.value, self.formula.finished(frame.module, normalized, frame.value.dtype))
 
-    def _through(self, step: str, value: Tensor, frame: Frame) -> Tensor:
-        for rule in self.rules:
-            if rule.step == step:
-                value = rule.through(frame, value)
-        return value
+    def _through(self, step: str, value: Tensor, frame: Frame, kept: list[Tensor]) -> Tensor:
+        """`value` behind the rules on `step`; whether it has kept its values goes to `kept`."""
+        rules = [rule for rule in self.rules if rule.step == step and rule.key_of(frame) is not None]
+        if not rules:
+            return value
+        new = value.clone()
+        for rule in rules:
+            new = rule.through(frame, new)
+        kept.append(has_kept(value, new))
+        return new
+
+
+# --- changed or not ---------------------------------------------------------------------------------------------------
+
+
+def has_kept(old: Tensor, new: Tensor) -> Tensor:
+    """Whether `new` has the values of `old`, as a tensor; see NOTE [Changed in place]."""
+    old, new = old.detach(), new.detach()
+    return ((new == old) | (new.isnan() & old.isnan())).all()
+
+
+def unless_kept(kept: Sequence[Tensor], own: Tensor, made: Tensor) -> Tensor:
+    """`made`, with the values of `own` if all of `kept` are true; its gradient is that of `made` in any case."""
+    if torch.compiler.is_compiling():  # which rounds in its own way
+        return made
+    return _Valued.apply(made, torch.where(torch.stack(list(kept)).all(), own.detach(), made.detach()))
+
+
+class _Valued(torch.autograd.Function):
+    """A tensor with other values, and its own gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(made: Tensor, values: Tensor) -> Tensor:  # pyright: ignore
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # pyright: ignore
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore
+        return tangent.clone()
 
 
 # --- which formula ----------------------------------------------------------------------------------------------------

@@ -334,3 +334,18 @@ def test_a_part_from_before_the_switch_is_not_reached() -> None:
     with pytest.raises(SiteNotReached, match="softmax"):
         with capture(model, pattern):
             model(**padded(model))
+
+
+@pytest.mark.parametrize(("what", "eager"), [("scores", "@softmax().input[0]"), ("pattern", "@softmax()")])
+def test_a_step_of_fused_attention_that_is_eager_by_now_says_where_it_is(what: str, eager: str) -> None:
+    model = MAKERS["llama"]("sdpa").eval()
+    part = getattr(anatomy(model), what)[0][:, 1]
+    model.set_attn_implementation("eager")
+    now = getattr(anatomy(model), what)[0][:, 1]
+    assert eager in str(now)
+    with pytest.raises(SiteNotReached) as raised:
+        with capture(model, part):
+            model(**padded(model))
+    assert f"If the model runs eager attention by now (set_attn_implementation), the path is {str(now)!r}." in str(
+        raised.value
+    )

@@ -439,6 +439,21 @@ def test_what_is_registered_is_looked_at() -> None:
     assert "x" not in FAMILIES
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("atn_out", "there is no part 'atn_out'. Did you mean 'attn_out'"),
+        ("resid_psot", "there is no part 'resid_psot'. Did you mean 'resid_post'"),
+        ("final_norms", "there is no part 'final_norms'. Did you mean 'final_norm'?"),
+        ("logits", "logits is no part of a layer. Where it is, says the field: Family(unembed=…)."),
+    ],
+)
+def test_a_name_that_is_nearly_that_of_a_part_is_refused(name: str, says: str) -> None:
+    with pytest.raises(UnsupportedModule) as raised:
+        Family(parts={name: "attn"})
+    assert str(raised.value).startswith(f"Family(parts={{{name!r}: …}}): {says}")
+
+
 def test_a_cache_of_somebody_elses_text_has_parts() -> None:
     acts = ActivationCache({"transformer.h.1": torch.ones(2, 3, 4)})
     assert acts[anatomy(body("gpt2")).resid_post[1][:, -1]].shape == (2, 4)

@@ -26,7 +26,7 @@ from nicehooks import (
     register_anatomy,
     steer,
 )
-from nicehooks.anatomy import FAMILIES, LLAMA
+from nicehooks.anatomy import FAMILIES, LLAMA, Family, Lacks
 
 single_thread = pytest.fixture(one_thread, scope="module", autouse=True)
 
@@ -42,7 +42,8 @@ def run(model: nn.Module, *where: Any) -> tuple[Tensor, ActivationCache]:
     """The logits, and all that the functions read, in a run on a batch with padding."""
     parts = anatomy(model)
     every = where or (parts.resid_pre, parts.attn_out, parts.z, parts.mlp_out, parts.resid_post)
-    with capture(model, *every) as acts:
+    ends = () if where or parts.lacks("final_norm") else (parts.final_norm,)
+    with capture(model, *every, *ends) as acts:
         logits = model(**padded(model)).logits
     return logits, acts
 
@@ -199,6 +200,74 @@ def test_what_an_intervention_puts_into_the_stream_is_the_rest() -> None:
     assert terms["rest"].abs().min() > 0.01
 
 
+def test_what_an_intervention_makes_of_the_final_norm_is_in_the_rest() -> None:
+    for family in ("gpt2", "llama"):
+        model = body(family)
+        for act in (steer(model, anatomy(model).final_norm, torch.ones(32)), ablate(model, anatomy(model).final_norm)):
+            with act:
+                logits, cache = run(model)
+            terms = direct_logit_attribution(model, cache, 7, against=5)
+            assert close(sum(terms.values()), logits[:, -1, 7] - logits[:, -1, 5])
+            assert terms["rest"].abs().min() > 0.001
+
+
+class Attending(nn.Module):
+    """A layer that is all attention, without a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.query, self.key, self.value))
+        return x + self.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+
+
+class AttentionOnly(nn.Module):
+    """The transformer of "A Mathematical Framework for Transformer Circuits"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(10, 8), nn.Sequential(Attending(), Attending())
+        self.unembedding = nn.Linear(8, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.unembedding(self.blocks(self.embedding(ids)))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_model_without_norms_and_mlps_has_a_lens_and_an_attribution(per_head: bool) -> None:
+    no_mlp = dict.fromkeys(("resid_mid", "mlp_in", "mlp_pre", "mlp_post", "mlp_out"), Lacks("it is all attention"))
+    table = Family(
+        blocks="blocks",
+        attn="",
+        attn_proj="out",
+        token_embedding="embedding",
+        final_norm=Lacks("it has no norms"),
+        unembed=("unembedding",),
+        n_heads=2,
+        d_model=8,
+        parts={**no_mlp, "attn_in": "@input[0]", "attn_out": "out"},
+    )
+    torch.manual_seed(0)
+    model, ids = AttentionOnly(), torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+    register_anatomy(AttentionOnly, table)
+    try:
+        parts = anatomy(model)
+        with capture(model, parts.resid_pre[0], parts.attn_out, parts.z, parts.resid_post) as cache:
+            logits = model(ids)
+        lens = logit_lens(model, cache)
+        terms = direct_logit_attribution(model, cache, 7, against=5, per_head=per_head)
+    finally:
+        del FAMILIES[AttentionOnly]
+    assert close(lens[-1], logits)
+    assert close(lens[0], model.unembedding(cache[parts.resid_post[0]]))
+    assert close(sum(terms.values()), logits[:, -1, 7] - logits[:, -1, 5])
+    assert terms["rest"].abs().max() < 1e-5
+    branches = ["z[0].head(0)", "z[0].head(1)", "attn_out[0] bias"] if per_head else ["attn_out[0]", "attn_out[1]"]
+    assert list(terms)[1 : 1 + len(branches)] == branches
+
+
 def test_low_precision_sums_up_too() -> None:
     model = body("llama").to(torch.bfloat16)
     try:
@@ -263,11 +332,11 @@ def test_what_is_not_captured_is_said_with_the_line_that_captures_it() -> None:
     for call, says in [
         (
             lambda: direct_logit_attribution(model, cache, 7),
-            "direct_logit_attribution reads what is not in this cache: resid_pre[0], attn_out[0], attn_out[1], … 1 more"
+            "direct_logit_attribution reads what is not in this cache: resid_pre[0], attn_out[0], attn_out[1], … 2 more"
             ". Capture it in the same run:\n"
             "    parts = anatomy(model)\n"
-            "    with capture(model, parts.resid_pre[0], parts.attn_out, parts.mlp_out, parts.resid_post[2]) "
-            "as cache:\n"
+            "    with capture(model, parts.resid_pre[0], parts.attn_out, parts.mlp_out, parts.resid_post[2], "
+            "parts.final_norm) as cache:\n"
             "        model(…)",
         ),
         (
@@ -380,7 +449,9 @@ def test_a_trained_llama() -> None:
     ids = tokens(1, batch=2, length=9) + 100
     with (
         torch.no_grad(),
-        capture(model, parts.resid_pre, parts.attn_out, parts.z, parts.mlp_out, parts.resid_post) as acts,
+        capture(
+            model, parts.resid_pre, parts.attn_out, parts.z, parts.mlp_out, parts.resid_post, parts.final_norm
+        ) as acts,
     ):
         logits = model(ids).logits
     with torch.no_grad(), capture(model, parts.pattern[9].head(6), parts.v[9]) as attention:

@@ -629,3 +629,16 @@ def test_what_comes_out_of_an_autoencoder_has_to_fit(encode: Any, decode: Any, s
     for add_error in (False, True):
         with pytest.raises(TreeMismatch, match=says):
             AutoencoderHooks(encode, decode, add_error)(coder[2])
+
+
+def test_the_places_in_the_torso_have_the_order_of_transformer_debugger() -> None:
+    assert list(TransformerHooks().resid.torso.all_hooks) == [
+        "post_ln_attn",
+        "ln_attn",
+        "delta_attn",
+        "post_attn",
+        "ln_mlp",
+        "post_ln_mlp",
+        "delta_mlp",
+        "post_mlp",
+    ]

@@ -174,6 +174,73 @@ def test_an_edit_of_any_place_has_the_effect_that_it_has_by_hand(family: str, im
         assert not close(found, logits), place
 
 
+COMPUTED = [place for place in PLACES if ".ln_" in place or place.endswith("denominator")]
+
+
+def scaled(value: Tensor, layer: int | None = None) -> Tensor:
+    factors = torch.ones_like(value)
+    factors[..., 0] = 1.5
+    return value * factors
+
+
+def written(value: Tensor, layer: int | None = None) -> Tensor:
+    value[..., 0] *= 1.5
+    return value
+
+
+def written_behind_autograd(value: Tensor, layer: int | None = None) -> None:
+    value.data[..., 0] *= 1.5
+
+
+def looped_or_mapped(model: Any, mapped: bool) -> Tensor:
+    if not mapped:
+        return model(IDS).logits
+    return vmap(lambda bias: torch.func.functional_call(model, {"transformer.ln_f.bias": bias}, (IDS,)).logits)(
+        torch.stack([model.transformer.ln_f.bias, model.transformer.ln_f.bias + 1])
+    )
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode, "vmap"])
+def test_a_hook_that_writes_in_place_acts_as_one_that_returns(place: str, mode: Any) -> None:
+    model = small()
+    hooks = [scaled, written, lambda value, layer=None: (written(value), None)[1]]
+    if place in COMPUTED and mode != "vmap":
+        hooks.append(written_behind_autograd)
+    found: list[Tensor] = []
+    with torch.no_grad() if mode == "vmap" else mode():
+        for hook in hooks:
+            with TransformerHooks().append_to_path(f"{place}.fwd", hook).on(model):
+                found.append(looped_or_mapped(model, mode == "vmap"))
+        clean = looped_or_mapped(model, mode == "vmap")
+    assert all(close(one, found[0]) for one in found[1:])
+    assert not close(found[0], clean)
+
+
+@pytest.mark.parametrize("place", COMPUTED)
+def test_gradients_of_what_a_hook_writes_with_and_of_what_it_gets(place: str) -> None:
+    model, got = small(), []
+    ones = [torch.ones(16 if ".post_" in place else 1, requires_grad=True) for _ in range(2)]
+
+    def loss_with(hook: Callable[..., Any]) -> Tensor:
+        with TransformerHooks().append_to_path(f"{place}.fwd", hook).on(model):
+            logits = logits_of(model)
+        assert torch.equal(logits, logits_of(model))  # a factor of 1 changes no value
+        return logits.log_softmax(-1)[..., 0].sum()
+
+    def keep(value: Tensor, layer: int | None = None) -> Tensor:
+        value.retain_grad()
+        got.append(value)
+        return value
+
+    expected = torch.autograd.grad(loss_with(lambda value, layer=None: value * ones[0]), ones[0])[0]
+    found = torch.autograd.grad(loss_with(lambda value, layer=None: value.mul_(ones[1])), ones[1])[0]
+    assert close(found, expected) and expected.abs().max() > 1e-3
+    loss_with(keep).backward()
+    model.zero_grad()
+    assert close(sum((value * value.grad).flatten(0, -2).sum(0) for value in got), expected)  # type: ignore[arg-type]
+
+
 @each_model
 def test_the_gradient_at_any_place_is_that_of_autograd(family: str, implementation: str) -> None:
     model, recorder = made(family, implementation), Recorder()
@@ -608,6 +675,27 @@ def test_a_layer_that_is_bound_by_hand_is_an_error_on_entry() -> None:
         tree.on(small()).__enter__()
     with tree.unbind(["layer"]).on(small()):
         logits_of(small())
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", AtLayers([0, 7]).append(torch.relu)),
+        TransformerHooks().append_to_path("mlp.pre_act.bwd", AtLayers([0, 7]).append(torch.relu)),
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", Hooks().append(AtLayers([0, 7]).append(torch.relu))),
+        TransformerHooks().append_to_path("mlp.pre_act.fwd", FwdBwdHooks().append_fwd2(AtLayers([0, 7]))),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_an_error_on_entry(tree: TransformerHooks) -> None:
+    with pytest.raises(HooksMisuse) as raised:
+        with tree.on(small()):
+            pass
+    assert str(raised.value).startswith(
+        "AtLayers([0, 7]) at 'mlp.pre_act': the model has 2 layers, 0 … 1, and no layer 7: the hooks would never act"
+    )
+    with pytest.raises(HooksMisuse, match=r"no layer -1: .*\n  .* the last is AtLayers\(1\)\."):
+        with TransformerHooks().append_to_path("attn.q.fwd", AtLayers(-1).append(torch.relu)).on(small()):
+            pass
 
 
 def test_at_layers_at_a_place_without_layers_says_so() -> None:
