@@ -3,8 +3,8 @@
 NOTE [What auto_hook adds]
 To a class: descriptors. The class stays the same object, and its instances have nothing themselves.
 To an instance: entries in its `__dict__`, and nothing else. They know the model by a weak reference, or it would be a
-cycle and wait for the garbage collector; so they do not keep it alive, as methods of a class do. A deep copy of the
-model, or what is unpickled, has its own.
+cycle and wait for the garbage collector; so they do not keep it alive, as methods of a class do. A copy of the model,
+or what is unpickled, has its own: what copies it finds `__reduce_ex__` among these entries.
 Either way, what the methods do is done by a view of the model, made for one call: `AutoHooks`.
 """
 
@@ -107,7 +107,7 @@ class AutoHooks(HookedMethods):
         """
         self.reset_hooks(including_permanent=True)
         for name, value in list(vars(self.model).items()):
-            if isinstance(value, BoundHookMethod) or (name in DICTS and is_hooked(self.model)):
+            if isinstance(value, BoundHookMethod | _Reduce) or (name in DICTS and is_hooked(self.model)):
                 del vars(self.model)[name]
         return self.model
 
@@ -120,6 +120,9 @@ METHODS = (
 )
 NAMES = (*DICTS, *(name for name in METHODS if name != "check_hooks_to_add"), *PROPERTIES)
 """What a hooked class has; a hooked instance has no properties. `check_hooks_to_add` is for users to write."""
+
+ENTRIES = (*NAMES, "__reduce_ex__")
+"""What a hooked instance may have in its `__dict__`."""
 
 _points: weakref.WeakKeyDictionary[nn.Module, dict[str, AutoPoint]] = weakref.WeakKeyDictionary()
 """The hook points of the instances of decorated classes."""
@@ -240,6 +243,43 @@ def _equip(model: nn.Module) -> None:
     _points.pop(model, None)
     methods = {name: BoundHookMethod(model, name) for name in NAMES if name in METHODS}
     vars(model).update(hook_dict=view.hook_dict, mod_dict=view.mod_dict, **methods)
+    vars(model).setdefault("__reduce_ex__", _Reduce(model))
+
+
+class _Reduce:
+    """Makes a copy of an instance, of whatever kind, one that `auto_hook` is called on when it is complete."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, protocol: Any = 2) -> Any:
+        model: Any = self.model()
+        of_class: Any = type(model).__reduce_ex__
+        reduced = of_class(model, protocol)
+        if not is_hooked(model) or not isinstance(reduced, tuple) or len(reduced) < 3 or type(reduced[2]) is not dict:
+            return reduced
+        state = {name: value for name, value in reduced[2].items() if name not in ENTRIES}
+        return (_started, reduced[:2], state, *reduced[3:])
+
+
+def _started(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A copy that has no attributes yet."""
+    new = make(*args)
+    vars(new)["__setstate__"] = _SetState(new)
+    return new
+
+
+class _SetState:
+    """Gives a copy its attributes, and then its hook points."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        model: Any = self.model()
+        del vars(model)["__setstate__"]
+        model.__setstate__(state)
+        _equip(model)
 
 
 def _refuse_taken(taken: list[str], kind: type) -> None:

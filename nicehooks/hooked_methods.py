@@ -153,8 +153,8 @@ class HookedMethods(NamedPoints):
             incl_bwd: whether to make backward hooks.
             device: as for `run_with_cache`.
             remove_batch_dim: as for `run_with_cache`.
-            cache: a dict to put the values into; a new `ActivationCache` by default. A plain dict does not notice that the
-                model overwrites a value in place: then say `clone=True`.
+            cache: a dict to put the values into; a new `ActivationCache` by default. A plain dict does not notice that
+                the model overwrites a value in place: then say `clone=True`.
             pos_slice: as for `run_with_cache`.
             detach: as for `run_with_cache`.
             clone: as for `run_with_cache`.

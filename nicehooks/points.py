@@ -261,7 +261,7 @@ class Place(HookMethods):
         return module.parametrizations[name] if name in getattr(module, "parametrizations", {}) else module
 
 
-GONE = "the model of the hook point {name!r} no longer exists: nothing else has it. Give the model a name of its own first."
+GONE = "the model of the hook point {name!r} no longer exists: nothing else has it. Give the model a name first."
 
 NO_PARAMETER_GRADIENT = (
     "{name!r} is a parameter, which has no gradient of one call: read its .grad after backward, or use functional()."

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -589,3 +590,18 @@ def test_a_class_may_check_the_hooks_that_are_added():
         model.add_hook("b_dec.hook_point", lambda value, hook: None)
     model.add_hook("W_dec.hook_point", lambda value, hook: value * 0)
     assert torch.equal(model(inputs()), model.b_dec.expand(5, 4))
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_a_shallow_copy_acts_on_itself(tapped):
+    model, x = auto_hook(Plain.of(Decorated())), inputs()
+    clean = model(x)
+    with capture(model, "layer.0.fc") if tapped else nullcontext():
+        other = copy.copy(model)
+        _ = model(x)
+    other.add_hook("hook_point", lambda value, hook: value * 0)
+    assert torch.equal(model(x), clean) and not other(x).any() and not model.list_hooks()
+    assert other.hook_dict["hook_point"] is not model.hook_dict["hook_point"]
+    third = copy.copy(other)
+    assert torch.equal(third(x), clean) and vars(third).keys() == vars(model).keys()
+    assert not [name for name in vars(copy.copy(other.unwrap())) if name.startswith("__")]

@@ -1168,7 +1168,7 @@ class OwnPoint(HookPoint):
         super().__init__()
         self.added = []
 
-    def add_hook(self, hook, dir="fwd", is_permanent=False, level=None, prepend=False):
+    def add_hook(self, hook, dir="fwd", is_permanent=False, level=None, prepend=False, alias_names=None):
         self.added.append((dir, level))
         super().add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
