@@ -425,7 +425,8 @@ def _no_other_names(name: str) -> list[str]:
 STALE = (
     "{key!r} was overwritten in place after it was captured (an in-place layer such as ReLU(inplace=True), or x += y), "
     "so this value is no longer what the site produced.\n"
-    '    capture(model, "{key}", clone=True)  # keeps a copy of its own'
+    '    capture(model, "{key}", clone=True)  # keeps a copy of its own\n'
+    "  run_with_cache, get_caching_hooks and add_caching_hooks take clone=True, too. For run(…), capture around it."
 )
 
 OUTLIVED = (

@@ -2,8 +2,9 @@
 
 NOTE [What auto_hook adds]
 To a class: descriptors. The class stays the same object, and its instances have nothing themselves.
-To an instance: entries in its `__dict__`, and nothing else. They know the model by a weak reference, and a copy of the
-model, or what is unpickled, has its own.
+To an instance: entries in its `__dict__`, and nothing else. They know the model by a weak reference, or it would be a
+cycle and wait for the garbage collector; so they do not keep it alive, as methods of a class do. A copy of the model,
+or what is unpickled, has its own: what copies it finds `__reduce_ex__` among these entries.
 Either way, what the methods do is done by a view of the model, made for one call: `AutoHooks`.
 """
 
@@ -81,8 +82,8 @@ class AutoHooks(HookedMethods):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         known = _known_points(model)
-        self.mod_dict = {name: module for name, module in unwrapped(model) if name}
         self.hook_dict: dict[str, Any] = points_of(model, known)
+        self.mod_dict = {name: module for name, module in unwrapped(model) if name} | self.hook_dict
         _renew(known, self.hook_dict)
         _renew(vars(model).get("mod_dict", {}), self.mod_dict)
 
@@ -106,7 +107,7 @@ class AutoHooks(HookedMethods):
         """
         self.reset_hooks(including_permanent=True)
         for name, value in list(vars(self.model).items()):
-            if isinstance(value, BoundHookMethod) or (name in DICTS and is_hooked(self.model)):
+            if isinstance(value, BoundHookMethod | _Reduce) or (name in DICTS and is_hooked(self.model)):
                 del vars(self.model)[name]
         return self.model
 
@@ -119,6 +120,9 @@ METHODS = (
 )
 NAMES = (*DICTS, *(name for name in METHODS if name != "check_hooks_to_add"), *PROPERTIES)
 """What a hooked class has; a hooked instance has no properties. `check_hooks_to_add` is for users to write."""
+
+ENTRIES = (*NAMES, "__reduce_ex__")
+"""What a hooked instance may have in its `__dict__`."""
 
 _points: weakref.WeakKeyDictionary[nn.Module, dict[str, AutoPoint]] = weakref.WeakKeyDictionary()
 """The hook points of the instances of decorated classes."""
@@ -144,21 +148,28 @@ def is_hooked(model: Any) -> bool:
 
 
 class BoundHookMethod:
-    """A method of one hooked model; see NOTE [What auto_hook adds]."""
+    """A method of one hooked model; see NOTE [What auto_hook adds].
 
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model = weakref.ref(model)
+    Args:
+        model: the model.
+        name: the name of the method.
+        keep: whether it keeps the model alive, as a bound method does. What lies in the model itself may not.
+    """
+
+    def __init__(self, model: nn.Module, name: str, keep: bool = False) -> None:
+        self.model: Callable[[], nn.Module | None] = (lambda: model) if keep else weakref.ref(model)
+        self.keep = keep
         self.__name__ = name
         self.__doc__ = getattr(AutoHooks, name).__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         if model is None:
-            raise SiteNotFound(f"the model whose {self.__name__}() this is no longer exists")
+            raise SiteNotFound(GONE.format(name=self.__name__))
         return getattr(AutoHooks(model), self.__name__)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return BoundHookMethod, (self.model(), self.__name__)
+        return BoundHookMethod, (self.model(), self.__name__, self.keep)
 
     def __repr__(self) -> str:
         return f"<{self.__name__} of a hooked {type(self.model()).__name__}>"
@@ -180,15 +191,21 @@ class HookMethod:
     def __get__(self, model: Any, kind: Any = None) -> Any:
         if model is None:
             return self._unwrapper(kind) if self.name == "unwrap" else self
-        if self.name in {*model._modules, *model._parameters, *model._buffers}:
+        if internals.is_registering() or self.name in {*model._modules, *model._parameters, *model._buffers}:
             raise UnsupportedModule(SETS.format(kind=type(model).__name__, name=self.name))
-        return BoundHookMethod(model, self.name) if self.name in METHODS else getattr(AutoHooks(model), self.name)
+        return (
+            BoundHookMethod(model, self.name, keep=True)
+            if self.name in METHODS
+            else getattr(AutoHooks(model), self.name)
+        )
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Calls the method of `model`, as the function of an ordinary method would."""
         return getattr(model, self.name)(*args, **kwargs)
 
     def __set__(self, model: Any, value: Any) -> None:
+        if self.name in PROPERTIES:
+            return setattr(AutoHooks(model), self.name, value)
         raise UnsupportedModule(SETS.format(kind=type(model).__name__, name=self.name))
 
     def _unwrapper(self, kind: Any) -> Callable[[], Any]:
@@ -226,6 +243,43 @@ def _equip(model: nn.Module) -> None:
     _points.pop(model, None)
     methods = {name: BoundHookMethod(model, name) for name in NAMES if name in METHODS}
     vars(model).update(hook_dict=view.hook_dict, mod_dict=view.mod_dict, **methods)
+    vars(model).setdefault("__reduce_ex__", _Reduce(model))
+
+
+class _Reduce:
+    """Makes a copy of an instance, of whatever kind, one that `auto_hook` is called on when it is complete."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, protocol: Any = 2) -> Any:
+        model: Any = self.model()
+        of_class: Any = type(model).__reduce_ex__
+        reduced = of_class(model, protocol)
+        if not is_hooked(model) or not isinstance(reduced, tuple) or len(reduced) < 3 or type(reduced[2]) is not dict:
+            return reduced
+        state = {name: value for name, value in reduced[2].items() if name not in ENTRIES}
+        return (_started, reduced[:2], state, *reduced[3:])
+
+
+def _started(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A copy that has no attributes yet."""
+    new = make(*args)
+    vars(new)["__setstate__"] = _SetState(new)
+    return new
+
+
+class _SetState:
+    """Gives a copy its attributes, and then its hook points."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        model: Any = self.model()
+        del vars(model)["__setstate__"]
+        model.__setstate__(state)
+        _equip(model)
 
 
 def _refuse_taken(taken: list[str], kind: type) -> None:
@@ -242,6 +296,12 @@ TAKEN = (
 SETS = (
     "{kind} sets self.{name}, but auto_hook has given the class a method of this name. Rename the attribute;\n"
     "  or use hooked(model), which has these methods and leaves the model as it is."
+)
+
+GONE = (
+    "the model whose {name}() this is no longer exists: nothing else has it. Give it a name first:\n"
+    "    model = auto_hook(Model())\n"
+    "    model.{name}(…)"
 )
 
 OF_TORCH = (

@@ -22,7 +22,7 @@ from nicehooks import internals
 from nicehooks.errors import SiteNotFound
 from nicehooks.hooks import Direction, LensHandle, hooks_on
 from nicehooks.paths import ModulePath, Port, escape
-from nicehooks.points import HookPoint
+from nicehooks.points import GONE, HookPoint
 from nicehooks.rebinding import tap_of
 from nicehooks.selection import Census, Site, has_forward
 from nicehooks.uses import parametrizations_of, users_of
@@ -79,7 +79,7 @@ class AutoPoint(HookPoint):
     def _alive(self, which: int) -> nn.Module:
         module = self._of[which]()
         if module is None:
-            raise SiteNotFound(f"the model of the hook point {self.name!r} no longer exists")
+            raise SiteNotFound(GONE.format(name=self.name))
         return module
 
     def _tapped(self) -> nn.Module:

@@ -50,6 +50,7 @@ class CachingHook:
         remove_batch_dim: takes the only example out of its batch.
         pos_slice: the positions to keep.
         detach: takes each value out of the autograd graph.
+        clone: keeps a copy, which nothing can overwrite.
     """
 
     only_looks = True
@@ -62,6 +63,7 @@ class CachingHook:
         remove_batch_dim: bool = False,
         pos_slice: PosSlice = None,
         detach: bool = False,
+        clone: bool = False,
     ) -> None:
         self.cache = cache
         self.suffix = suffix
@@ -69,6 +71,7 @@ class CachingHook:
         self.remove_batch_dim = remove_batch_dim
         self.positions = positions(pos_slice)
         self.detach = detach
+        self.clone = clone
         self.level = internals.transform_level()
 
     def __repr__(self) -> str:
@@ -98,13 +101,14 @@ class CachingHook:
         if not torch.compiler.is_compiling() and internals.innermost_transform() is not None:
             tensor = internals.lift(tensor, self.level)
         tensor = tensor.detach() if self.detach else tensor
+        tensor = tensor.clone() if self.clone else tensor
         return tensor if self.device is None else tensor.to(self.device)
 
 
 def _only_example(tensor: Tensor, key: str) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] != 1:
         shown = trees.describe(tensor)
-        raise TreeMismatch(f"remove_batch_dim=True takes one example, but {key!r} is {shown}; leave it out.")
+        raise TreeMismatch(f"remove_batch_dim=True takes one example, but {key!r} is {shown}; leave it out")
     return tensor[0]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import trees
-from nicehooks.autohook import NAMES, auto_hook, is_hooked
+from nicehooks.autohook import ENTRIES, auto_hook, is_hooked
 from nicehooks.autopoints import SUFFIX
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
 from nicehooks.hook_reports import Failure, HookCheckReport
@@ -243,7 +243,7 @@ UNUSED = "its hook is never called: the parameter enters no operation of torch i
 
 STRUCTURE: dict[str, Callable[[Any], Any]] = {
     "the type": type,
-    "attributes": lambda model: [name for name in vars(model) if name not in NAMES],
+    "attributes": lambda model: [name for name in vars(model) if name not in ENTRIES],
     "state_dict": lambda model: list(model.state_dict()),
     "modules": lambda model: [(name, type(module).__name__) for name, module in model.named_modules()],
     "parameters": lambda model: [name for name, _ in model.named_parameters()],

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nicehooks.activations import ActivationCache
 from nicehooks.caching_hooks import CachingHook, NamesFilter, PosSlice
-from nicehooks.errors import NotReachedWarning, TreeMismatch
+from nicehooks.errors import NotReachedWarning, TreeMismatch, UnsupportedModule
 from nicehooks.hooks import Hooks, Item, Scope, add
 from nicehooks.named_points import HookList, NamedPoints
+from nicehooks.points import adds_itself
 
 
 class HookedMethods(NamedPoints):
@@ -46,8 +48,19 @@ class HookedMethods(NamedPoints):
 
     @contextmanager
     def _scope(self, items: list[Item], reset: bool, clear: bool, needs_backward: bool = True) -> Iterator[None]:
+        if torch.compiler.is_dynamo_compiling():
+            raise UnsupportedModule(IN_COMPILED_CODE)
+        own = [(item, point) for item in items for point in item.points if adds_itself(point)]
+        of_all = [
+            item._replace(points=points)
+            for item in items
+            if (points := [point for point in item.points if not adds_itself(point)])
+        ]
         try:
-            with Scope(self._hooked_model(), items, keep=not reset, needs_backward=needs_backward):
+            with Scope(self._hooked_model(), of_all, keep=not reset, needs_backward=needs_backward) as scope:
+                for item, point in own:
+                    point.add_hook(item.hook, dir=item.dir, level=scope.level)  # type: ignore[attr-defined]
+                scope.entering = False
                 yield
         finally:
             if reset and clear:
@@ -91,6 +104,7 @@ class HookedMethods(NamedPoints):
         clear_contexts: bool = False,
         pos_slice: PosSlice = None,
         detach: bool = False,
+        clone: bool = False,
         **model_kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """Runs the model, and returns its output and an `ActivationCache` of the values at its hook points.
@@ -106,12 +120,13 @@ class HookedMethods(NamedPoints):
             clear_contexts: as for `hooks`.
             pos_slice: the positions to keep: an int, a slice, a tuple for one, a list of ints, or None for all.
             detach: takes each value out of the autograd graph.
+            clone: keeps copies, which nothing can overwrite.
             model_kwargs: for the model.
 
         Raises:
             SiteNotFound: `names_filter` names a hook point that is not there, or matches none.
         """
-        options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim}
+        options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "clone": clone}
         cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, **options, pos_slice=pos_slice, detach=detach)
         items = self._items(fwd, "fwd") + self._items(bwd, "bwd")
         with self._scope(items, reset_hooks_end, clear_contexts):
@@ -129,6 +144,7 @@ class HookedMethods(NamedPoints):
         cache: dict[str, Any] | None = None,
         pos_slice: PosSlice = None,
         detach: bool = False,
+        clone: bool = False,
     ) -> tuple[dict[str, Any], list[tuple[str, CachingHook]], list[tuple[str, CachingHook]]]:
         """A cache, and the forward and backward hooks that fill it, for `hooks` or `run_with_hooks`.
 
@@ -137,14 +153,16 @@ class HookedMethods(NamedPoints):
             incl_bwd: whether to make backward hooks.
             device: as for `run_with_cache`.
             remove_batch_dim: as for `run_with_cache`.
-            cache: a dict to put the values into; a new `ActivationCache` by default.
+            cache: a dict to put the values into; a new `ActivationCache` by default. A plain dict does not notice that
+                the model overwrites a value in place: then say `clone=True`.
             pos_slice: as for `run_with_cache`.
             detach: as for `run_with_cache`.
+            clone: as for `run_with_cache`.
         """
         cache = ActivationCache() if cache is None else cache
         names = self._names(names_filter)
-        forward = CachingHook(cache, "", device, remove_batch_dim, pos_slice, detach)
-        backward = CachingHook(cache, "_grad", device, remove_batch_dim, pos_slice, detach)
+        forward = CachingHook(cache, "", device, remove_batch_dim, pos_slice, detach, clone)
+        backward = CachingHook(cache, "_grad", device, remove_batch_dim, pos_slice, detach, clone)
         fwd = [(name, forward) for name in names]
         return cache, fwd, [(name, backward) for name in self._with_gradients(names)] if incl_bwd else []
 
@@ -161,10 +179,11 @@ class HookedMethods(NamedPoints):
         cache: dict[str, Any] | None = None,
         pos_slice: PosSlice = None,
         detach: bool = False,
+        clone: bool = False,
     ) -> dict[str, Any]:
         """Adds hooks that cache, until they are removed, and returns the cache; see `get_caching_hooks`."""
         cache, fwd, bwd = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice, detach
+            names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice, detach, clone
         )
         add(Hooks(self._hooked_model(), self._items(fwd, "fwd") + self._items(bwd, "bwd")))
         return cache
@@ -197,6 +216,11 @@ NO_BACKWARD = (
     "run_with_hooks only runs forward: its bwd_hooks are removed before you can call backward, and never act.\n"
     "    with model.hooks(bwd_hooks=…):       # correct\n"
     "        model(…).sum().backward()"
+)
+
+IN_COMPILED_CODE = (
+    "hooks of hook points cannot be entered inside compiled code. Enter them outside, around the compiled call;\n"
+    "  or enter edit(model, name, fn) inside, which can be."
 )
 
 DEPRECATED = "{name} is deprecated: use run_with_cache, or add_caching_hooks."

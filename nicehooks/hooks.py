@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import nn
 
-from nicehooks import trees
+from nicehooks import internals, trees
 from nicehooks.contexts import Intervention
 from nicehooks.interventions import _Edit  # pyright: ignore[reportPrivateUsage]
 from nicehooks.paths import ModulePath
@@ -80,6 +81,8 @@ class Hook(_Edit):
 
     __slots__ = ("aliases", "changes", "dir", "hook", "is_permanent", "level", "point", "removed", "scope")
 
+    for_part = "edit"
+
     def __init__(self, item: Item, point: Point | None, scope: Hooks) -> None:
         self.verb = "hook"
         self.hook = item.hook
@@ -93,7 +96,7 @@ class Hook(_Edit):
         self.scope = weakref.ref(scope)
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        if self.removed:
+        if self.removed and self.dir == "bwd":  # of a forward that ran before; else, this call had begun
             return value
         if not self.changes:  # it gets the model's own value, also of a parameter
             self.changed(value, key, site)
@@ -106,7 +109,7 @@ class Hook(_Edit):
             point = point.part(ModulePath.parse(key).slice)
         new: Any = None
         for alias in self.aliases:
-            result = self.hook(value, hook=point.called(alias) if alias else point)
+            result = _call(self.hook, value, point.called(alias) if alias else point)
             if self.dir == "bwd" and isinstance(result, tuple) and len(result) == 1:
                 result = result[0]
             if result is not None:
@@ -118,6 +121,20 @@ class Hook(_Edit):
         scope = self.scope()
         if scope is not None and not self.removed:
             scope.drop(self)
+
+
+_running: ContextVar[bool] = ContextVar("nicehooks.hook_is_running", default=False)
+"""Whether a hook is running here: what it removes may have its turn in this very call still."""
+
+
+def _call(hook: HookFunction, value: Any, point: Any) -> Any:
+    if torch.compiler.is_compiling():  # which cannot trace a ContextVar
+        return hook(value, hook=point)
+    token = _running.set(True)
+    try:
+        return hook(value, hook=point)
+    finally:
+        _running.reset(token)
 
 
 class LensHandle(NamedTuple):
@@ -186,7 +203,9 @@ class Hooks(Intervention):
 
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:
         hook: Any = rule.action
-        excused = (hook.removed and not session.attached) or (hook.dir == "bwd" and not self.needs_backward)
+        excused = (
+            _running.get() or (hook.removed and not session.attached) or (hook.dir == "bwd" and not self.needs_backward)
+        )
         return excused or super()._was_reached(session, rule)
 
     def attach(self) -> Any:
@@ -262,26 +281,41 @@ class Scope:
         self.keep = keep
         self.needs_backward = needs_backward
         self.own: list[Hooks] = []
-        self.kept: Hooks | None = None
+        self.kept: list[Hooks] = []
+        self.entering = True  # until the hooks that belong to the context itself are there
 
     def __enter__(self) -> Scope:
+        return internals.in_eager(self._enter)
+
+    def _enter(self) -> Scope:
         self.level = level_of(self.model) + 1
         if self.items:
-            hooks = Hooks(self.model, self.items, level=self.level, needs_backward=self.needs_backward)
+            hooks = Hooks(self.model, self.items, level=self.level)
             hooks.verb = "hooks"
-            if self.keep:
-                self.kept = hooks.attach()
-            else:
-                hooks.__enter__()
-            self.own.append(hooks)
+            self.begin(hooks)
         _open.set((*_open.get(), weakref.ref(self)))
         return self
 
+    def begin(self, hooks: Hooks) -> None:
+        """Lets `hooks` act for as long as this context; what belongs to it itself may stay."""
+        stays = self.keep and self.entering
+        if self.entering:
+            hooks.needs_backward = self.needs_backward
+        if stays:
+            hooks.attach()
+            self.kept.append(hooks)
+        else:
+            hooks.__enter__()
+        self.own.append(hooks)
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        internals.in_eager(self._exit, kind, error, trace)
+
+    def _exit(self, kind: Any, error: Any, trace: Any) -> None:
         _open.set(tuple([ref for ref in _open.get() if ref() not in (self, None)]))
         with ExitStack() as stack:
             for hooks in self.own:
-                if kind is not None or hooks is not self.kept:
+                if kind is not None or hooks not in self.kept:
                     stack.callback(hooks.__exit__, kind, error, trace)
 
 
@@ -306,6 +340,5 @@ def add(hooks: Hooks) -> None:
     scope = None if hooks.level is None or hooks.is_permanent else _scope_at(hooks.level, unwrap(hooks.model))
     if scope is None:
         hooks.attach()
-    else:
-        hooks.__enter__()
-        scope.own.append(hooks)
+        return
+    scope.begin(hooks)

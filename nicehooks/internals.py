@@ -375,3 +375,19 @@ def register_torch_node(kind: type, flatten: Callable[..., Any], unflatten: Call
 
 EVERY_NAMESPACE: Any = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 """The namespace of optree that every caller sees (optree 0.13 … 0.20)."""
+
+
+_REGISTER = tuple([method.__code__ for method in (nn.Module.register_parameter, nn.Module.register_buffer)])
+
+
+def is_registering() -> bool:
+    """Whether the attribute lookup that a descriptor answers is that of a module which registers something there.
+
+    It asks whether the name is free, and then raises a KeyError that says nothing of whose attribute this is.
+    """
+    return sys._getframe(2).f_code in _REGISTER
+
+
+def in_eager(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls `function` so that Dynamo, where it runs the code around in parts, does not trace what it calls."""
+    return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)

@@ -11,7 +11,7 @@ from torch import nn
 from nicehooks.caching_hooks import CachingHook, Matched, NamesFilter, chooser
 from nicehooks.errors import SiteNotFound
 from nicehooks.hooks import Direction, Hook, HookFunction, Hooks, Item, add, level_of, remove_all
-from nicehooks.points import Directions, HookMethods, checked, direction, directions
+from nicehooks.points import Directions, HookMethods, adds_itself, checked, direction, directions
 
 Name = str | Callable[[str], bool]
 """Which hook points: the name of one, or a predicate over names."""
@@ -67,10 +67,18 @@ class NamedPoints:
         """How many contexts of hooks are open here, in each other."""
         return level_of(self._hooked_model())
 
+    @context_level.setter
+    def context_level(self, value: int) -> None:
+        """Changes nothing: it is counted, but models that were written for an attribute assign to it."""
+
     @property
     def is_caching(self) -> bool:
         """Whether a caching hook acts here and now."""
         return any(isinstance(record.hook, CachingHook) for record in self.list_hooks())
+
+    @is_caching.setter
+    def is_caching(self, value: bool) -> None:
+        """Changes nothing: it is looked up, but models that were written for an attribute assign to it."""
 
     def list_hooks(
         self, names_filter: NamesFilter = None, dir: Directions = "both", including_permanent: bool = True
@@ -181,8 +189,15 @@ class NamedPoints:
         """
         items = self._items([(name, hook)], direction(dir))
         names = self._matching(name) if callable(name) else [name]
-        for one in names:
-            self.check_hooks_to_add(self._point(one), str(one), hook, dir, is_permanent, prepend)
+        points = [self._point(one) for one in names]
+        if type(self).check_and_add_hook is not NamedPoints.check_and_add_hook or any(map(adds_itself, points)):
+            for one, point in zip(names, points, strict=True):
+                self.check_and_add_hook(
+                    point, str(one), checked(hook), dir=dir, is_permanent=is_permanent, level=level, prepend=prepend
+                )
+            return
+        for one, point in zip(names, points, strict=True):
+            self.check_hooks_to_add(point, str(one), hook, dir, is_permanent, prepend)
         add(Hooks(self._hooked_model(), items, level=level, is_permanent=is_permanent, first=prepend))
 
     def check_and_add_hook(

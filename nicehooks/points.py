@@ -252,7 +252,7 @@ class Place(HookMethods):
     def _alive(self, which: int) -> nn.Module:
         module = self._of[which]()
         if module is None:
-            raise SiteNotFound(f"the model of the hook point {self.name!r} no longer exists")
+            raise SiteNotFound(GONE.format(name=self.name))
         return module
 
     def _tapped(self) -> nn.Module:
@@ -261,9 +261,16 @@ class Place(HookMethods):
         return module.parametrizations[name] if name in getattr(module, "parametrizations", {}) else module
 
 
+GONE = "the model of the hook point {name!r} no longer exists: nothing else has it. Give the model a name first."
+
 NO_PARAMETER_GRADIENT = (
     "{name!r} is a parameter, which has no gradient of one call: read its .grad after backward, or use functional()."
 )
+
+
+def adds_itself(point: Any) -> bool:
+    """Whether the class of `point` has an `add_hook` of its own, which is to be called then."""
+    return type(point).add_hook is not HookMethods.add_hook
 
 
 def checked(hook: Any) -> HookFunction:

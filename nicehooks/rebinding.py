@@ -168,7 +168,7 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
         value = tap.function(module, *args, **kwargs) if kwargs else tap.function(module, *args)
         for rule in tap.rules:
             session = rule.session
-            if session in active or session.attached or acts_in_backward(session):
+            if session in active or session.attached or acts_in_backward(session) or session.ended:
                 value = rule.output(value)
             else:
                 session.elsewhere = True
@@ -279,15 +279,16 @@ HANDLES = "__nicehooks__"
 class _Reduce:
     """See NOTE [Copies of a tapped module]."""
 
-    __slots__ = ("module",)
+    __slots__ = ("module", "previous")
 
     def __init__(self, module: weakref.ref[nn.Module]) -> None:
         self.module = module
+        self.previous: Any = None  # one that stood in the instance's __dict__ before
 
     def __call__(self, protocol: Any = 2) -> Any:
         module: Any = self.module()
         of_class: Any = type(module).__reduce_ex__
-        reduced = of_class(module, protocol)
+        reduced = of_class(module, protocol) if self.previous is None else self.previous(protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
         return (*reduced[:2], _clean(module, reduced[2]), *reduced[3:])
@@ -364,6 +365,7 @@ def _put_in(module: nn.Module, tap: Tap) -> None:
     elif tap.parameters is None:
         tap.parameters = parameters_of(signature_of(tap.function))
     tap.simple = tap.previous is None
+    tap.reduce.previous = names.get("__reduce_ex__")
     names["__reduce_ex__"] = tap.reduce  # before the other, and gone after it: another thread may be copying
     names["forward"] = tap.forward
 
@@ -396,7 +398,10 @@ def _put_back(module: nn.Module, tap: Tap) -> None:
     else:
         names["forward"] = tap.previous
         tap.previous = tap.parameters = None
-    names.pop("__reduce_ex__", None)
+    if tap.reduce.previous is None:
+        names.pop("__reduce_ex__", None)
+    else:
+        names["__reduce_ex__"] = tap.reduce.previous
 
 
 class Passing(torch.overrides.TorchFunctionMode):

@@ -24,12 +24,14 @@ class Action:
 
     Attributes:
         verb: the name of the intervention, for messages.
+        for_part: the name of the one that acts on a part of a value, if this one cannot.
         changes: whether it may change the value.
         wants_call: whether it is told of the call that the value belongs to.
     """
 
     __slots__ = ()
     verb = ""
+    for_part = ""
     changes = True
     wants_call = False
 
@@ -169,7 +171,7 @@ class SiteRule(Rule):
         tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
         if not self.chain and tensors:
             text += f"\n  the value there is {trees.describe(value)}; choose a part of it:"
-            text += f'\n    {verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
+            text += f'\n    {self.action.for_part or verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
         return TreeMismatch(text)
 
 

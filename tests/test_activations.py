@@ -352,7 +352,8 @@ def test_a_value_that_was_overwritten_in_place_raises_when_read(reader: str) -> 
     assert str(caught.value) == (
         "'0' was overwritten in place after it was captured (an in-place layer such as ReLU(inplace=True), or x += y), "
         "so this value is no longer what the site produced.\n"
-        '    capture(model, "0", clone=True)  # keeps a copy of its own'
+        '    capture(model, "0", clone=True)  # keeps a copy of its own\n'
+        "  run_with_cache, get_caching_hooks and add_caching_hooks take clone=True, too. For run(…), capture around it."
     )
     READERS[reader](stale(clone=True))
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_hook_points_in_order_and_how_they_are_shown(hooked):
     assert [point.name for point in hooked.hook_points()] == NAMES
     assert not {id(module) for module in hooked.modules()} & {id(point) for point in hooked.hook_points()}
     assert hooked.hook_dict["layer.1.fc.hook_point"] is hooked.hook_dict["layer.1.fc.hook_point"]
-    assert list(hooked.mod_dict) == [name for name, _ in hooked.named_modules() if name]
+    assert list(hooked.mod_dict) == [*(name for name, _ in hooked.named_modules() if name), *NAMES]
+    assert hooked.mod_dict["scale.hook_point"] is hooked.hook_dict["scale.hook_point"]
 
 
 def test_an_autoencoder_has_its_parameters_as_hook_points():
@@ -467,14 +469,45 @@ def test_nothing_keeps_the_model_alive(make):
     model = make()
     model.add_hook("scale.hook_point", lambda value, hook: None)
     model(inputs())
-    point, method, gone = model.hook_dict["scale.hook_point"], model.run_with_hooks, weakref.ref(model)
+    point, gone = model.hook_dict["scale.hook_point"], weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
-    with pytest.raises(SiteNotFound, match="no longer exists"):
+    with pytest.raises(SiteNotFound, match=r"no longer exists: nothing else has it\. Give the model a name"):
         point.has_hooks()
-    with pytest.raises(SiteNotFound, match="no longer exists"):
+
+
+def test_a_method_of_a_class_keeps_its_model_alive_and_that_of_an_instance_says_what_to_write():
+    assert list(Decorated().run_with_cache(inputs())[1]) == list(auto_hook(Decorated()).run_with_cache(inputs())[1])
+    model = Decorated()
+    method, gone = copy.deepcopy(model).run_with_hooks, weakref.ref(model)
+    assert torch.equal(method(inputs()), model(inputs())) and not copy.deepcopy(model).list_hooks()
+    method = model.run_with_hooks
+    del model
+    assert gone() is not None
+    del method
+    assert gone() is None  # at once
+    method = auto_hook(Plain.of(Decorated())).run_with_hooks
+    with pytest.raises(SiteNotFound, match=r"nothing else has it.*\n    model = auto_hook\(Model\(\)\)"):
         method(inputs())
+
+
+def test_what_transformer_lens_has_as_attributes_can_be_assigned():
+    model = Decorated()
+    model.is_caching = model.context_level = 7
+    assert model.is_caching is False and model.context_level == 0
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Parameter(torch.ones(2)), lambda: nn.ReLU()])
+def test_parameters_and_modules_with_a_name_that_is_taken(make):
+    @auto_hook
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hook_dict = make()
+
+    with pytest.raises(UnsupportedModule, match=r"Own sets self\.hook_dict, but auto_hook"):
+        _ = Own().hook_dict
 
 
 # --- names that are taken ---------------------------------------------------------------------------------------------
@@ -557,3 +590,18 @@ def test_a_class_may_check_the_hooks_that_are_added():
         model.add_hook("b_dec.hook_point", lambda value, hook: None)
     model.add_hook("W_dec.hook_point", lambda value, hook: value * 0)
     assert torch.equal(model(inputs()), model.b_dec.expand(5, 4))
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_a_shallow_copy_acts_on_itself(tapped):
+    model, x = auto_hook(Plain.of(Decorated())), inputs()
+    clean = model(x)
+    with capture(model, "layer.0.fc") if tapped else nullcontext():
+        other = copy.copy(model)
+        _ = model(x)
+    other.add_hook("hook_point", lambda value, hook: value * 0)
+    assert torch.equal(model(x), clean) and not other(x).any() and not model.list_hooks()
+    assert other.hook_dict["hook_point"] is not model.hook_dict["hook_point"]
+    third = copy.copy(other)
+    assert torch.equal(third(x), clean) and vars(third).keys() == vars(model).keys()
+    assert not [name for name in vars(copy.copy(other.unwrap())) if name.startswith("__")]

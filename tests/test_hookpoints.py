@@ -1137,3 +1137,117 @@ def test_a_hook_point_of_another_model(model):
     other.hook_dict[MLP] = model.hook_dict[MLP]
     with pytest.raises(SiteNotFound, match="is no part of this Toy"):
         other.run_with_hooks(inputs(), fwd_hooks=[(MLP, look)])
+
+
+# --- what subclasses may have of their own ----------------------------------------------------------------------------
+
+
+class Checks(Toy):
+    def __init__(self):
+        self.seen = []
+        super().__init__()
+        self.is_caching, self.context_level = False, 0  # plain attributes elsewhere
+
+    def check_and_add_hook(self, hook_point, hook_point_name, hook, *args, **kwargs):
+        self.seen.append((hook_point_name, hook, args, kwargs))
+        super().check_and_add_hook(hook_point, hook_point_name, hook, *args, **kwargs)
+
+
+def test_a_model_with_a_check_and_add_hook_of_its_own_is_asked():
+    model = Checks()
+    assert model.context_level == 0 and not model.is_caching
+    model.add_hook(MLP, zero, prepend=True)
+    model.add_hook(lambda name: name.endswith("hook_z"), look, dir="bwd", is_permanent=True)
+    assert [name for name, *_ in model.seen] == [MLP, "blocks.0.attn.hook_z", Z]
+    assert model.seen[0][3] == {"dir": "fwd", "is_permanent": False, "level": None, "prepend": True}
+    assert [record.name for record in model.list_hooks()] == ["blocks.0.attn.hook_z", MLP, Z]
+
+
+class OwnPoint(HookPoint):
+    def __init__(self):
+        super().__init__()
+        self.added = []
+
+    def add_hook(self, hook, dir="fwd", is_permanent=False, level=None, prepend=False, alias_names=None):
+        self.added.append((dir, level))
+        super().add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+
+
+class WithOwnPoint(HookedRootModule):
+    def __init__(self):
+        super().__init__()
+        self.mine, self.plain = OwnPoint(), HookPoint()
+        self.setup()
+
+    def forward(self, x):
+        return self.plain(self.mine(x) + 1)
+
+
+def test_a_point_with_an_add_hook_of_its_own_is_asked():
+    model, x = WithOwnPoint(), torch.ones(2, requires_grad=True)
+    model.add_hook("mine", zero)
+    assert model(x).tolist() == [1, 1]
+    model.reset_hooks()
+    with model.hooks([("mine", double), ("plain", double)], [("mine", double)]):
+        output = model(x)
+        output.sum().backward()
+    assert output.tolist() == [6, 6] and x.grad.tolist() == [8, 8]
+    assert model.mine.added == [("fwd", None), ("fwd", 1), ("bwd", 1)] and not model.list_hooks()
+    model.run_with_hooks(x, fwd_hooks=[("mine", double)], reset_hooks_end=False)
+    assert [(record.name, record.level) for record in model.list_hooks()] == [("mine", 1)]
+    assert torch.equal(model(x), 2 * x + 1)
+    model.reset_hooks()
+    with pytest.raises(SiteNotFound), model.hooks([("mine", double), ("no", double)]):
+        pass
+    with pytest.raises(ValueError, match="inside"), model.hooks([("mine", double)], reset_hooks_end=False):
+        raise ValueError("inside")
+    assert not model.list_hooks() and model.context_level == 0
+
+
+def test_hooks_that_are_removed_in_a_call_have_their_turn_in_it():
+    point, seen = HookPoint(), []
+
+    def first(value, hook):
+        seen.append(1)
+        hook.remove_hooks("fwd")
+
+    point.add_hook(first)
+    point.add_hook(lambda value, hook: seen.append(2))
+    point(torch.ones(2))
+    assert seen == [1, 2] and not point.fwd_hooks
+    point(torch.ones(2))
+    assert seen == [1, 2]
+
+
+def test_caches_may_keep_copies():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    x, own = torch.ones(2, 4), {}
+    _, cache = hooked(model).run_with_cache(x, names_filter="0", clone=True)
+    hooked(model).add_caching_hooks("0", cache=own, clone=True)
+    model(x)
+    hooked(model).reset_hooks()
+    assert torch.equal(cache["0"], model[0](x)) and torch.equal(own["0"], model[0](x)) and own["0"].min() < 0
+
+
+class Pair2(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_the_advice_for_a_tuple_can_be_followed():
+    model, x = nn.Sequential(Pair2()), torch.ones(2)
+    with pytest.raises(TreeMismatch, match=r'\n    edit\(model, "0\[0\]", …\)$'):
+        hooked(model).run_with_hooks(x, fwd_hooks=[("0", lambda value, hook: value[0] * 0)])
+    with edit(model, "0[0]", lambda value: value * 0):
+        assert model(x)[0].tolist() == [0, 0]
+
+
+def test_hooks_are_not_entered_inside_one_compiled_graph(model):
+    def zeroed(x):
+        return model.run_with_hooks(x, fwd_hooks=[(MLP, zero)])
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cannot be entered inside compiled code"):
+        torch.compile(zeroed, fullgraph=True, backend="eager")(inputs())
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(zeroed, backend="eager")(inputs()), zeroed(inputs()))
+    assert not model.list_hooks() and model.context_level == 0
