@@ -55,18 +55,17 @@ class CallRule(SiteRule):
     """The result, or an argument, of the calls of one function in a module's own forward."""
 
     __slots__ = ()
+    reason = "its module was not called, or calls no function and no method of this name itself (its children may)."
 
-    @property
-    def reason(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Why the site was not reached."""
+    def why_not_reached(self) -> str:
         part = self.path.port.part
         if part not in STEPS:
-            return NOT_CALLED
+            return self.reason
         port, first = (
             (Port("call", "softmax", part="input"), (0,)) if part == "scores" else (Port("call", "softmax"), ())
         )
         eager = str(replace(self.path, port=port, chain=(*first, *self.chain)))
-        return f"{NOT_CALLED}\n{EAGER_NOW.format(part=part, eager=eager)}"
+        return f"{self.reason}\n{EAGER_NOW.format(part=part, eager=eager)}"
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
@@ -114,8 +113,6 @@ class CallRule(SiteRule):
         changed = self.on(frame, name, number, arguments, by_name(self.chain, names))
         return (args, kwargs) if is_same(changed, arguments) else written_back(names, args, kwargs, arguments, changed)
 
-
-NOT_CALLED = "its module was not called, or calls no function and no method of this name itself (its children may)."
 
 EAGER_NOW = (
     "  If the model runs eager attention by now (set_attn_implementation), the path is {eager!r}.\n"

@@ -309,7 +309,7 @@ def _reason(rule: SiteRule, session: Session) -> str:
     if isinstance(rule, AttributeRule):
         return f"the module that owns it was not called, and {site.path.port.name!r} is there only while it runs."
     if rule.reason:
-        return rule.reason
+        return rule.why_not_reached()
     if rule.chain and session.called:
         return (
             "either nothing called this module, or the part of its value that the path selects was empty every time "

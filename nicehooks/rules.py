@@ -71,6 +71,10 @@ class SiteRule(Rule):
         self.index = 0  # among the rules of its context
         self.wild = False
 
+    def why_not_reached(self) -> str:
+        """Why the site was not reached, if that is always the same."""
+        return self.reason
+
     def number(self, frame: Frame) -> None:
         """Counts this call, if calls matter."""
         if not self.when.counts:

@@ -39,15 +39,17 @@ class Progress:
 
     Attributes:
         session: the number of the session whose progress it is.
+        thread: the number of the thread.
         calls: how often each rule's module has been called, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
         rows: the leading dimensions of what the module around a site was called with last, for the step `/rows`.
     """
 
-    __slots__ = ("calls", "depth", "rows", "seen", "session", "step")
+    __slots__ = ("calls", "depth", "rows", "seen", "session", "step", "thread")
 
-    def __init__(self, session: int) -> None:
+    def __init__(self, session: int, thread: int) -> None:
         self.session = session
+        self.thread = thread
         self.step = -1
         self.depth = 0
         self.calls: dict[int, int] = {}
@@ -68,6 +70,7 @@ class Session:
         label: how the intervention is shown to the user.
         slot: a number that no other living session has; of an attached one, a number that no other has ever had.
         number: its own for ever, once it has begun.
+        mine: how far the thread is that has entered it, or that was first to call the model under it.
         level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
         counting: whether any of its rules asks for a step or a call.
@@ -96,6 +99,7 @@ class Session:
         "exporting",
         "label",
         "level",
+        "mine",
         "number",
         "order",
         "reached",
@@ -122,23 +126,34 @@ class Session:
         self.rules: list[Any] = []
         self.number = 0
         self._progresses: list[Progress] = []
+        self.mine: Progress | None = None
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
         if self.slot < 0:  # entered in code that is being traced
-            return self._new_progress() if not self._progresses else self._progresses[0]
-        found = HERE.progress.get(self.slot)
+            self.mine = Progress(0, 0) if self.mine is None else self.mine
+            return self.mine
         if torch.compiler.is_dynamo_compiling():
-            return self._new_progress() if found is None else found
+            return self._progress_in_traced_code()
+        found = HERE.progress.get(self.slot)
         if found is not None and found.session == self.number:
             return found
         if len(self._progresses) == 1 and internals.in_backward():
             return self._progresses[0]  # a thread of autograd's own goes on with the forward's
         return self._new_progress()
 
+    def _progress_in_traced_code(self) -> Progress:
+        """By way of the session, where it can be: what Dynamo finds by way of a thread it takes for a constant."""
+        if self.mine is not None and (not self.attached or self.mine.thread == HERE.number):
+            return self.mine
+        found = HERE.progress.get(self.slot)
+        return self._new_progress() if found is None else found
+
     def _new_progress(self) -> Progress:
-        found = HERE.progress[self.slot] = Progress(self.number)
+        found = HERE.progress[self.slot] = Progress(self.number, HERE.number)
         self._progresses.append(found)
+        if self.mine is None:
+            self.mine = found
         return found
 
 
@@ -146,6 +161,7 @@ _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default
 _get_active = _active.get  # one object: Dynamo knows what it was taught by identity
 _used_slots: set[int] = set()
 _session_numbers = itertools.count(1)
+_thread_numbers = itertools.count(1)
 ATTACHED = 1_000_000
 """The slots of attached sessions are numbers behind this one."""
 
@@ -158,12 +174,14 @@ class _Here(threading.local):
         traced: what traced code has entered itself, by the `id` of the module: the forward that stood in its `__dict__`
             before, and the rules. Empty whenever no such code is being traced.
         progress: how far each session is, by its slot.
+        number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
     def __init__(self) -> None:
         self.slots: tuple[int, ...] = ()
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self.progress: dict[int, Progress] = {}
+        self.number = next(_thread_numbers)
 
 
 HERE = _Here()
