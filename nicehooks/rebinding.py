@@ -168,7 +168,7 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
         value = tap.function(module, *args, **kwargs) if kwargs else tap.function(module, *args)
         for rule in tap.rules:
             session = rule.session
-            if session in active or session.attached or acts_in_backward(session) or session.ended:
+            if session in active or session.attached or acts_in_backward(session):
                 value = rule.output(value)
             else:
                 session.elsewhere = True

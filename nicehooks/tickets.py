@@ -11,6 +11,7 @@ the gradient of the ticket.
 from __future__ import annotations
 
 import itertools
+import weakref
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,8 @@ from nicehooks import internals
 from nicehooks.sessions import Session
 
 _numbers = itertools.count(1)
-_holders: dict[int, Session] = {}
-"""The sessions that hold a ticket."""
+_holders: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+"""The sessions that hold a ticket; a forgotten handle ends with its model."""
 
 
 def give_ticket(session: Session, rules: list[Any]) -> None:

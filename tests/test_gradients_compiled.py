@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from contextlib import ExitStack
 
@@ -66,6 +67,7 @@ CASES = {
 def test_as_in_eager_code_and_compiled_once(case, backend):
     model = make("Mlp")
     run, before = compiled(model, backend), state(model)
+    holders = set(tickets._holders)
     for shift in range(3):
         x = inputs() + shift
         agree(backward(run, x, *CASES[case](model)), backward(model, x, *CASES[case](model)))
@@ -73,7 +75,8 @@ def test_as_in_eager_code_and_compiled_once(case, backend):
         assert state(model) == before
     agree(backward(run, inputs()), backward(model, inputs()))
     assert graphs() == 2
-    assert tickets._holders == {}
+    gc.collect()
+    assert set(tickets._holders) <= holders
 
 
 def test_frozen_parameters_and_inputs_without_gradients():
