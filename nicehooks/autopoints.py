@@ -22,7 +22,7 @@ from nicehooks import internals
 from nicehooks.errors import SiteNotFound
 from nicehooks.hooks import Direction, LensHandle, hooks_on
 from nicehooks.paths import ModulePath, Port, escape
-from nicehooks.points import GONE, HookPoint
+from nicehooks.points import HookPoint, Within
 from nicehooks.rebinding import tap_of
 from nicehooks.selection import Census, Site, has_forward
 from nicehooks.uses import parametrizations_of, users_of
@@ -30,7 +30,7 @@ from nicehooks.uses import parametrizations_of, users_of
 SUFFIX = "hook_point"
 
 
-class AutoPoint(HookPoint):
+class AutoPoint(Within, HookPoint):
     """A hook point that is no part of the model: it knows its module, and what it sees there.
 
     Attributes:
@@ -69,18 +69,6 @@ class AutoPoint(HookPoint):
         if dir == "bwd":
             path = replace(path, port=Port("use.grad", path.port.name) if self._key else Port("grad"))
         return Site(name, module, path, model, census.encoders_around(name))
-
-    def _root(self) -> nn.Module:
-        return self._alive(0)
-
-    def _module(self) -> nn.Module:
-        return self._alive(1)
-
-    def _alive(self, which: int) -> nn.Module:
-        module = self._of[which]()
-        if module is None:
-            raise SiteNotFound(GONE.format(name=self.name))
-        return module
 
     def _tapped(self) -> nn.Module:
         return next(users_of(self._module(), self._root())) if self._key else self._module()

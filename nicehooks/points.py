@@ -206,7 +206,30 @@ class HookPoint(HookMethods, nn.Module):
         return self
 
 
-class Place(HookMethods):
+class Within:
+    """A place in a model, which it does not keep alive.
+
+    Attributes:
+        name: of the place.
+    """
+
+    name: Any
+    _of: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]]
+
+    def _root(self) -> nn.Module:
+        return self._alive(0)
+
+    def _module(self) -> nn.Module:
+        return self._alive(1)
+
+    def _alive(self, which: int) -> nn.Module:
+        module = self._of[which]()
+        if module is None:
+            raise SiteNotFound(GONE.format(name=self.name))
+        return module
+
+
+class Place(Within, HookMethods):
     """A place of an unmodified model, with the methods of a `HookPoint`: a module, or one of its parameters.
 
     >>> from torch import nn, ones
@@ -242,18 +265,6 @@ class Place(HookMethods):
     def belongs_to(self, module: nn.Module) -> bool:
         """Whether this is a place of this very module."""
         return self._of[1]() is module
-
-    def _root(self) -> nn.Module:
-        return self._alive(0)
-
-    def _module(self) -> nn.Module:
-        return self._alive(1)
-
-    def _alive(self, which: int) -> nn.Module:
-        module = self._of[which]()
-        if module is None:
-            raise SiteNotFound(GONE.format(name=self.name))
-        return module
 
     def _tapped(self) -> nn.Module:
         module: Any = self._module()
