@@ -71,11 +71,23 @@ The floors, from the ground up; each imports only from the ones below it:
     hookpoints      what of this is public
 """
 
-from nicehooks.activations import ActivationCache
-from nicehooks.anatomy import anatomy, register_anatomy
-from nicehooks.attention import fused_attention_as_steps
-from nicehooks.capturing import capture
-from nicehooks.differentiating import grad_at
+from nicehooks.anatomies.anatomy import anatomy, register_anatomy
+from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.compat.nice_hooks.registering import (
+    register_forward_hook,
+    register_forward_pre_hook,
+    register_full_backward_hook,
+    register_full_backward_pre_hook,
+)
+from nicehooks.compat.nice_hooks.running import ActivationCacheLike, expand_module_path, run
+from nicehooks.contexts.capturing import capture
+from nicehooks.contexts.changes import ablate, edit, patch, splice, steer, suspend
+from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.functions import captured, functional
+from nicehooks.contexts.listing import describe, sites
+from nicehooks.core.methods import patch_method_to_module
+from nicehooks.core.selection import Site, select
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -91,21 +103,9 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.functional import captured, functional
-from nicehooks.interventions import ablate, edit, patch, splice, steer, suspend
-from nicehooks.lenses import direct_logit_attribution, head_results, logit_lens
-from nicehooks.listing import describe, sites
-from nicehooks.methods import patch_method_to_module
-from nicehooks.paths import ModulePath
-from nicehooks.registering import (
-    register_forward_hook,
-    register_forward_pre_hook,
-    register_full_backward_hook,
-    register_full_backward_pre_hook,
-)
-from nicehooks.running import ActivationCacheLike, expand_module_path, run
-from nicehooks.selection import Site, select
-from nicehooks.trees import KEEP
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.ports.attention import fused_attention_as_steps
+from nicehooks.values.trees import KEEP
 
 __version__ = "0.1.0"
 

@@ -11,16 +11,16 @@ hook_reports    what check_auto_hook returns
 hook_checks     check_auto_hook
 """
 
-from nicehooks.autohook import auto_hook
-from nicehooks.caching_hooks import CachingHook, NamesFilter
+from nicehooks.compat.auto_hookpoint.auto_hook import auto_hook
+from nicehooks.compat.auto_hookpoint.checks import check_auto_hook
+from nicehooks.compat.auto_hookpoint.reports import HookCheckReport
+from nicehooks.compat.transformer_lens.caching_hooks import CachingHook, NamesFilter
+from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
+from nicehooks.compat.transformer_lens.hooked_models import HookedModule, HookedRootModule, hooked
+from nicehooks.compat.transformer_lens.hooks import HookFunction, LensHandle
+from nicehooks.compat.transformer_lens.named_points import HookRecord
+from nicehooks.compat.transformer_lens.points import HookPoint, Place
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
-from nicehooks.hook_checks import check_auto_hook
-from nicehooks.hook_reports import HookCheckReport
-from nicehooks.hooked_methods import HookedMethods
-from nicehooks.hooked_models import HookedModule, HookedRootModule, hooked
-from nicehooks.hooks import HookFunction, LensHandle
-from nicehooks.named_points import HookRecord
-from nicehooks.points import HookPoint, Place
 
 __all__ = [
     "CachingHook",

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nicehooks.anatomy import anatomy
-from nicehooks.autoencoder_hooks import AutoencoderHooks
-from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
-from nicehooks.gradient_hooks import GradientHook, grad_hook_wrapper
-from nicehooks.hookbinding import HooksOn
-from nicehooks.hookcollections import (
+from nicehooks.anatomies.anatomy import anatomy
+from nicehooks.compat.transformer_debugger.autoencoder_hooks import AutoencoderHooks
+from nicehooks.compat.transformer_debugger.binding import HooksOn
+from nicehooks.compat.transformer_debugger.gradient_hooks import GradientHook, grad_hook_wrapper
+from nicehooks.compat.transformer_debugger.hook_collections import (
     AttentionHooks,
     FwdBwdHooks,
     HookCollection,
@@ -24,8 +23,9 @@ from nicehooks.hookcollections import (
     ResidualStreamHooks,
     ResidualStreamTorsoHooks,
 )
-from nicehooks.hooklists import AtLayers, ConditionalHooks, Hooks, WrapperHooks
-from nicehooks.hookplaces import PLACES, spots
+from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, ConditionalHooks, Hooks, WrapperHooks
+from nicehooks.compat.transformer_debugger.places import PLACES, spots
+from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from nicehooks.loading import load
+from nicehooks.cli.loading import load
 
 WORDS = ["<unk>", "When", " Mary", " John", " and", " went", ",", " gave", " to", " [b]x[/]", " $y$"]
 

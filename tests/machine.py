@@ -30,9 +30,9 @@ from nicehooks import (
     splice,
     steer,
     suspend,
-    trees,
 )
-from nicehooks.contexts import Intervention
+from nicehooks.contexts.intervention import Intervention
+from nicehooks.values import trees
 
 THREADS = [ThreadPoolExecutor(1) for _ in range(2)]
 threads = st.sampled_from([0, 0, 0, 1, 2])

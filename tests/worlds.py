@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from nicehooks import trees
+from nicehooks.values import trees
 
 Fn = Callable[[Tensor], Any]
 

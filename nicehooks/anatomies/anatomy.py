@@ -1,0 +1,95 @@
+"""`anatomy`: the parts of a transformer by the names that the field gives them, on the model as it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nicehooks.anatomies.finding import Anatomy, find
+from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
+from nicehooks.anatomies.parts import Part, Parts
+from nicehooks.anatomies.tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, Lacks, Table
+from nicehooks.errors import UnsupportedModule
+
+__all__ = [
+    "BERT",
+    "FAMILIES",
+    "GPT2",
+    "GPT_NEOX",
+    "LLAMA",
+    "OPT",
+    "Anatomy",
+    "Family",
+    "Lacks",
+    "Part",
+    "Parts",
+    "anatomy",
+    "direct_logit_attribution",
+    "head_results",
+    "logit_lens",
+    "register_anatomy",
+]
+
+
+def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
+    """The parts of a transformer by name: paths, for wherever a path goes.
+
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from nicehooks import ablate, capture
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=100)).eval()
+    >>> parts, ids = anatomy(model), torch.tensor([[3, 1, 4, 1, 5]])
+    >>> parts.z[2], parts.resid_post[-1]
+    (Part('transformer.h.2.attn.c_proj@input[0]/4'), Part('transformer.h.3'))
+    >>> with ablate(model, parts.z[2].head(3)), capture(model, parts.resid_post, parts.pattern[3]) as acts:
+    ...     _ = model(ids)
+    >>> acts.stack(parts.resid_post).shape, acts[parts.pattern[3]].shape
+    (torch.Size([4, 1, 5, 32]), torch.Size([1, 4, 5, 5]))
+
+    Sequences over the layers, whose items are paths and whose slices are sequences again:
+
+    - `resid_pre`, `resid_mid`, `resid_post`: the residual stream before, in the middle of and after the layer,
+      `[batch, pos, d_model]`. An edit there goes on in the stream.
+    - `attn_in`, `mlp_in`: what the branch reads, behind its norm, `[batch, pos, d_model]`.
+    - `q`, `k`, `v`: what the projections give, `[batch, pos, head, d_head]`, before rotary embedding, and before a norm
+      of queries and keys. Under grouped-query attention `k` and `v` have `n_kv_heads` heads.
+    - `scores`, `pattern`: before and after the softmax, `[batch, head, query, key]`; scores are masked. Where they are
+      depends on the attention implementation that the model has when they are asked for.
+    - `z`: the sum of values of each head, `[batch, pos, head, d_head]`.
+    - `attn_out`, `mlp_out`: what the branch adds to the stream, `[batch, pos, d_model]`.
+    - `mlp_pre`, `mlp_post`: the neurons before the activation function (of a gated MLP, the gate), and what the last
+      projection reads, `[batch, pos, d_mlp]`.
+
+    `.head(i)` of `q`, `k`, `v`, `scores`, `pattern` and `z` is one head. Single paths are `embed` (the embedding of the
+    tokens), `final_norm` and `logits`. `n_layers`, `n_heads`, `n_kv_heads`, `d_head` and `d_model` are sizes;
+    `name("attn", 3)` and `module("attn", 3)` lead to modules by their role.
+
+    Args:
+        model: GPT-2, GPT-NeoX, Llama and its kin, BERT or OPT, with any head or none, also inside another module or
+            inside `torch.compile` or `DistributedDataParallel`; or what `register_anatomy` has described.
+        at: the name of the module that has the transformer in it, for a model with several.
+
+    Raises:
+        UnsupportedModule: the model is not known; or, when a part is asked for, it has no such part.
+    """
+    return find(model, at)
+
+
+def register_anatomy(kind: str | type[nn.Module], table: Table) -> None:
+    """Describes a family of models, for `anatomy`.
+
+    >>> from nicehooks.anatomies.anatomy import Family, Lacks
+    >>> parts = {"q": "attn.q/{n_heads}", "resid_mid": Lacks("attention and MLP run side by side")}
+    >>> register_anatomy("my_model", Family(blocks="blocks", attn="attn", attn_proj="attn.out", parts=parts))
+
+    Args:
+        kind: the `config.model_type` of the models, or the class of the module around the layers.
+        table: the table; or a function from the config to it, where a setting decides.
+
+    Raises:
+        UnsupportedModule: `kind` or `table` is something else.
+    """
+    if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UnsupportedModule(f"register_anatomy takes a config.model_type or a class of modules, not {kind!r}.")
+    if not isinstance(table, Family) and not callable(table):
+        raise UnsupportedModule(f"register_anatomy takes a Family, or a function from a config to one, not {table!r}.")
+    FAMILIES[kind] = table

@@ -1,0 +1,272 @@
+"""What the residual stream and its terms say about logits: logit lens, direct logit attribution, results of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.anatomies.finding import Anatomy, find
+from nicehooks.anatomies.linear import direction, last_linear_part, results_of_heads, unembedded
+from nicehooks.anatomies.parts import Part
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.changes import suspend
+from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
+from nicehooks.values.trees import describe
+
+Tokens = int | Sequence[int] | Tensor
+Position = int | slice | Tensor | None
+
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+
+
+def logit_lens(
+    model: nn.Module,
+    cache: Mapping[Any, Any],
+    part: str = "resid_post",
+    *,
+    layers: slice | Sequence[int] | None = None,
+    position: Position = None,
+) -> Tensor:
+    """The logits that the model would give if it stopped after each layer (nostalgebraist 2020, "Logit Lens").
+
+    The residual stream goes through the final norm and the unembedding of the model, clean of interventions.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from nicehooks import anatomy, capture
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=100)).eval()
+    >>> with capture(model, anatomy(model).resid_post) as cache:
+    ...     logits = model(torch.tensor([[3, 1, 4, 1, 5]])).logits
+    >>> lens = logit_lens(model, cache)
+    >>> lens.shape, torch.allclose(lens[-1], logits, atol=1e-5)
+    (torch.Size([4, 1, 5, 100]), True)
+
+    A model whose norms are on the stream (BERT) has no final norm: what leaves a layer goes through the norm of that
+    layer, as on its way to the next one. Where the table of a model says that it lacks a final norm, none is applied.
+
+    Args:
+        model: a model with a language modelling head that `anatomy` knows.
+        cache: activations with `anatomy(model).resid_post`, or the `part` that was asked for.
+        part: `"resid_post"`, `"resid_mid"` or `"resid_pre"`.
+        layers: which layers; all if None.
+        position: one position, or a slice of them; for one position per example, a tensor `[batch]`. All if None.
+
+    Returns:
+        `[layer, batch, pos, vocab]`; without `pos` for one position.
+
+    Raises:
+        NotCaptured: the cache lacks a layer; the message has the line that captures it.
+        UnsupportedModule: the model has no unembedding, or no such part.
+    """
+    body = find(model)
+    if part not in STREAM:
+        raise UnsupportedModule(
+            f"logit_lens reads the residual stream, {', '.join(STREAM[:-1])} or {STREAM[-1]}, and not {part!r}."
+        )
+    chosen = _chosen(body, layers)
+    sites = [getattr(body, part)[layer] for layer in chosen]
+    read = _reader(body, cache, "logit_lens", sites)
+    rows = [_at_position(read(site), position) for site in sites]
+    with suspend(model):
+        return torch.stack([unembedded(body, _normed(body, part, i, row)) for i, row in zip(chosen, rows, strict=True)])
+
+
+def direct_logit_attribution(
+    model: nn.Module,
+    cache: Mapping[Any, Any],
+    tokens: Tokens,
+    against: Tokens | None = None,
+    position: int | Tensor = -1,
+    per_head: bool = False,
+) -> dict[str, Tensor]:
+    """How much each layer, or head, adds to a logit: direct logit attribution (Elhage et al. 2021).
+
+    The residual stream is a sum, and the final norm, at the scale that it had in this very run, is linear: so is the
+    logit. The terms add up to it (or to the difference of two logits), from "A Mathematical Framework for Transformer
+    Circuits".
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from nicehooks import anatomy, capture
+    >>> model, ids = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval(), [[3, 1, 4]]
+    >>> parts = anatomy(model)
+    >>> ends = parts.resid_pre[0], parts.resid_post[-1], parts.final_norm
+    >>> with capture(model, parts.attn_out, parts.mlp_out, *ends) as cache:
+    ...     logits = model(torch.tensor(ids)).logits
+    >>> terms = direct_logit_attribution(model, cache, 7, against=5)
+    >>> list(terms)[:3], len(terms)
+    (['resid_pre[0]', 'attn_out[0]', 'mlp_out[0]'], 8)
+    >>> torch.allclose(sum(terms.values()), logits[:, -1, 7] - logits[:, -1, 5], atol=1e-5)
+    True
+
+    Args:
+        model: a model with a language modelling head, whose norms are on the branches (not BERT).
+        cache: activations with `resid_pre[0]`, `attn_out` (with `per_head`, `z`), `mlp_out`, `resid_post[-1]` and
+            `final_norm` of `anatomy(model)`, as far as the model has them.
+        tokens: the token whose logit it is, or one per example.
+        against: the token whose logit is subtracted, likewise; None subtracts nothing.
+        position: the position whose logits these are, or one per example, `[batch]`.
+        per_head: gives each head a term of its own.
+
+    Returns:
+        One term `[batch]` per name, in the order of the model: `"resid_pre[0]"` (the embeddings), `"attn_out[i]"` (or
+        `"z[i].head(h)"` and `"attn_out[i] bias"`), `"mlp_out[i]"`; then `"final_norm bias"` and `"logits bias"`, and
+        `"rest"`: rounding, and whatever an intervention put into the stream or made of the final norm. Of logits with a
+        soft cap, these are the terms before it; an intervention on the logits themselves is in none of them.
+
+    Raises:
+        NotCaptured: the cache lacks a part; the message has the line that captures it.
+        UnsupportedModule: the model has no unembedding, or the norms stand on the stream.
+    """
+    body = find(model)
+    if body.family.post_norm:
+        raise UnsupportedModule(POST_NORM.format(kind=body.kind))
+    if not isinstance(position, int | Tensor):
+        raise TreeMismatch(
+            f"position={position!r}: the logits of one position, an int, or of one per example, [batch]."
+        )
+    every = [getattr(body, what) for what in ("z" if per_head else "attn_out", "mlp_out") if not body.lacks(what)]
+    branches: list[Part] = [part for layer in zip(*every, strict=True) for part in layer]
+    ends = [body.resid_post[-1], *([] if body.lacks("final_norm") else [body.final_norm])]
+    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *branches, *ends])
+    first, last = read(body.resid_pre[0]), _at_position(read(body.resid_post[-1]), position)
+    terms = {"resid_pre[0]": _at_position(first, position).float()}
+    with suspend(model):
+        for index, part in enumerate(branches):
+            value = read(part)
+            if part.what.startswith("z["):
+                layer = index // len(every)
+                terms.update(_terms_of_heads(body, layer, part, _at_position(value, position)))
+            else:
+                terms[part.what] = _at_position(_like_stream(value, first, part), position).float()
+        norm = last_linear_part(body, last)
+        to, bias = direction(body, tokens, against, batch=len(last))
+    read_by_unembed = _at_position(_like_stream(read(ends[-1]), first, ends[-1]), position)
+    rest = read_by_unembed.float() - norm.of(torch.stack(list(terms.values())).sum(0)) - norm.bias
+    found = {what: (norm.of(term) * to).sum(-1) for what, term in terms.items()}
+    return {
+        **found,
+        "final_norm bias": (norm.bias * to).sum(-1),
+        "logits bias": bias,
+        "rest": (rest * to).sum(-1),
+    }
+
+
+def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None = None) -> Tensor:
+    """What each head adds to `attn_out`; the bias of the projection is apart.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from nicehooks import anatomy, capture
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval()
+    >>> with capture(model, anatomy(model).z) as cache:
+    ...     _ = model(torch.tensor([[3, 1, 4, 1, 5]]))
+    >>> head_results(model, cache, 1).shape, head_results(model, cache).shape
+    (torch.Size([1, 5, 4, 32]), torch.Size([2, 1, 5, 4, 32]))
+
+    Args:
+        model: a model that `anatomy` knows.
+        cache: activations with `anatomy(model).z`, of all layers or of the one.
+        layer: which layer; all if None.
+
+    Returns:
+        `[batch, pos, head, d_model]`; for all layers, `[layer, batch, pos, head, d_model]`.
+
+    Raises:
+        NotCaptured: the cache lacks `z`; the message has the line that captures it.
+    """
+    body = find(model)
+    layers = range(body.n_layers) if layer is None else [layer]
+    sites = [body.z[one] for one in layers]
+    read = _reader(body, cache, "head_results", sites)
+    with suspend(model):
+        results = [results_of_heads(body, one, read(site))[0] for one, site in zip(layers, sites, strict=True)]
+    return torch.stack(results) if layer is None else results[0]
+
+
+# --- reading the cache ------------------------------------------------------------------------------------------------
+
+
+def _reader(body: Anatomy, cache: Mapping[Any, Any], who: str, parts: Sequence[Part]) -> Callable[[Part], Tensor]:
+    """A function that reads a part from `cache`, which has all `parts`."""
+    acts = cache if isinstance(cache, ActivationCache) else ActivationCache({str(key): cache[key] for key in cache})
+    missing = [part.what for part in parts if part not in acts]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f", … {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise NotCaptured(MISSING.format(who=who, shown=shown, line=_capture_line(body, parts)))
+
+    def read(part: Part) -> Tensor:
+        value = acts[part]
+        if not isinstance(value, Tensor):
+            raise TreeMismatch(f"{who} takes one tensor per part, but {part.what} is {describe(value)} in this cache.")
+        return value
+
+    return read
+
+
+def _capture_line(body: Anatomy, parts: Sequence[Part]) -> str:
+    """What to write into `capture(model, …)` to have `parts`."""
+    layers: dict[str, list[str]] = {}
+    for part in parts:
+        layers.setdefault(part.what.partition("[")[0], []).append(part.what)
+    shown = [[what] if len(each) == body.n_layers else each for what, each in layers.items()]
+    return ", ".join(f"parts.{what}" for each in shown for what in each)
+
+
+MISSING = (
+    "{who} reads what is not in this cache: {shown}. Capture it in the same run:\n"
+    "    parts = anatomy(model)\n"
+    "    with capture(model, {line}) as cache:\n"
+    "        model(…)"
+)
+
+POST_NORM = (
+    "{kind} has its norms on the residual stream, one after each addition: a term of the stream goes through all norms "
+    "that follow, and adds nothing to the logits that is apart from the others. logit_lens(model, cache) works."
+)
+
+
+def _chosen(body: Anatomy, layers: slice | Sequence[int] | None) -> list[int]:
+    every = range(body.n_layers)
+    if layers is None or isinstance(layers, slice):
+        return list(every[layers or slice(None)])
+    if isinstance(layers, int) or not all(isinstance(layer, int) and layer in every for layer in layers):
+        raise SiteNotFound(f"layers={layers!r}: a slice or a list of layers, 0 … {body.n_layers - 1}.")
+    return list(layers)
+
+
+def _at_position(value: Tensor, position: Position) -> Tensor:
+    """`value`, `[batch, pos, …]`, at one position, at some, or at one per example."""
+    if position is None:
+        return value
+    try:
+        if isinstance(position, Tensor):
+            return value[torch.arange(len(value), device=value.device), position.to(value.device)]
+        return value[:, position]
+    except (IndexError, TypeError):
+        shown = describe(position) if isinstance(position, Tensor) else repr(position)
+        raise TreeMismatch(f"position={shown} is no position of {describe(value)}, [batch, pos, …].") from None
+
+
+def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
+    if value.shape != stream.shape:
+        raise TreeMismatch(f"{part.what} is {describe(value)}, but the stream is {describe(stream)}: two runs?")
+    return value
+
+
+# --- terms ------------------------------------------------------------------------------------------------------------
+
+
+def _normed(body: Anatomy, part: str, layer: int, row: Tensor) -> Tensor:
+    """The stream behind the norm that comes next on the way to the logits."""
+    if not body.family.post_norm:
+        return row if body.lacks("final_norm") else body.module("final_norm")(row)
+    if part == "resid_pre":
+        return row
+    return body.module("mlp_norm" if part == "resid_post" else "attn_norm", layer)(row)
+
+
+def _terms_of_heads(body: Anatomy, layer: int, part: Part, z: Tensor) -> dict[str, Tensor]:
+    results, bias = results_of_heads(body, layer, z)
+    terms = {part.head(i).what: results[..., i, :].float() for i in range(body.n_heads)}
+    return {**terms, f"attn_out[{layer}] bias": bias.float()} if bias.any() else terms

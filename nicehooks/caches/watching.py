@@ -1,0 +1,145 @@
+"""What was seen at a site: one value, or one per call, and whether something has overwritten it since."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any, TypeVar
+
+import optree
+import torch
+from torch import Tensor
+
+from nicehooks import torch_private
+from nicehooks.values import trees
+
+_T = TypeVar("_T")
+
+
+class Calls(list[_T]):
+    """One value per call of a site, in the order in which the calls ended: what `keep="all"` collects."""
+
+
+class Link:
+    """One more call, behind those before: how compiled code collects calls without looking at them.
+
+    What it looked at, Dynamo would guard, and compile again for each number of calls.
+    """
+
+    def __init__(self, before: Any, value: Any) -> None:
+        self.before = before
+        self.value = value
+
+
+def calls_of(link: Link) -> Calls[Any]:
+    """The calls that `link` and those before it stand for."""
+    values: list[Any] = []
+    before: Any = link
+    while type(before) is Link:
+        values.append(before.value)
+        before = before.before
+    return Calls([*(before or ()), *reversed(values)])
+
+
+def describe(value: Any) -> str:
+    """The structure of a value; calls that look alike are counted."""
+    if type(value) is not Calls:
+        return trees.describe(value)
+    groups = [(kind, len(list(same))) for kind, same in itertools.groupby(map(trees.describe, value))]
+    shown = [kind if count == 1 else f"{count} × {kind}" for kind, count in groups]
+    if len(shown) > 3:
+        shown = [shown[0], f"… {len(value) - groups[0][1] - groups[-1][1]} more …", shown[-1]]
+    return f"Calls[{', '.join(shown)}]"
+
+
+class Watch(list[tuple[Any, Any]]):
+    """The tensors of a captured value, held weakly, each with its version when it was captured.
+
+    Attributes:
+        lives: of the transforms that the tensors belong to; see `internals.life_of`.
+    """
+
+    lives: tuple[Any, ...] = ()
+
+    @staticmethod
+    def over(value: Any) -> Watch:
+        """A watch over `value` as it is now."""
+        tensors = _tensors(value)
+        watch = Watch((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
+        if torch_private.innermost_transform() is not None:
+            lives = [torch_private.life_of(tensor) for tensor in tensors]
+            watch.lives = tuple(life for life in lives if life is not None)
+        return watch
+
+    def joined(self, other: Watch) -> Watch:
+        """A watch over what both watch over."""
+        watch = Watch([*self, *other])
+        watch.lives = (*self.lives, *other.lives)
+        return watch
+
+    @staticmethod
+    def before(value: Any, version: Any) -> Watch:
+        """A watch over a tensor, or a tuple of them, as it was when its version, or their versions, were `version`."""
+        if isinstance(value, Tensor):
+            return Watch([(weakref.ref(value), version)])
+        tensors = [one for one in value if one is not None]
+        return Watch((weakref.ref(tensor), number) for tensor, number in zip(tensors, version, strict=True))
+
+    def outlived(self, value: Any) -> bool:
+        """Whether a transform is over that `value`, or what it was computed from, belongs to."""
+        return any(map(torch_private.is_over, self.lives)) and any(map(torch_private.is_wrapped, _tensors(value)))
+
+    def notices(self, value: Any) -> bool:
+        """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
+        pairs = zip(self, _tensors(value), strict=False)
+        return any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if type(value) is tuple and all([one is None or type(one) is Tensor for one in value]):
+        return [one for one in value if one is not None]  # what attention modules return: worth a short way
+    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def versions_of(value: tuple[Any, ...]) -> list[int]:
+    """The versions of the tensors in a tuple, beside which there may be None and nothing else.
+
+    Raises:
+        AttributeError: something else is in it.
+        RuntimeError: one of them was made under `inference_mode`.
+    """
+    return [torch_private.version_counter(one) for one in value if one is not None]
+
+
+def version_of(tensor: Tensor) -> Any:
+    """What changes when `tensor` is written to: its version counter.
+
+    Tensors made under `inference_mode` have none; a checksum stands in for it there.
+    """
+    if not tensor.is_inference():
+        return torch_private.version(tensor)
+    with torch_private.outside_transforms(0):  # under vmap no tensor gives its numbers away
+        return _checksum(torch_private.unwrapped(tensor))
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Sums of the whole and of several parts, which notice most values that only change places, too."""
+    kind = torch.complex128 if tensor.is_complex() else torch.float64
+    parts = [tensor.detach()]
+    for dim, size in enumerate(tensor.shape):
+        everything = (slice(None),) * dim
+        parts += [parts[0][(*everything, slice(None, None, 2))], parts[0][(*everything, slice(size // 2))]]
+    return str([part.sum(dtype=kind).item() for part in parts])  # as text: NaN equals itself
+
+
+def _flatten_calls(calls: Calls[Any]) -> tuple[list[Any], None]:
+    return list(calls), None
+
+
+torch_private.register_torch_node(Calls, _flatten_calls, lambda values, _: Calls(values))
+optree.register_pytree_node(
+    Calls,
+    lambda calls: (tuple(calls), None),
+    lambda _, values: Calls(values),
+    namespace=torch_private.EVERY_NAMESPACE,
+)

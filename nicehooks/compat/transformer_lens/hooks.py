@@ -1,0 +1,345 @@
+"""Hooks: functions `fn(value, hook=point)` at the places of a model, entered and left as one intervention.
+
+NOTE [Who holds an attached hook]
+`point.add_hook(fn)` returns nothing, so nobody holds the intervention that it attaches. It lies in the model itself, in
+the entry `HANDLES` of its `__dict__`: there it neither keeps the model alive nor comes along into a copy. What is bound
+to the taps knows it by a weak reference only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from nicehooks import torch_private
+from nicehooks.contexts.changes import _Edit  # pyright: ignore[reportPrivateUsage]
+from nicehooks.contexts.intervention import Intervention
+from nicehooks.core.register import Pairs
+from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.selection import Census, Group, Site, unwrap
+from nicehooks.core.sessions import LOCK, Session, is_acting
+from nicehooks.core.tap import HANDLES, Rule, tap_of, unbind
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.values import trees
+
+Direction = Literal["fwd", "bwd"]
+HookFunction = Callable[..., Any]
+
+
+class Point(Protocol):
+    """A place where hooks can be: a `HookPoint`, or what `hooked(model).hook_dict` has in it."""
+
+    name: str | None
+    ctx: dict[str, Any]
+
+    def site_in(self, model: nn.Module, census: Census, dir: Direction) -> Site:
+        """The site of this place in `model`."""
+        ...
+
+    def part(self, slice: str) -> Any:
+        """What a hook is told for a part of the value, or for the whole of it."""
+        ...
+
+    def called(self, name: str) -> Any:
+        """The same place under another name."""
+        ...
+
+
+class Item(NamedTuple):
+    """One function, and the places that it was given for.
+
+    Attributes:
+        shown: the names as they were given, for messages.
+        points: the places.
+        hook: the function.
+        dir: whether it is given the values or their gradients.
+        wild: whether a predicate has chosen the places: then some of them may never be reached.
+    """
+
+    shown: str
+    points: Sequence[Point]
+    hook: HookFunction
+    dir: Direction
+    wild: bool
+
+
+class Hook(_Edit):
+    """An edit by one function at one place. What it returns is assigned to the value there; None leaves it.
+
+    Attributes:
+        hook: the function.
+        dir: whether it is given the values or their gradients.
+        is_permanent: whether only `including_permanent=True` removes it.
+        level: the level of the context that it belongs to, or None.
+        removed: whether it was removed; a gradient may still come by.
+    """
+
+    __slots__ = ("aliases", "changes", "dir", "hook", "is_permanent", "level", "point", "removed", "scope")
+
+    for_part = "edit"
+
+    def __init__(self, item: Item, point: Point | None, scope: Hooks) -> None:
+        self.verb = "hook"
+        self.hook = item.hook
+        self.dir: Direction = item.dir
+        self.changes = not getattr(item.hook, "only_looks", False)
+        self.point = point
+        self.is_permanent = scope.is_permanent
+        self.level = scope.level
+        self.aliases = scope.aliases
+        self.removed = False
+        self.scope = weakref.ref(scope)
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if self.removed and self.dir == "bwd":  # of a forward that ran before; else, this call had begun
+            return value
+        if not self.changes:  # it gets the model's own value, also of a parameter
+            self.changed(value, key, site)
+            return value
+        return super().act(session, value, key, site)
+
+    def changed(self, value: Any, key: str, site: Site) -> Any:
+        point: Any = self.point if self.point is not None else site.module
+        if self.dir == "bwd":
+            point = point.part(ModulePath.parse(key).slice)
+        new: Any = None
+        for alias in self.aliases:
+            result = _call(self.hook, value, point.called(alias) if alias else point)
+            if self.dir == "bwd" and isinstance(result, tuple) and len(result) == 1:
+                result = result[0]
+            if result is not None:
+                new = value = trees.assign(value, result)
+        return new
+
+    def remove(self) -> None:
+        """Removes the hook; once removed, does nothing."""
+        scope = self.scope()
+        if scope is not None and not self.removed:
+            scope.drop(self)
+
+
+_running: ContextVar[bool] = ContextVar("nicehooks.hook_is_running", default=False)
+"""Whether a hook is running here: what it removes may have its turn in this very call still."""
+
+
+def _call(hook: HookFunction, value: Any, point: Any) -> Any:
+    if torch.compiler.is_compiling():  # which cannot trace a ContextVar
+        return hook(value, hook=point)
+    token = _running.set(True)
+    try:
+        return hook(value, hook=point)
+    finally:
+        _running.reset(token)
+
+
+class LensHandle(NamedTuple):
+    """A hook as `point.fwd_hooks` lists it: `handle.hook.remove()` removes it."""
+
+    hook: Hook
+    is_permanent: bool
+    context_level: int | None
+
+
+class Hooks(Intervention):
+    """Some hooks of a model as one intervention.
+
+    Args:
+        model: the model that the places belong to; for hooks that were added to a `HookPoint` itself, that.
+        items: what to do where.
+        level: see `Hook`.
+        is_permanent: see `Hook`.
+        first: whether the hooks act before what is there already.
+        aliases: the names under which each hook is called, one after the other.
+        needs_backward: whether gradient hooks are there for a backward pass that has to come by.
+    """
+
+    verb = "add_hook"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        items: Sequence[Item],
+        *,
+        level: int | None = None,
+        is_permanent: bool = False,
+        first: bool = False,
+        aliases: Iterable[str] = (),
+        needs_backward: bool = True,
+    ) -> None:
+        super().__init__(model)
+        self.items = items
+        self.level = level
+        self.is_permanent = is_permanent
+        self.first = first
+        self.aliases: tuple[str, ...] = tuple(aliases) or ("",)
+        self.needs_backward = needs_backward
+        self._points: dict[Any, Point] = {}
+        self._hooks: list[Hook] = []
+
+    def __repr__(self) -> str:
+        names = list(dict.fromkeys(item.shown for item in self.items))
+        more = [f"… {len(names) - 3} more"] if len(names) > 4 else []
+        return f"{self.verb}({', '.join((names[:3] if more else names) + more)})"
+
+    def _actions(self) -> list[tuple[Any, Action]]:
+        census = Census(self.model)
+        return [(self._group(item, census), _Items(item)) for item in self.items]
+
+    def _group(self, item: Item, census: Census) -> Group:
+        sites = [point.site_in(self.model, census, item.dir) for point in item.points]
+        self._points.update((site.key, point) for site, point in zip(sites, item.points, strict=True))
+        return Group(item.shown, sites, item.wild)
+
+    def _rules(self, site: Site, action: Any) -> Pairs:
+        point: Any = self._points[site.key]
+        hook = Hook(action.item, None if point is site.module else point, self)  # a rule may not keep a module alive
+        self._hooks.append(hook)
+        return super()._rules(site, hook)
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        hook: Any = rule.action
+        excused = (
+            _running.get() or (hook.removed and not session.attached) or (hook.dir == "bwd" and not self.needs_backward)
+        )
+        return excused or super()._was_reached(session, rule)
+
+    def attach(self) -> Any:
+        super().attach()
+        with LOCK:
+            handles = vars(unwrap(self.model)).setdefault(HANDLES, [])
+            if self.active and self not in handles:
+                handles.append(self)
+        return self
+
+    def _stop(self, holders: int | None = None) -> None:
+        """See NOTE [Who holds an attached hook]."""
+        entries = vars(unwrap(self.model))
+        with LOCK:
+            handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
+            if handles:
+                entries[HANDLES] = handles
+        super()._stop(holders)
+
+    def drop(self, hook: Hook) -> None:
+        """Removes one hook; with the last one, the intervention is over."""
+        hook.removed = True
+        if all([hook.removed for hook in self._hooks]):
+            self.remove()
+        elif self._plan is not None:
+            unbind([pair for pair in self._plan.pairs if getattr(pair[1], "action", None) is hook])
+
+
+class _Items(Action):
+    """What `Hooks` has to do at some sites, before each of them has a `Hook` of its own."""
+
+    __slots__ = ("item",)
+
+    def __init__(self, item: Item) -> None:
+        self.item = item
+
+
+def hooks_on(module: nn.Module, key: str, dir: Direction) -> list[Hook]:
+    """The hooks that act here and now on the port `key` of `module`, in the order in which they act."""
+    tap = tap_of(module)
+    rules: list[Rule] = [] if tap is None else [rule for rule in tap.rules if is_acting(rule.session)]
+    mine = [rule.action for rule in rules if isinstance(rule, SiteRule) and rule.site.key[1] == key]
+    return [hook for hook in mine if isinstance(hook, Hook) and hook.dir == dir]
+
+
+def remove_all(hooks: Iterable[Hook]) -> None:
+    """Removes each of `hooks`, also if the warning that one of them never acted is an error."""
+    with ExitStack() as stack:
+        for hook in reversed(list(hooks)):
+            stack.callback(hook.remove)
+
+
+# --- contexts, and their levels ---------------------------------------------------------------------------------------
+
+_open: ContextVar[tuple[weakref.ref[Scope], ...]] = ContextVar("nicehooks.open_scopes", default=())
+
+
+class Scope:
+    """A context of hooks on a model, and its level: how many such contexts are open here, with itself.
+
+    Args:
+        model: the model.
+        items: what to do where.
+        keep: whether the hooks stay when the context ends without an error.
+        needs_backward: see `Hooks`.
+    """
+
+    def __init__(
+        self, model: nn.Module, items: Sequence[Item], keep: bool = False, needs_backward: bool = True
+    ) -> None:
+        self.model = model
+        self.items = items
+        self.keep = keep
+        self.needs_backward = needs_backward
+        self.own: list[Hooks] = []
+        self.kept: list[Hooks] = []
+        self.entering = True  # until the hooks that belong to the context itself are there
+
+    def __enter__(self) -> Scope:
+        return torch_private.in_eager(self._enter)
+
+    def _enter(self) -> Scope:
+        self.level = level_of(self.model) + 1
+        if self.items:
+            hooks = Hooks(self.model, self.items, level=self.level)
+            hooks.verb = "hooks"
+            self.begin(hooks)
+        _open.set((*_open.get(), weakref.ref(self)))
+        return self
+
+    def begin(self, hooks: Hooks) -> None:
+        """Lets `hooks` act for as long as this context; what belongs to it itself may stay."""
+        stays = self.keep and self.entering
+        if self.entering:
+            hooks.needs_backward = self.needs_backward
+        if stays:
+            hooks.attach()
+            self.kept.append(hooks)
+        else:
+            hooks.__enter__()
+        self.own.append(hooks)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        torch_private.in_eager(self._exit, kind, error, trace)
+
+    def _exit(self, kind: Any, error: Any, trace: Any) -> None:
+        _open.set(tuple([ref for ref in _open.get() if ref() not in (self, None)]))
+        with ExitStack() as stack:
+            for hooks in self.own:
+                if kind is not None or hooks not in self.kept:
+                    stack.callback(hooks.__exit__, kind, error, trace)
+
+
+def _open_scopes() -> list[Scope]:
+    """The contexts of hooks that are open here."""
+    return [scope for ref in _open.get() if (scope := ref()) is not None]
+
+
+def level_of(model: nn.Module) -> int:
+    """How many contexts of hooks on `model` are open here."""
+    return len([scope for scope in _open_scopes() if scope.model is model])
+
+
+def _scope_at(level: int | None, module: nn.Module) -> Scope | None:
+    """The open context of this level whose model has `module` in it."""
+    scopes = [scope for scope in _open_scopes() if scope.level == level]
+    return next((scope for scope in scopes if any(module is inner for inner in scope.model.modules())), None)
+
+
+def add(hooks: Hooks) -> None:
+    """Attaches `hooks`; those of the level of an open context end with it, and act only where it does."""
+    scope = None if hooks.level is None or hooks.is_permanent else _scope_at(hooks.level, unwrap(hooks.model))
+    if scope is None:
+        hooks.attach()
+        return
+    scope.begin(hooks)

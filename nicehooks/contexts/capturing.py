@@ -1,0 +1,283 @@
+"""`capture`: the intervention that looks and changes nothing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks import torch_private
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.caches.watching import versions_of
+from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.register import Pairs
+from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
+from nicehooks.core.selection import Census, Site, Where
+from nicehooks.core.sessions import Session, note_export
+from nicehooks.core.tap import Frame, StopForward
+from nicehooks.core.when import ALWAYS
+from nicehooks.errors import UnsupportedModule
+from nicehooks.torch_private import innermost_transform, version_counter
+from nicehooks.values import trees
+
+Keep = Literal["first", "last", "all"]
+
+
+class capture(Intervention):
+    """Shows what a model computes inside: yields an `ActivationCache` that fills as the model runs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with capture(model, "*") as acts:
+    ...     _ = model(torch.ones(5, 4))
+    >>> list(acts), acts["1"].shape
+    (['0', '1', '2'], torch.Size([5, 3]))
+
+    Values are the model's own tensors: they are not detached, cloned or moved unless asked.
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`); every module if there is none.
+        keep: which value of a site that is reached several times: the `"first"`, the `"last"`, or `"all"` (a list, one
+            entry per call).
+        detach: takes each value out of the autograd graph.
+        clone: copies each value, so that in-place layers cannot overwrite it.
+        to: a device or dtype, or a tuple of arguments for `Tensor.to`.
+        map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
+        stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+
+    Raises:
+        SiteNotFound: on entry: an item of `where` selects nothing.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "capture"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *where: Where,
+        keep: Keep = "last",
+        detach: bool = False,
+        clone: bool = False,
+        to: Any = None,
+        map: Callable[..., Any] | None = None,
+        stop: bool = False,
+    ) -> None:
+        super().__init__(model)
+        if keep not in ("first", "last", "all"):
+            raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
+        self.where = where or (True,)
+        self._action = _Capture(keep, detach, clone, to, map, stop)
+
+    def __repr__(self) -> str:
+        return f"capture(model, {show_where(self.where)})"
+
+    @property
+    def cache(self) -> ActivationCache:
+        """The cache of the handle: what was seen since it was entered or attached last."""
+        return self._action.cache
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        plain = site.path.port.kind == "output" and len(site.path.chain) == 0 and site.path.call is None
+        if plain and self._action.is_plain:
+            return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
+        return super()._rules(site, action)
+
+    def _step_rule(self) -> StepRule:
+        return _StepOfCapture(self._action)
+
+    def _counts(self, rules: list[SiteRule]) -> bool:
+        return self._action.stop or super()._counts(rules)
+
+    def _entered(self, session: Session) -> ActivationCache:
+        plan: Any = self._plan
+        cache = self._action.begin(len(plan.keys))  # a site that two items select is one site
+        cache._other_names = _OtherNames(self.model)  # pyright: ignore[reportPrivateUsage]
+        return cache
+
+    def _left(self, session: Session) -> None:
+        if not session.attached:  # a handle gives its cache to whoever asks; a context has given it already
+            self._action.begin(0)
+
+    def _all_reached(self, session: Session, plan: Plan) -> bool:
+        self._action.cache.settle()
+        return not plan.keys.difference(dict.keys(self._action.cache)).difference(session.reached)
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.key in session.reached or dict.__contains__(self._action.cache, rule.key)
+
+
+class _OtherNames:
+    """Asks the model, if it still exists, under which other names it knows a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, name: str) -> list[str]:
+        model = self.model()
+        return [] if model is None else Census(model).other_names(name)
+
+
+class _Capture(Action):
+    """Puts what comes by into a cache."""
+
+    __slots__ = (
+        "cache",
+        "clone",
+        "detach",
+        "expected",
+        "is_plain",
+        "keep",
+        "map",
+        "orders",
+        "stop",
+        "takes_site",
+        "to",
+    )
+    verb = "capture"
+    changes = False
+
+    def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
+        self.keep = keep
+        self.detach = detach
+        self.clone = clone
+        self.to: tuple[Any, ...] = () if to is None else to if isinstance(to, tuple) else (to,)
+        self.map = map_
+        self.takes_site = map_ is not None and takes_site(map_)
+        self.stop = stop
+        self.is_plain = keep == "last" and not (detach or clone or self.to or map_ or stop)
+        self.begin(0)
+
+    def begin(self, expected: int) -> ActivationCache:
+        """A new cache, for `expected` sites."""
+        self.expected = expected
+        self.cache = ActivationCache()
+        self.orders: dict[str, int] = {}  # of the gradients that came by, when their values were made
+        return self.cache
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if self._runs_again(key, site):
+            return value
+        if torch.compiler.is_dynamo_compiling():
+            lifted = trees.map_tensors(lambda tensor: torch_private.lift_traced(tensor, session.level), value)
+            self._keep(session, lifted, key, site)
+        elif innermost_transform() is None:
+            self._keep(session, value, key, site)
+        else:
+            lifted = trees.map_tensors(lambda tensor: torch_private.lift(tensor, session.level), value)
+            with torch_private.outside_transforms(session.level):
+                self._keep(session, lifted, key, site)
+        if self.stop:
+            self._stop_when_complete(session, str(site))
+        return value
+
+    def _keep(self, session: Session, seen: Any, key: str, site: Site) -> None:
+        if self.detach or self.clone or self.to:
+            seen = trees.map_tensors(self._copy, seen)
+        if self.map is not None:
+            seen = call_user(self.map, self.takes_site, seen, key, site)
+        if site.path.port.kind.endswith("grad"):
+            self._record_gradient(key, seen, session.order)
+        else:
+            self.cache.record(key, seen, self.keep)
+
+    def _record_gradient(self, key: str, value: Any, order: int) -> None:
+        """Keeps the gradient of the first, the last or of all calls, in the order of the forward: backward turns it."""
+        before = self.orders.get(key)
+        self.orders[key] = order if before is None or self.keep == "all" else before
+        if self.keep == "all":
+            self.cache.insert_call(key, value, new_pass=before is None or order >= before)
+        elif before is None or (order < before if self.keep == "first" else order >= before):
+            self.orders[key] = order
+            self.cache.record(key, value)
+
+    def _runs_again(self, key: str, site: Site) -> bool:
+        """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
+        if torch.compiler.is_compiling() or site.path.port.kind.endswith("grad"):
+            return False
+        return dict.__contains__(self.cache, key) and torch_private.in_backward()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach() if self.detach else tensor
+        tensor = tensor.clone() if self.clone else tensor
+        return tensor.to(*self.to) if self.to else tensor
+
+    def _stop_when_complete(self, session: Session, key: str) -> None:
+        progress = session.progress()
+        progress.seen.add(key)
+        if len(progress.seen) == self.expected and progress.depth > 0:
+            raise StopForward(session)
+
+
+class _StepOfCapture(StepRule):
+    """Hands the activations of a model that is being exported out beside its output.
+
+    What was captured there are no values, but what stands for them in the program that is made.
+    """
+
+    __slots__ = ("action",)
+
+    def __init__(self, action: _Capture) -> None:
+        self.action = action
+
+    def before(self, frame: Frame) -> None:
+        super().before(frame)
+        if torch_private.is_exporting() and not self.session.exporting:
+            if torch_private.is_part_of_export():
+                raise UnsupportedModule(PART_OF_EXPORT.format(label=self.session.label))
+            frame.enter(_HandedOut(frame, self.session, self.action.cache))
+
+
+PART_OF_EXPORT = (
+    "{label} is around an export of which its model is only a part, so it cannot hand the activations out.\n"
+    "    output, activations = captured(model, …)(x)  # in the forward of the module around the model"
+)
+
+
+class _HandedOut(AbstractContextManager[None]):
+    def __init__(self, frame: Frame, session: Session, cache: ActivationCache) -> None:
+        self.frame = frame
+        self.session = session
+        self.cache = cache
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        frame, found = self.frame, dict(self.cache)
+        before = frame.kept.get("handed out")
+        frame.kept["handed out"] = everything = {**found, **({} if before is None else before)}
+        frame.value = (frame.value if before is None else frame.value[0], everything)
+        for key in found:
+            note_export(self.session, key)
+        self.cache.clear()
+
+
+class _WholeOutput(OutputRule):
+    """The shortest way from a module's whole output into a cache: most captures are nothing else."""
+
+    __slots__ = ()
+    action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def output(self, value: Any) -> Any:
+        kind = type(value)
+        if (kind is not Tensor and kind is not tuple) or innermost_transform() is not None:
+            return self.through(None, value)
+        try:
+            version: Any = version_counter(value) if kind is Tensor else versions_of(value)
+        except (AttributeError, RuntimeError):  # another tree than a tuple of tensors; made under inference_mode
+            return self.through(None, value)
+        cache = self.action.cache
+        seen = cache._seen  # pyright: ignore[reportPrivateUsage]
+        if self.key in seen and (kind is tuple or value.requires_grad) and torch_private.in_backward():
+            return value  # a checkpointed region runs again: this was captured in the forward
+        cache[self.key] = value
+        seen[self.key] = (value, version)
+        return value

@@ -1,0 +1,323 @@
+"""The interventions that change what a model computes: patch, edit, ablate, steer, splice, suspend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks import torch_private
+from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.methods import method_modules
+from nicehooks.core.rules import Action, SuspendRule
+from nicehooks.core.selection import Site, Where, has_forward, unwrap
+from nicehooks.core.sessions import Session
+from nicehooks.core.tap import has_rules
+from nicehooks.errors import TreeMismatch
+from nicehooks.values import trees
+
+# --- edit, and what everybody writes with it --------------------------------------------------------------------------
+
+
+class edit(Intervention):
+    """Changes values as the model computes them.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with edit(model, "0[:, 0]", lambda value: value * 0):
+    ...     model(torch.ones(5, 4))[:, 0].sum().item()
+    0.0
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        fn: `fn(value)` or `fn(value, site=…)`; it returns the new value, or None to leave the old one. A tensor is
+            broadcast to the shape of the old one and cast to its dtype, as in an assignment.
+        steps: the steps to act at (calls of the model since entry): an int, a slice, a list, or a predicate.
+        calls: the calls to act at (calls of the module within one step), likewise.
+
+    Raises:
+        SiteNotFound: on entry: `where` selects nothing.
+        TreeMismatch: in the forward: what `fn` returned does not fit the site.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "edit"
+
+    def __init__(
+        self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None
+    ) -> None:
+        super().__init__(model, steps, calls)
+        if not callable(fn):
+            raise TypeError(f"edit(model, where, fn) takes a function of the value as fn, not {type(fn).__name__}")
+        self.where = where
+        self._action: Action = _Edit(self.verb, fn)
+
+    def __repr__(self) -> str:
+        return f"{self._action.verb}(model, {show_where(self.where)}, …)"
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+
+class _Edit(Action):
+    """Puts what a function returns in the place of a value."""
+
+    __slots__ = ("fn", "takes_site", "verb")  # pyright: ignore
+
+    def __init__(self, verb: str, fn: Callable[..., Any]) -> None:
+        self.verb = verb
+        self.fn = fn
+        self.takes_site = takes_site(fn)
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if site.path.port.kind == "parameter" and not torch.compiler.is_compiling():
+            return self._act_on_copy(value, key, site)
+        new = self.changed(value, key, site)
+        return value if new is None else trees.assign(value, new)
+
+    def changed(self, value: Any, key: str, site: Site) -> Any:
+        """What the function returns for `value`."""
+        return call_user(self.fn, self.takes_site, value, key, site)
+
+    def _act_on_copy(self, value: Tensor, key: str, site: Site) -> Tensor:
+        """A function that writes in place must not reach the model's own parameter."""
+        copy = value.clone()
+        before = torch_private.version(copy) if not copy.is_inference() else None
+        new = self.changed(copy, key, site)
+        if new is not None and new is not copy:
+            return trees.assign(value, new)
+        written = not copy.is_inference() and torch_private.version(copy) != before
+        return copy if written else value
+
+
+def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None, calls: Any = None) -> edit:
+    """Replaces values by a constant: zero, or a mean.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with ablate(model, "0"):
+    ...     model(torch.ones(5, 4)).sum().item()
+    0.0
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`), at least one.
+        value: a number, which fills every tensor at the site, or a tensor that broadcasts to it.
+        steps: as for `edit`.
+        calls: as for `edit`.
+    """
+    if not where:
+        raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
+    constant = _Patch(value)  # a copy: a later in-place layer must not reach the user's own mean
+    return _named("ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls))
+
+
+def steer(
+    model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None
+) -> edit:
+    """Adds `scale * vector` to values.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Identity())
+    >>> x, direction = torch.ones(5, 4), torch.tensor([1.0, 0.0, 0.0])
+    >>> with steer(model, "0", direction, scale=2.0):
+    ...     steered = model(x)
+    >>> (steered - model(x))[0].round().tolist()
+    [2.0, 0.0, 0.0]
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        vector: a tensor that broadcasts to the value, `[d_model]` for a residual stream of `[batch, pos, d_model]`.
+        scale: how much of it to add.
+        steps: as for `edit`.
+        calls: as for `edit`.
+    """
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"steer(model, where, vector) takes a tensor as vector, not {type(vector).__name__}")
+    return _named("steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls))
+
+
+def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
+    if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+        raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
+    whole = isinstance(scale, int) and not vector.is_floating_point()
+    if not (value.is_floating_point() or value.is_complex() or whole):
+        raise TreeMismatch(f"{scale} × {trees.describe(vector)} would be rounded in {trees.describe(value)}")
+    return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
+
+
+def splice(
+    model: nn.Module,
+    where: Where,
+    module: Callable[[Tensor], Any],
+    error: bool = False,
+    *,
+    steps: Any = None,
+    calls: Any = None,
+) -> edit:
+    """Sends values through `module`, an autoencoder, say.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from nicehooks import capture
+    >>> model, autoencoder = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 3)
+    >>> x = torch.ones(5, 4)
+    >>> clean = model(x)
+    >>> with splice(model, "0", autoencoder), capture(model, "0") as acts:
+    ...     _ = model(x)
+    >>> torch.equal(acts["0"], autoencoder(model[0](x)))
+    True
+    >>> with splice(model, "0", autoencoder, error=True):
+    ...     torch.allclose(model(x), clean, atol=1e-6)
+    True
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`).
+        module: what the value, a tensor, goes through; it returns a tensor of the same shape.
+        error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
+            go through the reconstruction.
+        steps: as for `edit`.
+        calls: as for `edit`.
+    """
+    if not callable(module):
+        raise TypeError(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
+    return _named("splice", edit(model, where, lambda value: _spliced(value, module, error), steps=steps, calls=calls))
+
+
+def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TreeMismatch(f"{trees.describe(value)} is no tensor that could go through a module")
+    new = module(value)
+    if not isinstance(new, Tensor) or new.shape != value.shape:
+        raise TreeMismatch(f"{trees.describe(new)} came out of the module for {trees.describe(value)}")
+    return new + (value - new).detach() if error else new
+
+
+def _named(verb: str, context: edit) -> edit:
+    context.verb = context._action.verb = verb  # pyright: ignore
+    return context
+
+
+# --- patch ------------------------------------------------------------------------------------------------------------
+
+
+class patch(Intervention):
+    """Replaces values as the model computes them, with the semantics of an assignment.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with patch(model, {"0[:, 0]": 7.0, "0[:, 1]": torch.arange(5)}):
+    ...     model(torch.ones(5, 4))[:, :2].tolist()
+    [[7.0, 0.0], [7.0, 1.0], [7.0, 2.0], [7.0, 3.0], [7.0, 4.0]]
+
+    Args:
+        model: any module.
+        where: a path, a site, … (see `select`), or a mapping from them to values; an `ActivationCache` is one.
+        value: a tensor, broadcast to the site and cast to its dtype; a number, which fills every tensor there; a tree,
+            which replaces leaf by leaf, where `KEEP` leaves one alone.
+        steps: as for `edit`.
+        calls: as for `edit`.
+
+    Raises:
+        SiteNotFound: on entry: a path selects nothing.
+        TreeMismatch: in the forward: a value does not fit its site.
+        SiteNotReached: on exit: a site was selected, but the forward did not come by.
+    """
+
+    verb = "patch"
+
+    def __init__(
+        self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None
+    ) -> None:
+        super().__init__(model, steps, calls)
+        if (value is ...) != isinstance(where, Mapping) or isinstance(where, Tensor):
+            raise TypeError("patch takes a path and a value, patch(model, path, value), or a mapping of them")
+        self.values: list[tuple[Where, Any]] = list(where.items()) if value is ... else [(where, value)]
+
+    def __repr__(self) -> str:
+        return f"patch(model, {{{', '.join(f'{show_where(where)}: …' for where, _ in self.values)}}})"
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(where, _Patch(value)) for where, value in self.values]
+
+
+class _Patch(Action):
+    """Puts a value in the place of another, as a copy: a later in-place layer must not reach the user's own tensor."""
+
+    __slots__ = ("value",)
+    verb = "patch"
+
+    def __init__(self, value: Any) -> None:
+        # Dynamo compiles anew for each int, but not for each float.
+        self.value = float(value) if type(value) is int and abs(value) < 2**53 else value
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        return self.instead_of(value)
+
+    def instead_of(self, old: Any) -> Any:
+        """What takes the place of `old`."""
+        number = isinstance(self.value, int | float | complex)
+        if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
+            raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
+        new = trees.assign(old, self.value)
+        return old if trees.is_same(new, old) else _copied(new, old)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _copied(new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return new.clone()
+    kept = [leaf for leaf in trees.leaves(old) if isinstance(leaf, Tensor)]
+    return trees.map_tensors(lambda tensor: tensor.clone() if trees.place_in(kept, tensor) is None else tensor, new)
+
+
+# --- suspend ----------------------------------------------------------------------------------------------------------
+
+
+class suspend(Intervention):
+    """Silences every intervention on `model` that was there before: inside it, the model is clean.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from nicehooks import capture
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> with ablate(model, "0"):
+    ...     ablated = model(torch.ones(5, 4))
+    ...     with suspend(model), capture(model, "0") as acts:
+    ...         clean = model(torch.ones(5, 4))
+    >>> ablated.any().item(), acts["0"].any().item()
+    (False, True)
+
+    What is entered inside it acts. It holds for this thread or task, as every context does.
+    """
+
+    verb = "suspend"
+    plans_anew = True  # who is to be silenced may have changed
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+
+    def __repr__(self) -> str:
+        return "suspend(model)"
+
+    def _make_plan(self) -> Any:
+        modules = list(unwrap(self.model).modules())
+        modules += [method for module in modules for _, method in method_modules(module)]
+        if torch.compiler.is_dynamo_compiling():  # which traced rules there will be by then is only known there
+            tapped = [module for module in modules if has_forward(module)]
+        else:
+            tapped = [module for module in modules if has_rules(module)]
+        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset(), [])

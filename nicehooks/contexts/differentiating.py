@@ -1,0 +1,188 @@
+"""`grad_at`: the gradients of a metric at sites.
+
+NOTE [One backward for all sites]
+Nothing in a model need ask for gradients: parameters may be frozen, and inputs may be tokens. So a zero is subtracted
+at each site, and the metric is differentiated with respect to that zero. Each site is then a node of its own in the
+graph, where a hook takes the gradient on its way to the zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks import torch_private
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.user_functions import show_where
+from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.selection import Site, Where, select, unwrap
+from nicehooks.core.sessions import Session
+from nicehooks.errors import TreeMismatch, UnsupportedModule
+from nicehooks.values import trees
+
+
+def grad_at(
+    model: nn.Module, where: Where, metric: Callable[[Any], Tensor]
+) -> Callable[..., tuple[Tensor, ActivationCache]]:
+    """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
+
+    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    >>> value, grads = grad_at(model, ["*", "0@weight"], lambda output: output.sum())(torch.ones(5, 4))
+    >>> grads["0"].shape, grads["1"].unique().item(), grads["0@weight"].shape
+    (torch.Size([5, 3]), 1.0, torch.Size([3, 4]))
+
+    Args:
+        model: any module.
+        where: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
+            of them. The gradient of a tree is a tree like it, with None for what is no floating-point tensor.
+        metric: `metric(output)` is a scalar tensor.
+
+    Raises:
+        UnsupportedModule: a site is a gradient itself: write `h.3`, not `h.3@grad`.
+        TreeMismatch: the metric returned something else than a scalar tensor.
+        SiteNotReached: the metric does not depend on a site (on none of the sites of a wildcard).
+    """
+    for site in select(model, where):
+        if site.path.port.kind.endswith("grad"):
+            text = f"{str(site)!r}: grad_at takes the paths of values, 'h.3': it adds the gradient by itself."
+            raise UnsupportedModule(text)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
+        with _GradientsAt(model, where) as gradients:
+
+            def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
+                gradients.zero = zero
+                value = _scalar(metric(model(*args, **kwargs)))
+                return value, value
+
+            _, value = torch.func.grad(valued, has_aux=True)(torch.zeros(()))
+        return value, gradients.cache()
+
+    return run
+
+
+def _scalar(value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    raise TreeMismatch(
+        f"the metric of grad_at returned {trees.describe(value)}, and not a scalar tensor.\n"
+        "    metric = lambda output: output.sum()  # one number to differentiate, for example"
+    )
+
+
+class _GradientsAt(Intervention):
+    """Collects the gradients at the sites of a backward that runs inside of it."""
+
+    verb = "grad_at"
+
+    def __init__(self, model: nn.Module, where: Where) -> None:
+        super().__init__(model)
+        self.where = where
+        self._action = _Differentiate()
+
+    def __repr__(self) -> str:
+        return f"grad_at(model, {show_where(self.where)}, …)"
+
+    def _actions(self) -> list[tuple[Where, Action]]:
+        return [(self.where, self._action)]
+
+    def _entered(self, session: Session) -> _Differentiate:
+        return self._action
+
+    def _all_reached(self, session: Session, plan: Plan) -> bool:
+        return not plan.keys.difference(self._action.differentiated)
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.key in self._action.differentiated
+
+    def _not_reached(self, session: Session, rule: SiteRule) -> str:
+        if rule.key not in session.reached:
+            return super()._not_reached(session, rule)
+        return NO_DEPENDENCE.format(key=rule.key, model=type(unwrap(self.model)).__name__, context=self)
+
+
+NO_DEPENDENCE = (
+    "{key!r} has no gradient in {model}: the metric does not depend on it, or something between them has none (as "
+    "argmax, .item() and .detach() have none).\n"
+    "  while {context!r} ran"
+)
+
+
+class _Differentiate(Action):
+    """Makes what comes by a node of the graph; see NOTE [One backward for all sites].
+
+    Attributes:
+        zero: what is subtracted everywhere.
+        found: the value at each site, and an entry for each tensor in it, in the order of the forward.
+        differentiated: the sites, as they were selected, that a gradient came by.
+    """
+
+    __slots__ = ("differentiated", "found", "zero")
+    verb = "grad_at"
+
+    def __init__(self) -> None:
+        self.zero: Any = None
+        self.found: dict[str, tuple[Any, list[_Entry]]] = {}
+        self.differentiated: set[str] = set()
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        entries: list[_Entry] = []
+        self.found.pop(key, None)  # of several calls the last one counts, and its place in the order
+        self.found[key] = (value, entries)
+
+        def watch(tensor: Tensor) -> Tensor:
+            entry = _Entry(tensor, session.level)
+            entries.append(entry)
+            if entry.value is None:
+                return tensor
+            node = tensor - self.zero.to(tensor)
+            hooked = torch_private.hook_gradient(node, partial(self._on_gradient, entry, session.level, str(site)))
+            return node if hooked is None else hooked
+
+        return trees.map_tensors(watch, value)
+
+    def _on_gradient(self, entry: _Entry, level: int, site: str, gradient: Tensor) -> Tensor:
+        self.differentiated.add(site)
+        entry.gradient = torch_private.lift(gradient, level)
+        return gradient
+
+    def cache(self) -> ActivationCache:
+        """The gradients, in the order of the forward; the sites that none came by are left out."""
+        return ActivationCache(
+            (key, _gradients(value, entries))
+            for key, (value, entries) in self.found.items()
+            if any([entry.gradient is not None for entry in entries])
+        )
+
+
+class _Entry:
+    """One tensor of the value at a site, as it is outside of the transforms above `level`, and its gradient.
+
+    Attributes:
+        value: None for a tensor that cannot have a gradient.
+    """
+
+    __slots__ = ("gradient", "value")
+
+    def __init__(self, tensor: Tensor, level: int) -> None:
+        differentiable = tensor.is_floating_point() or tensor.is_complex()
+        self.value = torch_private.lift(tensor, level) if differentiable else None
+        self.gradient: Tensor | None = None
+
+    def or_zeros(self) -> Tensor | None:
+        """The gradient; zeros where only other tensors of the same site have one."""
+        return torch.zeros_like(self.value) if self.gradient is None and self.value is not None else self.gradient
+
+
+def _gradients(value: Any, entries: list[_Entry]) -> Any:
+    remaining = iter(entries)
+    return trees.map_tensors(lambda _: next(remaining).or_zeros(), value)

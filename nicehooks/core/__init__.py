@@ -1,0 +1,4 @@
+"""The mechanism: who is active, which sites a path selects, the tap and the rules on it, the register of ports.
+
+Knows values and paths; no port but a module's output, and nothing of what an intervention does.
+"""

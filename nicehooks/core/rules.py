@@ -1,0 +1,266 @@
+"""The rules of an intervention: how the value at a site gets to what the intervention does with it, and back."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks import torch_private
+from nicehooks.core import sessions
+from nicehooks.core.selection import Site
+from nicehooks.core.sessions import Session
+from nicehooks.core.tap import Frame, Passing, Rule, StopForward
+from nicehooks.core.when import When
+from nicehooks.errors import TreeMismatch, UnsupportedModule
+from nicehooks.paths.grammar import EVERY_CALL, ModulePath, with_chain
+from nicehooks.values import trees
+from nicehooks.values.trees import Chain, Rows
+
+
+class Action:
+    """What an intervention does with a value. One action serves all sites of a context.
+
+    Attributes:
+        verb: the name of the intervention, for messages.
+        for_part: the name of the one that acts on a part of a value, if this one cannot.
+        changes: whether it may change the value.
+        wants_call: whether it is told of the call that the value belongs to.
+    """
+
+    __slots__ = ()
+    verb = ""
+    for_part = ""
+    changes = True
+    wants_call = False
+
+    def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
+        raise NotImplementedError  # abstract: every intervention has its own
+
+    def act_in_call(self, call: Any, value: Any, key: str, site: Site) -> Any:
+        """As `act`, if it `wants_call`: `call` is the `Frame`, or what the rule keeps of it for its gradients."""
+        raise NotImplementedError
+
+
+class SiteRule(Rule):
+    """Brings the values at one site to an action.
+
+    Attributes:
+        key: the path of the site as text.
+        wild: whether only a wildcard has selected the site.
+        output_only: whether the port is the result of the call and nothing else.
+        reason: why a site of this port is not reached, if that is always the same.
+    """
+
+    reason = ""
+    output_only = False
+    __slots__ = ("action", "chain", "index", "key", "path", "rows", "simple", "site", "stars", "when", "wild")
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        self.site = site
+        self.path: ModulePath = site.path
+        self.key = str(site)
+        self.chain: Chain = site.path.chain
+        self.stars = site.path.has_stars
+        self.rows = any([isinstance(step, Rows) for step in self.chain])
+        self.action = action
+        self.when = when
+        self.simple = self.output_only and not when.counts
+        self.index = 0  # among the rules of its context
+        self.wild = False
+
+    def why_not_reached(self) -> str:
+        """Why the site was not reached, if that is always the same."""
+        return self.reason
+
+    def number(self, frame: Frame) -> None:
+        """Counts this call, if calls matter."""
+        if not self.when.counts:
+            return
+        calls = self.session.progress().calls
+        before = calls.get(self.index, -1)
+        if not torch.compiler.is_compiling() and torch_private.in_backward():  # a checkpointed region runs again
+            if before > 0 or (self.when.numbers_steps and self.session.progress().step > 0):
+                raise UnsupportedModule(RECOMPUTED.format(key=self.key))
+            frame.numbers[self.index] = 0
+        else:
+            frame.numbers[self.index] = calls[self.index] = before + 1
+
+    def key_of(self, frame: Frame | None) -> str | None:
+        """The key of the site in this call; None where the rule does not act."""
+        if frame is None or not self.when.counts:
+            return self.key
+        number = frame.numbers[self.index]
+        if not self.when.admits(self.session.progress().step, number):
+            return None
+        return self.key.replace("#*", f"#{number}", 1) if self.path.call == EVERY_CALL else self.key
+
+    def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
+        """`value` after the action has been at the site in it."""
+        key = self.key_of(frame)
+        return value if key is None else self.at_key(key, frame, value, chain)
+
+    def at_key(self, key: str, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
+        """`value` after the action has been at the site in it, which is called `key` in this call."""
+        chain = self.chain if chain is None else chain
+        if not self.action.changes or torch.compiler.is_compiling():  # what traced code reads, it would be guarded on
+            return self.act(value, chain, key, frame)
+        first = self.key not in self.session.reached
+        new = self.act(value, chain, key, frame)
+        self.note_checkpoint(first, new)
+        return new
+
+    def note_checkpoint(self, search: bool, value: Any = None) -> None:
+        """Notices a forward that backward will run again, and that it does.
+
+        Args:
+            search: whether to search the stack for a checkpointed region; once per site is enough.
+            value: what takes the place of the value at the site. Backward may reach it without running so much of the
+                region again that this rule acts.
+        """
+        session = self.session
+        if session.checkpointed and torch_private.in_backward():
+            session.recomputed = True
+        elif search and torch_private.in_checkpoint():
+            session.checkpointed = max(session.checkpointed, torch_private.checkpoint_depth())
+            for tensor in trees.leaves(value):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(partial(_note_backward, session))
+
+    def act(self, value: Any, chain: Chain, key: str, call: Any = None) -> Any:
+        """`value` after the action has been at the end of `chain` in it, at each index where the chain has a `*`."""
+        if self.rows:
+            rows = Rows(self.session.progress().rows)
+            chain = tuple([rows if isinstance(step, Rows) else step for step in chain])
+        if not self.stars:
+            return self.act_at(value, chain, key, call)
+        lead = self.path.chain[: len(self.path.chain) - len(chain)]
+        try:
+            chains = list(trees.each_index(value, chain))
+        except TreeMismatch as error:
+            raise self.at_edge(error, value, key) from None
+        for found in chains:
+            value = self.act_at(value, found, with_chain(key, (*lead, *found)), call)
+        return value
+
+    def act_at(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
+        """As `act`, where the chain has no `*`."""
+        try:
+            return trees.rewrite(value, chain, partial(self._at_site, key=key, call=call))
+        except TreeMismatch as error:
+            raise self.at_edge(error, value, key) from None
+
+    def _at_site(self, value: Any, key: str, call: Any) -> Any:
+        """What takes the place of `value`; a site that has only ever been an empty region was not reached."""
+        told = self.action.wants_call
+        if value is None and self.wild and self.action.changes and not told:
+            return value  # a wildcard passes over modules that return nothing
+        sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
+        empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
+        if not empty:
+            self.session.reached[self.key] = True
+            sessions.note_export(self.session, self.key)
+        if told:
+            return self.action.act_in_call(call, value, key=key, site=self.site)
+        return self.action.act(self.session, value, key=key, site=self.site)
+
+    def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
+        """The bare fact, with the site and the line to write instead."""
+        verb = self.action.verb
+        text = f"{verb} at {key!r}: {error}."
+        node = trees.open_node(value)
+        pairs = [] if node is None else list(zip(node.entries, node.children, strict=True))
+        tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
+        if not self.chain and tensors:
+            text += f"\n  the value there is {trees.describe(value)}; choose a part of it:"
+            text += f'\n    {self.action.for_part or verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
+        return TreeMismatch(text)
+
+
+RECOMPUTED = (
+    "{key!r}: activation checkpointing runs a part of the model again in backward, where it cannot be told which of "
+    "several steps or calls this is. Turn checkpointing off, or choose all of them."
+)
+
+
+def _note_backward(session: Session, gradient: Tensor) -> None:
+    session.recomputed = True
+
+
+class OutputRule(SiteRule):
+    """The result of a module."""
+
+    __slots__ = ()
+    output_only = True
+
+    def output(self, value: Any) -> Any:
+        return self.through(None, value)
+
+    def before(self, frame: Frame) -> None:
+        self.number(frame)
+
+    def after(self, frame: Frame) -> None:
+        frame.value = self.through(frame, frame.value)
+
+
+# --- rules that are of no site ----------------------------------------------------------------------------------------
+
+
+class StepRule(Rule):
+    """Counts the steps of the root model, and ends a forward that was stopped."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        self.session.called = True
+        sessions.note_export(self.session)
+        if not self.session.counting:
+            return
+        progress = self.session.progress()
+        if progress.depth == 0:
+            progress.next_step()
+        frame.enter(_Deeper(progress))
+
+    def caught(self, stop: StopForward) -> bool:
+        return stop.session is self.session and self.session.progress().depth == 1
+
+
+class _Deeper(AbstractContextManager[None]):
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+
+    def __enter__(self) -> None:
+        self.progress.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.depth -= 1
+
+
+class RowsRule(Rule):
+    """Notes the dimensions that the module around a site may flatten; see `Rows`."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        given = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
+        self.session.progress().rows = tuple(given[0].shape[:-1]) if given else None
+
+
+class SlowPathRule(Rule):
+    """Keeps an `nn.TransformerEncoder` or its layer from a fused kernel that would not call its submodules."""
+
+    __slots__ = ()
+
+    def before(self, frame: Frame) -> None:
+        frame.enter(Passing())
+
+
+class SuspendRule(Rule):
+    """Silences the rules before it."""
+
+    __slots__ = ()
+    suspends = True

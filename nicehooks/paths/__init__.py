@@ -1,0 +1,4 @@
+"""The path language: text that says which values of a model are meant.
+
+Knows values; no model, and no port by its name.
+"""

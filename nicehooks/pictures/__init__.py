@@ -1,0 +1,4 @@
+"""Pictures of results.
+
+Knows numbers and labels; needs the extra `plot`.
+"""

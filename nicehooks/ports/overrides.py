@@ -1,0 +1,175 @@
+"""Parameters that have another value, in one thread or task, while the model runs.
+
+NOTE [A table that two threads read differently]
+While a parameter port of a module is in use, the module's `_parameters` (or `_buffers`) is replaced by a dict with the
+same entries, of which single look-ups, and they alone, see the overrides that are open in the thread or task that
+reads. `nn.Module` finds a parameter by such a look-up; `parameters()`, `state_dict()`, `to()` and optimizers go through
+the entries, and see and change the real tensors. Nothing is swapped in the model, so nothing can be left behind or be
+seen by another thread. What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`,
+the weight that `torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.core.sessions import LOCK
+
+_MISSING: Any = object()
+_overrides: ContextVar[dict[tuple[int, str], Any]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
+_open_owners: ContextVar[frozenset[int]] = ContextVar("nicehooks.open_overrides", default=frozenset())
+
+
+class Table(dict[str, Any]):
+    """A module's `_parameters` or `_buffers`; see NOTE [A table that two threads read differently]."""
+
+    users: int
+    original: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__getitem__(name)
+        found = _overrides.get().get((id(self), name), _MISSING)
+        return super().__getitem__(name) if found is _MISSING else found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (type(self.original), (), None, None, iter(list(self.items())))
+
+
+def stand_in(module: nn.Module) -> None:
+    """Puts tables in the place of the module's own, for one more user."""
+    with LOCK:
+        for kind in ("_parameters", "_buffers"):
+            own = module.__dict__[kind]
+            if not isinstance(own, Table):
+                table = Table(own)
+                table.users, table.original = 0, own
+                module.__dict__[kind] = own = table
+            own.users += 1
+
+
+def step_back(module: nn.Module) -> None:
+    """Undoes one `stand_in`; the last one puts the module's own tables back, with what was changed meanwhile."""
+    with LOCK:
+        for kind in ("_parameters", "_buffers"):
+            table = module.__dict__[kind]
+            if not isinstance(table, Table):
+                continue
+            table.users -= 1
+            if table.users == 0:
+                own = table.original
+                if not _same(own, table):
+                    own.clear()
+                    own.update(table.items())
+                module.__dict__[kind] = own
+
+
+def _same(own: dict[str, Any], table: dict[str, Any]) -> bool:
+    return list(own) == list(table) and all(a is b for a, b in zip(own.values(), table.values(), strict=True))
+
+
+class Override(AbstractContextManager[None]):
+    """While it is entered, `places` hold `value` in this thread or task.
+
+    Args:
+        owner: whoever opens it; see `is_open`.
+        places: modules and names of one tensor.
+        value: the tensor that stands there instead; None leaves the places as they are.
+    """
+
+    def __init__(self, owner: Any, places: list[tuple[nn.Module, str]], value: Tensor | None) -> None:
+        self.owner = owner
+        self.places = [] if value is None else places
+        self.value = value
+
+    @staticmethod
+    def is_open(owner: Any) -> bool:
+        """Whether `owner` has an override open around this line."""
+        return owner.is_swapped if torch.compiler.is_dynamo_compiling() else id(owner) in _open_owners.get()
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self.owner.is_swapped = True
+            self.attributes = Attributes(self.places, [self.value] * len(self.places))
+            self.attributes.__enter__()
+            return
+        self.before = (_overrides.get(), _open_owners.get())
+        entries = {key: self.value for place in self.places for key in _keys(*place)}
+        _overrides.set({**_overrides.get(), **entries})
+        _open_owners.set(_open_owners.get() | {id(self.owner)})
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self.owner.is_swapped = False
+            self.attributes.__exit__()
+            return
+        overrides, owners = self.before
+        _overrides.set(overrides)
+        _open_owners.set(owners)
+
+
+def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:
+    return [(id(table), name) for kind in ("_parameters", "_buffers") if name in (table := module.__dict__[kind])]
+
+
+class Attributes(AbstractContextManager[None]):
+    """While traced code has it entered, each module in `places` has a value as a plain attribute of that name.
+
+    An attribute stands before a parameter and before a method. What traced code does to attributes, and undoes, is its
+    own: nothing of it is done when the code that was traced runs.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]], values: list[Any]) -> None:
+        self.places = places
+        self.values = values
+
+    def __enter__(self) -> None:
+        self.old = [module.__dict__.get(name, _MISSING) for module, name in self.places]
+        for (module, name), value in zip(self.places, self.values, strict=True):
+            module.__dict__[name] = value
+
+    def __exit__(self, *_: object) -> None:
+        for (module, name), old in zip(self.places, self.old, strict=True):
+            if old is _MISSING:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = old
+
+
+class StandIn(AbstractContextManager[nn.Module]):
+    """A module like `module`, with `changes` in its `__dict__`, to run its forward on.
+
+    What that forward assigns to its `self`, besides the attributes named `private`, goes to the real module when it is
+    over.
+    """
+
+    def __init__(self, module: nn.Module, changes: dict[str, Any], private: tuple[str, ...] = ()) -> None:
+        self.module = module
+        self.changes = changes
+        self.private = private
+
+    def __enter__(self) -> nn.Module:
+        if torch.compiler.is_dynamo_compiling():
+            self.attributes = Attributes([(self.module, name) for name in self.changes], list(self.changes.values()))
+            self.attributes.__enter__()
+            return self.module
+        self.other: nn.Module = object.__new__(type(self.module))
+        self.given = {**self.module.__dict__, **self.changes}
+        self.other.__dict__.update(self.given)
+        return self.other
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self.attributes.__exit__()
+            return
+        for name, value in self.other.__dict__.items():
+            if value is not self.given.get(name, _MISSING) and name not in self.private:
+                self.module.__dict__[name] = value

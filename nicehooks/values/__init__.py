@@ -1,0 +1,4 @@
+"""Nested values: taken apart, rebuilt, and the parts of them that a subscript names.
+
+Knows torch and optree; no path, no module of a model.
+"""

@@ -1,0 +1,158 @@
+"""The region of a tensor that a step of a path names: written as text, read, and replaced out of place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks.errors import TreeMismatch
+from nicehooks.values.nodes import describe
+
+Chain = tuple[Any, ...]
+"""The subscripts that lead from a value to a part of it: Python subscripts (integers, strings, slices, `None`, `...`,
+lists of integers, tuples of them), `Heads` and `Rows`."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The step `/n` of a chain: the last dimension split into `n` equal groups."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"/{self.count}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The step `/rows` of a chain: the first dimension split into those that the module around has flattened.
+
+    Attributes:
+        sizes: of these dimensions, `(batch, pos)`; they are known only while that module runs.
+    """
+
+    sizes: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return "/rows"
+
+
+class Constant:
+    """A constant of a module, known by its name: its copies, and what is unpickled, are the constant itself."""
+
+    def __init__(self, module: str, name: str, text: str) -> None:
+        self.__module__ = module
+        self._name = name
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> str:
+        return self._name
+
+
+STAR = Constant(__name__, "STAR", "*")
+"""`*` in a subscript: one site per index."""
+
+
+def show_step(step: Any) -> str:
+    """A step of a chain as it is written in a path."""
+    if isinstance(step, Heads | Rows):
+        return str(step)
+    if isinstance(step, tuple):
+        inner = ", ".join(_show_item(item) for item in step)
+        return f"[{inner},]" if len(step) == 1 else f"[{inner}]"
+    return f"[{_show_item(step)}]"
+
+
+def _show_item(item: Any) -> str:
+    if item is Ellipsis:
+        return "..."
+    if not isinstance(item, slice):
+        return repr(item)
+    start, stop, step = ("" if bound is None else str(bound) for bound in (item.start, item.stop, item.step))
+    return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
+
+
+def read(tensor: Tensor, step: Any) -> Tensor:
+    """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
+    if isinstance(step, Heads):
+        return _split(tensor, step.count)
+    if isinstance(step, Rows):
+        return _split_rows(tensor, step.sizes)
+    items = step if isinstance(step, tuple) else (step,)
+    if any(isinstance(item, str) for item in items):
+        raise TreeMismatch(f"{show_step(step)} is a key, but the value is {describe(tensor)}")
+    if any(isinstance(item, slice) and item.step is not None and item.step < 1 for item in items):
+        raise TreeMismatch(f"{show_step(step)} steps backwards, which PyTorch does not do")
+    try:
+        return tensor[step]
+    except IndexError:
+        raise TreeMismatch(f"{show_step(step)} is out of range for {describe(tensor)}") from None
+
+
+def _split(tensor: Tensor, count: int) -> Tensor:
+    if tensor.ndim == 0 or tensor.shape[-1] % count:
+        raise TreeMismatch(f"/{count} does not divide the last dimension of {describe(tensor)}")
+    return tensor.reshape(*tensor.shape[:-1], count, tensor.shape[-1] // count)  # a view; Dynamo may not take unflatten
+
+
+def _split_rows(tensor: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+    if sizes is None:
+        raise TreeMismatch(f"{Rows()} of {describe(tensor)} is known only while the model runs: capture it so")
+    if tensor.ndim == 0 or tensor.shape[0] != math.prod(sizes):
+        raise TreeMismatch(f"{Rows()} does not split the first dimension of {describe(tensor)} into {list(sizes)}")
+    return tensor.reshape(*sizes, *tensor.shape[1:])
+
+
+def replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
+    """`base` with the region `step` replaced by `new`, which has the region's shape; out of place, under `vmap` too."""
+    if isinstance(step, Heads):
+        return new.flatten(-2)
+    if isinstance(step, Rows):
+        return new.reshape(base.shape)
+    items = list(step) if isinstance(step, tuple) else [step]
+    if any(isinstance(item, list) for item in items):
+        return _with_scattered(base, step, new)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        fill = base.ndim - sum(item is not None and item is not Ellipsis for item in items)
+        items[at : at + 1] = [slice(None)] * fill
+    return _with_region(base, items, new, 0)
+
+
+def _with_region(base: Tensor, items: list[Any], new: Tensor, dim: int) -> Tensor:
+    """`base` with `new` where `items` lead to, from the dimension `dim` on."""
+    if not items:
+        return new
+    item, rest = items[0], items[1:]
+    if item is None:
+        return _with_region(base, rest, new.squeeze(dim), dim)
+    if isinstance(item, int):
+        part, at = _with_region(base.select(dim, item), rest, new, dim), item % base.shape[dim]
+        # Not select_scatter: differentiated around vmap, it gives a multiple of the gradient of `part` (torch 2.13).
+        return torch.slice_scatter(base, part.unsqueeze(dim), dim, at, at + 1)
+    if item == slice(None):
+        return _with_region(base, rest, new, dim + 1)
+    part = _with_region(base[(slice(None),) * dim + (item,)], rest, new, dim + 1)
+    return _with_slice(base, part, dim, item)
+
+
+def _with_slice(base: Tensor, part: Tensor, dim: int, item: slice) -> Tensor:
+    """`base` with `part` at `item` of `dim`; under `vmap`, `slice_scatter` takes no bounds outside of the dimension."""
+    size, count, step = base.shape[dim], part.shape[dim], item.step or 1
+    if count == 0:
+        return base
+    start = item.start or 0
+    start = max(start + size, 0) if start < 0 else start
+    return torch.slice_scatter(base, part, dim, start, start + (count - 1) * step + 1, step)
+
+
+def _with_scattered(base: Tensor, step: Any, new: Tensor) -> Tensor:
+    positions = torch.arange(base.numel(), device=base.device).reshape(base.shape)[step].flatten()
+    return base.flatten().index_copy(0, positions, new.flatten()).reshape(base.shape)

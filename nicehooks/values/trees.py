@@ -1,0 +1,214 @@
+"""Values with structure: a part of one, whatever nests in it, is read, rewritten and assigned to.
+
+Functions here raise `TreeMismatch` with the bare fact; the public edge adds the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks.errors import TreeMismatch
+from nicehooks.values import regions
+from nicehooks.values.nodes import Node, describe, is_same, leaves, map_tensors, open_node, place_in
+from nicehooks.values.regions import STAR, Chain, Constant, Heads, Rows, show_step
+
+__all__ = [
+    "KEEP",
+    "STAR",
+    "Chain",
+    "Heads",
+    "Node",
+    "Rows",
+    "assign",
+    "describe",
+    "each_index",
+    "fits",
+    "get",
+    "is_same",
+    "leaves",
+    "length",
+    "map_tensors",
+    "open_node",
+    "place_in",
+    "rewrite",
+    "show_step",
+    "usable",
+]
+
+KEEP = Constant(__name__, "KEEP", "KEEP")
+"""In a tree of new values: leave this part as it is."""
+
+
+# --- reading and rewriting a part -------------------------------------------------------------------------------------
+
+
+def get(tree: Any, chain: Chain) -> Any:
+    """The part of `tree` at the end of `chain`; tensors give views."""
+    for step in chain:
+        tree = _step(tree, step)
+    return tree
+
+
+def rewrite(tree: Any, chain: Chain, fn: Callable[[Any], Any]) -> Any:
+    """`tree` with `fn` applied to the part at the end of `chain`; `tree` itself where `fn` returns what it got.
+
+    Nothing is written in place: around a changed part of a tensor, the tensor is new.
+    """
+    if not chain:
+        return fn(tree)
+    part = _step(tree, chain[0])
+    new = rewrite(part, chain[1:], fn)
+    return tree if is_same(new, part) else _replace(tree, chain[0], new)
+
+
+def length(tree: Any, items: list[Any], position: int) -> int:
+    """How many sites the `*` at `position` among the items of a subscript stands for."""
+    if not isinstance(tree, Tensor):
+        node = open_node(tree)
+        if node is None:
+            raise TreeMismatch(f"[*] needs a tensor or a container, not {describe(tree)}")
+        return len(node.children)
+    before, after = items[:position], items[position:]
+    dim = sum(item is not None for item in before)
+    if Ellipsis in before:
+        dim = tree.ndim - sum(item is not None for item in after)
+    if not 0 <= dim < tree.ndim:
+        raise TreeMismatch(f"[*] is at dimension {dim} of {describe(tree)}")
+    return tree.shape[dim]
+
+
+def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
+    """`chain` with each index that `tree` has in the place of a `*`: positions, and in a mapping its keys."""
+    for done, step in enumerate(chain):
+        items = list(step) if isinstance(step, tuple) else [step]
+        stars = [position for position, item in enumerate(items) if item is STAR]
+        if stars:
+            for index in _indices(get(tree, chain[:done]), items, stars[0]):
+                items[stars[0]] = index
+                one = tuple(items) if isinstance(step, tuple) else index
+                yield from each_index(tree, (*chain[:done], one, *chain[done + 1 :]))
+            return
+    yield chain
+
+
+def _indices(tree: Any, items: list[Any], position: int) -> list[Any]:
+    node = open_node(tree)
+    entries = range(length(tree, items, position)) if node is None else node.entries
+    return [entry if type(entry) in (int, str) else number for number, entry in enumerate(entries)]
+
+
+def _step(tree: Any, step: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return regions.read(tree, step)
+    node, position = _child(tree, step)
+    return node.children[position]
+
+
+def _replace(tree: Any, step: Any, new: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return regions.replaced(tree, step, new)
+    node, position = _child(tree, step)
+    return node.rebuild([*node.children[:position], new, *node.children[position + 1 :]])
+
+
+def _child(tree: Any, step: Any) -> tuple[Node, int]:
+    """The node of `tree` and the position in it of what `step` names: a position, a key or a field."""
+    if isinstance(step, Heads | Rows | tuple | slice):
+        raise TreeMismatch(f"{show_step(step)} needs a tensor, not {describe(tree)}")
+    node = open_node(tree)
+    if node is None:
+        raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {describe(tree)}")
+    if step in node.names:
+        return node, node.names.index(step)
+    count = len(node.children)
+    if node.counted and isinstance(step, int) and -count <= step < count:
+        return node, step % count
+    have = ", ".join(repr(name) for name in node.names) or "nothing"
+    raise TreeMismatch(f"{show_step(step)} is not in {describe(tree)}, which has {have}")
+
+
+# --- assignment -------------------------------------------------------------------------------------------------------
+
+
+def assign(old: Any, new: Any) -> Any:
+    """What stands in the place of `old` after `new` was assigned to it.
+
+    A tensor is broadcast to the shape of the old one and cast to its dtype and device. A tree replaces leaf by leaf,
+    a number every tensor of a tree, of which None has none, and `KEEP` nothing.
+    """
+    if is_same(new, old) or new is KEEP:
+        return old
+    if isinstance(old, Tensor):
+        return _fit(old, new)
+    node = open_node(old)
+    if isinstance(new, int | float | complex) and (node is not None or old is None):
+        return map_tensors(lambda tensor: _fit(tensor, new), old)
+    return new if node is None else _assign_children(old, node, new)
+
+
+def _assign_children(old: Any, node: Node, new: Any) -> Any:
+    values = _matching(old, node, new)
+    children: list[Any] = []
+    for entry, child, value in zip(node.entries, node.children, values, strict=True):
+        try:
+            children.append(assign(child, value))
+        except TreeMismatch as error:
+            raise TreeMismatch(f"{error} (in element {entry!r})") from None
+    if all(is_same(a, b) for a, b in zip(children, node.children, strict=True)):
+        return old
+    return node.rebuild(children)
+
+
+def _matching(old: Any, node: Node, new: Any) -> list[Any]:
+    """The new values for the children of `old`, in its order; keys that a mapping does not name stay."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if set(new) <= set(node.entries):
+            return [new.get(entry, KEEP) for entry in node.entries]
+        raise _came_for(old, new)
+    other = open_node(new)
+    plain = isinstance(old, tuple | list) and isinstance(new, tuple | list)
+    if other is None or len(other.children) != len(node.children) or not (plain or type(old) is type(new)):
+        raise _came_for(old, new)
+    return other.children
+
+
+def _came_for(old: Any, new: Any) -> TreeMismatch:
+    return TreeMismatch(f"{describe(new)} came where {describe(old)} stands")
+
+
+def _fit(old: Tensor, new: Any) -> Tensor:
+    if isinstance(new, complex) and new.imag and not old.is_complex():
+        raise TreeMismatch(f"{new} has an imaginary part, {describe(old)} has none")
+    if isinstance(new, int | float | complex):
+        return torch.full_like(old, new)
+    if not isinstance(new, Tensor):
+        raise _came_for(old, new)
+    value = usable(new)
+    while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
+        value = value.squeeze(0)
+    if not fits(value.shape, old.shape):
+        raise TreeMismatch(f"{describe(new)} does not broadcast to {describe(old)}")
+    if value.is_complex() and not old.is_complex():
+        raise TreeMismatch(f"{describe(new)} has an imaginary part, {describe(old)} has none")
+    value = value.to(device=old.device, dtype=old.dtype)
+    if value.shape == old.shape:
+        return value
+    return value.expand(old.shape).clone()  # in-place layers need memory of its own
+
+
+def fits(shape: Iterable[int], target: Iterable[int]) -> bool:
+    """Whether a tensor of `shape` broadcasts to `target` without changing it."""
+    shape, target = tuple(shape), tuple(target)
+    tail = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+
+
+def usable(value: Tensor) -> Tensor:
+    """`value`, cloned where it was made under `inference_mode` and autograd could not work with it here."""
+    if torch.compiler.is_compiling() or not value.is_inference() or torch.is_inference_mode_enabled():
+        return value
+    return value.clone()
