@@ -21,7 +21,8 @@ from nicehooks.core.selection import Site
 from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths.grammar import OUTPUT, ModulePath, Port
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.ports import OUTPUT, Port
 from nicehooks.ports.arguments import InputRule
 from nicehooks.values import trees
 
