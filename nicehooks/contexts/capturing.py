@@ -22,7 +22,6 @@ from nicehooks.core.sessions import Session, note_export
 from nicehooks.core.tap import Frame, StopForward
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.ports import OUTPUT
 from nicehooks.torch_private import innermost_transform, transforms_running, version_counter
 from nicehooks.values import trees
 
@@ -93,7 +92,7 @@ class capture(Intervention):
         return super()._depends_on(), self._action.is_plain, self._action.stop
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        whole = site.path.port == OUTPUT and not site.path.chain and site.path.call is None
+        whole = site.path.port.is_output and len(site.path.chain) == 0 and site.path.call is None
         if whole and self._action.is_plain:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)

@@ -19,7 +19,6 @@ from nicehooks.core.sessions import is_acting
 from nicehooks.core.tap import Rule, Tap, tap_of
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, escape
-from nicehooks.paths.ports import OUTPUT
 from nicehooks.values import trees
 
 
@@ -183,7 +182,7 @@ class capture_with_calls(capture):
 
 def _calls_by_module(seen: dict[str, list[str]]) -> dict[str, list[SiteRecord]]:
     """A record for each call, by the path of its module; without a number where there is only one of its name."""
-    paths = [path for path in map(ModulePath.parse, seen) if path.port != OUTPUT]
+    paths = [path for path in map(ModulePath.parse, seen) if not path.port.is_output]
     numbered = {(path.name, path.port.name) for path in paths if path.port.call != 0}
     called: dict[str, list[SiteRecord]] = {}
     for path in paths:

@@ -28,6 +28,7 @@ class Port:
         call: which call of the function, or which use of the parameter.
         part: which value of the call, where it has several.
         is_gradient: whether the value is a gradient.
+        is_output: whether it is the output of the module.
     """
 
     kind: str = "output"
@@ -35,9 +36,12 @@ class Port:
     call: int | str | None = None
     part: str = ""
     is_gradient: bool = field(init=False, repr=False, compare=False)
+    is_output: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_gradient", spelling_of(self).is_gradient)  # a field, which Dynamo can read
+        spelling = spelling_of(self)  # as fields: Dynamo reads nothing else of a frozen dataclass
+        object.__setattr__(self, "is_gradient", spelling.is_gradient)
+        object.__setattr__(self, "is_output", spelling.is_output)
 
     def __str__(self) -> str:
         return spelling_of(self).written(self)
@@ -73,12 +77,14 @@ class Spelling:
     Attributes:
         kind: the key in the table, which is the `kind` of its ports.
         is_gradient: whether the values of its ports are gradients.
+        is_output: whether they are outputs of modules.
         rank: when it is asked whether some words are its own: before the kinds that take what nobody else wants.
         shown: how a message says what may be written, if anything.
     """
 
     kind = ""
     is_gradient = False
+    is_output = False
     rank = 0
     shown = ""
 
@@ -99,6 +105,7 @@ class OutputSpelling(Spelling):
     """The output of a module, which is written as nothing; `@output` means it too."""
 
     kind = "output"
+    is_output = True
 
     def read(self, words: Words) -> Port | None:
         return OUTPUT if words.name == self.kind and not words.has_brackets else None
