@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nicehooks.core.frames import Frame
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.ports.arguments import arguments_of

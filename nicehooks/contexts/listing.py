@@ -12,11 +12,12 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
+from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import SCRIPTED, Census, Site, has_forward, parameter_names, unwrap
+from nicehooks.core.selection import SCRIPTED, Census, Site, has_forward, unwrap
 from nicehooks.core.sessions import is_acting
-from nicehooks.core.tap import Rule, Tap, tap_of
+from nicehooks.core.tap import Tap, tap_of
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, escape
 from nicehooks.values import trees
@@ -30,7 +31,7 @@ class SiteRecord(NamedTuple):
         type: the name of its class; of a call, "call".
         value: the structure, shapes and dtypes of its output; None without an example.
         calls: how often the example came by; None without an example.
-        parameters: the names of its own parameters and buffers.
+        parameters: the names of its own parameters and buffers, as a path has them behind its `@`.
     """
 
     path: str
@@ -198,7 +199,7 @@ def _runs_in_python(name: str, module: nn.Module) -> bool:
 
 def _record(path: str, module: nn.Module, seen: dict[str, Any], example: bool) -> SiteRecord:
     values: list[str] = seen.get(path, [])
-    names = tuple(parameter_names(module))
+    names = tuple([str(port)[1:] for kind in every_kind() for port in kind.listed(module)])
     return SiteRecord(path, type(module).__name__, _described(values), len(values) if example else None, names)
 
 

@@ -53,6 +53,11 @@ def _reason(rule: SiteRule, session: Session) -> str:
             "nn.MultiheadAttention hands the weights of its out_proj to a fused function and never calls it. "
             f"What comes out of it is the output of the attention: {name + '[0]'!r}."
         )
+    if session.elsewhere:
+        return (
+            "its module ran in another thread or task, where this context does not act. Enter it there, carry it along "
+            "with contextvars.copy_context(), or use .attach()."
+        )
     if rule.reason:
         return rule.why_not_reached()
     if rule.chain and session.called:

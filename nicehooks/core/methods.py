@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks.core.sessions import Exclusive
+from nicehooks.core.exclusive import Exclusive
 from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule
 
 

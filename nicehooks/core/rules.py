@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
+from nicehooks.core.frames import Frame, Passing, Rule, StopForward
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import Frame, Passing, Rule, StopForward
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain
@@ -85,6 +85,10 @@ class SiteRule(Rule):
 
     def given(self, actions: list[Any]) -> None:
         self.action = actions[self.of]
+
+    def was_reached(self, session: Session) -> bool:
+        """Whether the site was reached in `session`."""
+        return self.key in session.reached
 
     def why_not_reached(self) -> str:
         """Why the site was not reached, if that is always the same."""

@@ -23,52 +23,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from nicehooks import torch_private
-
-_lock = threading.RLock()
-
-
-class Exclusive(AbstractContextManager[None]):
-    """Held by one thread while a context is entered or left; never while a model, or a function of the user, runs.
-
-    NOTE [Interrupts]
-    An interrupt may come between any two lines, and also behind the body of a `with`, where Python no longer calls
-    `__exit__`. So a thread writes down what it is about to hold, and gives free what is left over when it next enters
-    or leaves a context. Everything else that is undone is undone by whose it is, and not by counting: to undo it twice
-    does no harm.
-
-    Args:
-        tracing: whether Dynamo must trace nothing meanwhile: what comes or goes would be half there for it.
-    """
-
-    __slots__ = ("locks",)
-
-    def __init__(self, tracing: bool = False) -> None:
-        self.locks: list[Any] = [*torch_private.tracing_lock(), _lock] if tracing else [_lock]
-
-    def __enter__(self) -> None:
-        for lock in self.locks:
-            HERE.held.append(lock)
-            lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        for lock in reversed(self.locks):
-            lock.release()
-            HERE.held.pop()
-
-
-def free_left_over() -> None:
-    """Gives free what an interrupt has left this thread holding; see NOTE [Interrupts]."""
-    while HERE.held:
-        with suppress(RuntimeError):  # it was not held yet, or no more
-            HERE.held.pop().release()
-
+from nicehooks.core.exclusive import Exclusive
 
 _rounds = itertools.count(1)
 
@@ -221,7 +182,6 @@ class _Here(threading.local):
             before, and the rules. Empty whenever no such code is being traced.
         progress: how far each session is, by its slot.
         entered: the sessions that were entered in it, and not left in it.
-        held: the locks that it holds, or is about to; see NOTE [Interrupts].
         number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
@@ -230,7 +190,6 @@ class _Here(threading.local):
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self.progress: dict[int, Progress] = {}
         self.entered: list[Session] = []
-        self.held: list[Any] = []
         self.number = next(_thread_numbers)
 
 

@@ -20,10 +20,11 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
+from nicehooks.core.frames import Rule, staged
 from nicehooks.core.methods import method_modules
 from nicehooks.core.selection import Group, Site, Where, flat, select_groups
 from nicehooks.core.sessions import HERE
-from nicehooks.core.tap import Rule, acting_in_traced_code, is_bound, parameters_of, staged
+from nicehooks.core.tap import acting_in_traced_code, is_bound, parameters_of
 from nicehooks.paths.grammar import ModulePath
 
 Pairs = list[tuple[nn.Module, Rule]]

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.paths.ports import Port, Words
 from nicehooks.values.trees import Chain, is_same

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import torch_private
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch
 from nicehooks.paths.grammar import with_chain

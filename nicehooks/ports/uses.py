@@ -23,10 +23,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Pairs, register_port
 from nicehooks.core.rules import Action
 from nicehooks.core.selection import Census, Site, has_forward
-from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import unescape
@@ -167,6 +167,9 @@ class UsePort(ParameterPort):
     rank = 2
     shown = ""
     rule: type[UseRule] = UseRule
+
+    def listed(self, module: nn.Module) -> list[Port]:
+        return []
 
     def read(self, words: Words) -> Port | None:
         if not words.name.endswith(USES):

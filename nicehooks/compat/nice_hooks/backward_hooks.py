@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nicehooks import torch_private
 from nicehooks.compat.nice_hooks.forward_hooks import HookAction, on_argument
+from nicehooks.core.frames import Frame
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain

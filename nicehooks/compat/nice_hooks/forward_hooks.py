@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from nicehooks import torch_private
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
