@@ -284,18 +284,6 @@ def _parameter(argument: Any) -> Parameter:
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
 
-def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
-    """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
-
-    Importing Dynamo takes about a second, so this library never imports it by itself.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    if not hasattr(dynamo, "substitute_in_graph") or not hasattr(torch.compiler, "substitute_in_graph"):
-        return False  # not loaded, or being loaded by another thread at this moment
-    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
-    return True
-
-
 def tracing_lock() -> list[Any]:
     """The lock that Dynamo holds while it traces, if it is loaded (torch 2.4 … 2.13)."""
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")

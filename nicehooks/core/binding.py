@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.core import sessions
 from nicehooks.core.copies import COPYING, ENTRIES
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.frames import Rule
@@ -28,7 +27,6 @@ def taps_for(pairs: Pairs) -> list[Bound]:
 
 def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, first: bool = False) -> None:
     """Adds each rule to its tap, for `session`, with other `actions` if there are any; see NOTE [Order]."""
-    sessions.teach_dynamo()
     contexts_only = not session.attached
     with Exclusive(tracing=True):
         for tap, rule, alone in reversed(taps) if first else taps:

@@ -2,8 +2,8 @@
 
 NOTE [Two views of who is active]
 Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
-`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and where
-Dynamo meets the read of the `ContextVar` it is taught to see None, which sends traced code to the `threading.local`.
+`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and a tap asks
+first whether Dynamo is tracing it, which Dynamo knows the answer to, and which sends traced code to the `threading.local`.
 There, sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second
 context of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the
 numbers: a task may still hold a copy of the context in which a number belonged to somebody who has left.
@@ -164,7 +164,8 @@ class Session:
 
 
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
-_get_active = _active.get  # one object: Dynamo knows what it was taught by identity
+active_sessions: Callable[[], frozenset[Session]] = _active.get
+"""The sessions that act here; not in traced code. See NOTE [Two views of who is active]."""
 _used_slots: dict[int, int] = {}
 """The number of the session that has each slot."""
 _session_numbers = itertools.count(1)
@@ -194,33 +195,6 @@ class _Here(threading.local):
 
 
 HERE = _Here()
-
-
-def _active_or_none() -> frozenset[Session] | None:
-    return None if torch.compiler.is_compiling() else _active.get()
-
-
-def _none() -> None:
-    return None
-
-
-active_sessions: Callable[[], frozenset[Session] | None] = _active_or_none
-"""The sessions that act here; None in traced code. See NOTE [Two views of who is active]."""
-
-_taught = False
-
-
-def teach_dynamo() -> bool:
-    """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
-    global _taught, active_sessions
-    if _taught:
-        return False
-    with Exclusive():
-        if _taught or not torch_private.teach_dynamo(_get_active, _none):
-            return False
-        _taught = True
-        active_sessions = _get_active
-        return True
 
 
 def number(session: Session) -> None:

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import torch_private
-from nicehooks.core import sessions
 from nicehooks.core.copies import Reduce, Replicate
 from nicehooks.core.frames import Rule, staged
-from nicehooks.core.sessions import HERE, Session, acts_in_backward
+from nicehooks.core.sessions import HERE, Session, active_sessions, acts_in_backward
 from nicehooks.errors import UnsupportedModule
 
 transforms_running = torch_private.transforms_running
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 version_counter = torch_private.version_counter
 
 
@@ -144,24 +144,25 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
     """The function that is bound as `forward`; a plain function, because that is the cheapest thing to call."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        active = sessions.active_sessions()
-        if active is None:
+        if is_dynamo_compiling():
             return staged(tap, acting_in_traced_code(tap), args, kwargs)
+        active = active_sessions()
         rule = tap.only
-        if rule is not None and active is rule.session.acts_in and tap.kind.forward is tap.found:
-            value = tap.bound(*args, **kwargs)
+        if rule is not None and tap.kind.forward is tap.found:
             session = rule.session
-            if type(value) is not Tensor or transforms_running() or rule.round == session.round:
+            if active is session.acts_in:
+                value = tap.bound(*args, **kwargs) if kwargs else tap.bound(*args)
+                if type(value) is Tensor and rule.round != session.round and not transforms_running():
+                    try:
+                        version = version_counter(value)
+                    except RuntimeError:  # made under inference_mode
+                        return rule.output(value)
+                    rule.round = session.round
+                    key, action = rule.key, rule.action
+                    action.cache[key] = value
+                    action.seen[key] = value, version
+                    return value
                 return rule.output(value)
-            try:
-                version = version_counter(value)
-            except RuntimeError:  # made under inference_mode
-                return rule.output(value)
-            rule.round = session.round
-            key, action = rule.key, rule.action
-            action.cache[key] = value
-            action.seen[key] = (value, version)
-            return value
         if not tap.simple:
             return staged(tap, _acting(tap, active), args, kwargs)
         value = tap.call(tap.module(), args, kwargs)
