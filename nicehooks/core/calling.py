@@ -20,10 +20,10 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def own_call(module: nn.Module) -> str | None:
-    """The class whose `__call__` runs when `module` is called and never gets to `forward`; None if that cannot be said.
+    """The class whose `__call__` runs when `module` is called, and never gets to `forward`; None where it may.
 
-    A `__call__` gets there if it names `forward`, or what PyTorch calls on the way, or `super`; itself, or in a function
-    that it calls by name. What is no plain function may do anything, so nothing is said of it.
+    A `__call__` may get there if it names `forward`, or what PyTorch calls on the way, or `super`: itself, or in a
+    function that it calls by name. What is no plain function may do anything, so nothing is said of it.
     """
     kind = type(module)
     owner = next(base for base in kind.__mro__ if "__call__" in vars(base))

@@ -24,28 +24,10 @@ SCRIPTED = (
 TAKES_MORE = ("patch", "edit", "steer")
 """The verbs that need more than a model and a path."""
 
-PARTS = frozenset(
-    [
-        "resid_pre",
-        "resid_mid",
-        "resid_post",
-        "attn_in",
-        "mlp_in",
-        "q",
-        "k",
-        "v",
-        "scores",
-        "pattern",
-        "z",
-        "attn_out",
-        "mlp_out",
-        "mlp_pre",
-        "mlp_post",
-        "embed",
-        "final_norm",
-        "logits",
-    ]
-)
+RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm", "logits")
+ATTENTION = ("attn_in", "q", "k", "v", "scores", "pattern", "z", "attn_out")
+MLP = ("mlp_in", "mlp_pre", "mlp_post", "mlp_out")
+PARTS = frozenset((*RESIDUAL, *ATTENTION, *MLP))
 """What the field calls the parts of a transformer; `anatomy(model)` finds them."""
 
 HOOK_POINTS = {"attn_scores": "scores", "pre": "mlp_pre", "post": "mlp_post"}

@@ -2,11 +2,11 @@
 
 NOTE [Selections are remembered]
 Selecting costs microseconds for each module, and most contexts are entered again and again on the same paths. So what
-some paths have selected is kept beside the model, with a trace: every module that the walk has met, by a weak reference,
-with its type, the children that it was asked for, and whether it had the ports that were wanted. To look whether all of
-that still holds is cheap, and it is looked at every time: nobody has to say that a model has changed. Nothing here keeps
-a module, a type or a value alive. What a function of the user's chooses is not remembered, nor what is selected while
-methods are modules or while code is being traced.
+some paths have selected is kept beside the model, with a trace: every module that the walk has met, by a weak
+reference, with its type, the children that it was asked for, and whether it had the ports that were wanted. To look
+whether all of that still holds is cheap, and it is looked at every time: nobody has to say that a model has changed.
+Nothing here keeps a module, a type or a value alive. What a function of the user's chooses is not remembered, nor what
+is selected while methods are modules or while code is being traced.
 """
 
 from __future__ import annotations
