@@ -226,24 +226,27 @@ def test_methods_that_become_modules_are_seen() -> None:
     assert "helper" not in texts(model, "**")
 
 
-def test_nothing_is_kept_alive() -> None:
-    """Neither a model, nor a module that was replaced, nor a type, even one that knows the model."""
-
-    known: list[Any] = []
+def model_of_a_type_that_knows_it() -> nn.Module:
+    known: list[nn.Module] = []
 
     class Local(Net):
         def known(self) -> Any:
             return known
 
-    model: Any = Local()
-    known.append(model)
+    known.append(Local())
+    return known[0]
+
+
+def test_nothing_is_kept_alive() -> None:
+    """Neither a model, nor a module that was replaced, nor a type, even one whose functions have the model."""
+    model: Any = model_of_a_type_that_knows_it()
     for where in ("**", "a.0", "**@weight"):
         select(model, where)
-    module, kind, whole = weakref.ref(model.a[0]), weakref.ref(Local), weakref.ref(model)
+    module, kind, whole = weakref.ref(model.a[0]), weakref.ref(type(model)), weakref.ref(model)
     number = id(model)
     replace_child(model)
     assert module() is None
-    del model, Local, known
+    del model
     gc.collect()
     assert whole() is None
     assert kind() is None
