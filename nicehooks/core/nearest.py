@@ -154,11 +154,15 @@ def _numbers(name: str) -> list[int]:
 
 
 def _is_typo(wanted: str, kind: str) -> bool:
-    """Whether `kind` ends in the very segments of `wanted`, but for a slip in each, or another word for the layers."""
+    """Whether `kind` ends as `wanted` does, but for a slip in each segment, or another word for the layers.
+
+    One of the two may have a longer way there; if that is `wanted`, more than the last segment has to be the same.
+    """
     segments, others = wanted.split("."), kind.split(".")
-    if len(others) < len(segments):
+    common = min(len(segments), len(others))
+    if common < min(2, len(segments)):
         return False
-    return all(map(_is_same_word, segments, others[-len(segments) :]))
+    return all(map(_is_same_word, segments[-common:], others[-common:]))
 
 
 def _is_same_word(word: str, other: str) -> bool:

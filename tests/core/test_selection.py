@@ -463,6 +463,15 @@ no module matches 'transformer.h.3.mpl[:, -1]' in GPT.
     select(model, "transformer.h.3.mpl[:, -1]")  # incorrect
     select(model, "transformer.h.3.mlp[:, -1]")  # correct""",
     ),
+    "a prefix too much": (
+        MODEL.transformer,
+        "model.transformer.h.3.mlp",
+        """\
+no module matches 'model.transformer.h.3.mlp' in Transformer.
+  nearest names: h.0.mlp … h.11.mlp
+    select(model, "model.transformer.h.3.mlp")  # incorrect
+    select(model, "h.3.mlp")                    # correct""",
+    ),
     "another case": (
         MODEL,
         "Transformer.H.3",
