@@ -320,6 +320,9 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 no_forward = nn.Module.forward
 """What `type(module).forward` is for containers that define none (torch 2.4 … 2.13)."""
 
+CALLS_OF_MODULE = ("_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""What `nn.Module.__call__` goes through on the way to `forward` (torch 2.4 … 2.13)."""
+
 WRAPPED_CHILD = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",

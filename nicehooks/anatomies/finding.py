@@ -10,9 +10,10 @@ from torch import nn
 
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.tables import FAMILIES, HEADS, PARTS, Family, Lacks, Place
-from nicehooks.core.selection import Census
+from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 
 
 class Sizes(NamedTuple):

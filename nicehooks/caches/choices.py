@@ -51,21 +51,28 @@ def _chosen_by(cache: Cache, test: Any) -> list[str]:
 
 def _at_path(cache: Cache, text: str) -> list[str]:
     """The keys that a path selects; each alternative in its braces has to select something."""
-    options = list(ModulePath.parse(text).alternatives())
-    found = [(option, part) for key in cache for option in options for part in _parts(cache, key, option)]
-    parts = [part for _, part in found]
-    for option in options:
-        if all(option is not other for other, _ in found):
+    path = ModulePath.parse(text)
+    options = [(option, key) for key in cache for option in _options(key, path)]
+    found = [(option, part) for option, key in options for part in _parts(cache, key, option)]
+    reached, parts = {option.name for option, _ in found}, [part for _, part in found]
+    for option in path.alternatives():
+        if option.name not in reached:
             if option not in cache:  # under another name of the module
                 raise SiteNotFound(not_captured(cache, option))
             parts.append(str(option))
     return parts
 
 
+def _options(key: str, path: ModulePath) -> list[ModulePath]:
+    """The alternatives of `path` that match the module of the value at `key`."""
+    own = parsed(key)
+    return [] if own is None else path.alternatives_of(own.plain_name)
+
+
 def _parts(cache: Cache, key: str, path: ModulePath) -> list[str]:
     """The keys of what `path` selects in the value at `key`."""
     own = parsed(key)
-    if own is None or not path.matches(own.plain_name):
+    if own is None:
         return []
     if path.call is None and path.port == OUTPUT and not path.chain:
         return [key]

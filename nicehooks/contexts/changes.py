@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import unwrap
 from nicehooks.core.methods import method_modules
 from nicehooks.core.rules import Action, SuspendRule
-from nicehooks.core.selection import Site, Where, has_forward, unwrap
+from nicehooks.core.selection import Site, Where
 from nicehooks.core.sessions import Session
 from nicehooks.core.tap import has_rules
 from nicehooks.errors import TreeMismatch

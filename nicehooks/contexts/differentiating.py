@@ -19,8 +19,9 @@ from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import show_where
+from nicehooks.core.census import unwrap
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Site, Where, select, unwrap
+from nicehooks.core.selection import Site, Where, select
 from nicehooks.core.sessions import Session
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.values import trees

@@ -12,14 +12,18 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, unwrap
 from nicehooks.core.frames import Rule
+from nicehooks.core.nearest import SCRIPTED
 from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import SCRIPTED, Census, Site, has_forward, unwrap
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import is_acting
 from nicehooks.core.tap import Tap, tap_of
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.values import trees
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.core.census import unwrap
 from nicehooks.core.rules import SiteRule
-from nicehooks.core.selection import Site, unwrap
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 
 

@@ -136,6 +136,11 @@ def method_modules(module: nn.Module) -> Iterator[tuple[str, MethodModule]]:
             yield method.name, method.module_of(module)
 
 
+def has_method_modules() -> bool:
+    """Whether any method is a module now."""
+    return bool(_patched)
+
+
 # --- the public edge --------------------------------------------------------------------------------------------------
 
 

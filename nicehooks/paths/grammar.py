@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nicehooks.paths.names import ESCAPED, RANGE, escape, has_wildcard, unescape
+from nicehooks.paths.patterns import Choice, Pattern
 from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
 from nicehooks.torch_private import evaluated_while_tracing
@@ -86,11 +88,27 @@ class ModulePath:
     @cached_property
     def is_wild(self) -> bool:
         """Whether the name has a `*`: then it may select sites that a forward never reaches."""
-        return "*" in _ESCAPED.sub("", self.name)
+        return has_wildcard(self.name)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The name as a pattern over module names."""
+        return Pattern.of(self.name)
 
     def alternatives(self) -> Iterator[ModulePath]:
-        """One path per alternative of the braces in the name, so that each of them has to match."""
-        return (replace(self, name=name) for name in _without_braces(self.name))
+        """One path per alternative of the braces in the name, so that each of them has to match.
+
+        There may be very many: the first that matches nothing is reason enough to stop.
+        """
+        return map(self.chosen, self.pattern.choices())
+
+    def alternatives_of(self, name: str) -> list[ModulePath]:
+        """Those of the alternatives that match the module name `name`."""
+        return list(map(self.chosen, self.pattern.matched(name)))
+
+    def chosen(self, choice: Choice) -> ModulePath:
+        """The path with one option in the place of each of its braces."""
+        return replace(self, name=self.pattern.text(choice)) if self.pattern.options else self
 
     def on(self, name: str) -> ModulePath:
         """The same call, port and subscripts of the module called `name`."""
@@ -98,7 +116,7 @@ class ModulePath:
 
     def matches(self, name: str) -> bool:
         """Whether the name part matches the module name `name`."""
-        return _pattern(self.name).fullmatch(name) is not None
+        return bool(self.pattern.matched(name))
 
     @cached_property
     def plain_name(self) -> str:
@@ -116,66 +134,9 @@ def _items(step: Any) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 
 
-# --- module names -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 LONGEST_RANGE = 10_000
-
-_SPECIAL = re.compile(r"[#@\[\]/{},*\\]|^\s|\s\Z")
-_ESCAPED = re.compile(r"\\(.?)", re.DOTALL)
-_BRACES = re.compile(r"((?:\\.|[^\\{}])*)\{((?:\\.|[^\\{}])*)\}", re.DOTALL)
-_OPTION = re.compile(r"\s*((?:\\.|[^\\,])*?)\s*,", re.DOTALL)
-_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
-
-
-@evaluated_while_tracing
-def escape(name: str) -> str:
-    """`name` with a backslash before each character that the path language gives a meaning."""
-    return _SPECIAL.sub(r"\\\g<0>", name)
-
-
-def unescape(text: str) -> str:
-    """`text` without the backslashes that protect special characters."""
-    return _ESCAPED.sub(r"\1", text)
-
-
-def _without_braces(name: str) -> Iterator[str]:
-    """The names that `name` stands for, one per combination of what is in its braces."""
-    braces = _BRACES.match(name)
-    if braces is None:
-        yield name
-        return
-    for option in _options(braces[2]):
-        yield from (braces[1] + option + rest for rest in _without_braces(name[braces.end() :]))
-
-
-def _options(text: str) -> Iterator[str]:
-    for option in _OPTION.findall(f"{text},"):
-        numbers = _RANGE.fullmatch(option)
-        yield from [option] if numbers is None else map(str, range(int(numbers[1]), int(numbers[2]) + 1))
-
-
-@lru_cache(maxsize=4096)
-def _pattern(name: str) -> re.Pattern[str]:
-    """The regular expression over module names for a name."""
-    return re.compile("|".join(map(_regex, _without_braces(name))), re.DOTALL)
-
-
-def _regex(name: str) -> str:
-    if name == "**":
-        return r".*"
-    *parents, last = name.split(".")
-    before = [r"(?:[^.]+\.)*" if parent == "**" else _segment(parent) + r"\." for parent in parents]
-    return "".join(before) + (r".+" if last == "**" else _segment(last))
-
-
-def _segment(segment: str) -> str:
-    if segment == "*":
-        return r"[^.]+"
-    parts = re.findall(r"\\.?|\*|[^\\*]+", segment, re.DOTALL)
-    return "".join([r"[^.]*" if part == "*" else re.escape(unescape(part)) for part in parts])
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
 _CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
@@ -200,7 +161,7 @@ def _read_name(text: str) -> tuple[str, int]:
     at = 0 if found is None else found.end()
     if text[at : at + 1] == "\\":
         raise fault(text, at + 1, "a character is expected after \\")
-    for place, what in _faults(_ESCAPED.sub("__", text[:at])):
+    for place, what in _faults(ESCAPED.sub("__", text[:at])):
         raise fault(text, place, what)
     return text[:at], at
 
@@ -218,7 +179,7 @@ def _faults(name: str) -> Iterator[tuple[int, str]]:
 
 
 def _range_faults(options: str) -> Iterator[str]:
-    for numbers in filter(None, map(_RANGE.fullmatch, map(str.strip, options.split(",")))):
+    for numbers in filter(None, map(RANGE.fullmatch, map(str.strip, options.split(",")))):
         first, last = int(numbers[1]), int(numbers[2])
         if first > last:
             yield "this range is empty: its first number is the larger one"

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.core.calling import has_forward
 from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Site, has_forward
+from nicehooks.core.selection import Site
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.paths.ports import EVERY_CALL, Port, Words

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import torch_private
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, has_parameter, parameter_names
 from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, OutputRule, SiteRule
-from nicehooks.core.selection import Census, Site, has_forward, has_parameter, parameter_names
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.grammar import unescape
+from nicehooks.paths.names import unescape
 from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.overrides import Override, StandIn, is_held, stand_in, step_back
 

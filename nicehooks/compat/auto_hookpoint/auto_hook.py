@@ -22,7 +22,7 @@ from nicehooks import torch_private
 from nicehooks.compat.auto_hookpoint.auto_points import AutoPoint, points_of
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooked_models import unwrapped
-from nicehooks.core.selection import SCRIPTED
+from nicehooks.core.nearest import SCRIPTED
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 
 M = TypeVar("M", bound=nn.Module)

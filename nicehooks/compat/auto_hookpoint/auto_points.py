@@ -21,10 +21,13 @@ from torch import nn
 from nicehooks import torch_private
 from nicehooks.compat.transformer_lens.hooks import Direction, LensHandle, hooks_on
 from nicehooks.compat.transformer_lens.points import HookPoint, Within
-from nicehooks.core.selection import Census, Site, has_forward
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census
+from nicehooks.core.selection import Site
 from nicehooks.core.tap import tap_of
 from nicehooks.errors import SiteNotFound
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.paths.ports import Port
 from nicehooks.ports.uses import parametrizations_of, users_of
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nicehooks.anatomies.anatomy import Anatomy
 from nicehooks.anatomies.norms import STEPS, NormFormula, formula_of
 from nicehooks.errors import NiceHooksError, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.values.regions import Rows
 
 PARTS = {

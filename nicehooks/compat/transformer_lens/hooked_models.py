@@ -10,8 +10,9 @@ from torch import nn
 
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.points import HookPoint, Place
-from nicehooks.core.selection import Census, has_forward, parameter_names, unwrap
-from nicehooks.paths.grammar import escape
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, parameter_names, unwrap
+from nicehooks.paths.names import escape
 
 
 class HookedRootModule(HookedMethods, nn.Module):

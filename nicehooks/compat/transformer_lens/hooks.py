@@ -21,12 +21,13 @@ from nicehooks import torch_private
 from nicehooks.contexts.changes import _Edit  # pyright: ignore[reportPrivateUsage]
 from nicehooks.contexts.intervention import Intervention
 from nicehooks.core.binding import unbind
+from nicehooks.core.census import Census, unwrap
 from nicehooks.core.copies import HANDLES
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Census, Group, Site, unwrap
+from nicehooks.core.selection import Group, Site
 from nicehooks.core.sessions import Session, is_acting
 from nicehooks.core.tap import tap_of
 from nicehooks.paths.grammar import ModulePath

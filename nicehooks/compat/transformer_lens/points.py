@@ -21,9 +21,12 @@ from nicehooks.compat.transformer_lens.hooks import (
     hooks_on,
     remove_all,
 )
-from nicehooks.core.selection import SCRIPTED, Census, Site
+from nicehooks.core.census import Census
+from nicehooks.core.nearest import SCRIPTED
+from nicehooks.core.selection import Site
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.paths.ports import Port
 
 Directions = Literal["fwd", "bwd", "both"]
