@@ -223,7 +223,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def flat(where: Where) -> Iterator[Where]:
     """The items of `where`, however they are nested."""
-    if isinstance(where, str | Site | Group):
+    if isinstance(where, str | ModulePath | Site | Group):
         yield where
     elif isinstance(where, Mapping):
         yield from where
