@@ -126,7 +126,7 @@ METHODS = (
 NAMES = (*DICTS, *(name for name in METHODS if name != "check_hooks_to_add"), *PROPERTIES)
 """What a hooked class has; a hooked instance has no properties. `check_hooks_to_add` is for users to write."""
 
-ENTRIES = (*NAMES, "__reduce_ex__")
+OWN_ENTRIES = (*NAMES, "__reduce_ex__")
 """What a hooked instance may have in its `__dict__`."""
 
 _points: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
@@ -263,7 +263,7 @@ class _ReduceHooked:
         reduced = of_class(model, protocol)
         if not is_hooked(model) or not isinstance(reduced, tuple) or len(reduced) < 3 or type(reduced[2]) is not dict:
             return reduced
-        state = {name: value for name, value in reduced[2].items() if name not in ENTRIES}
+        state = {name: value for name, value in reduced[2].items() if name not in OWN_ENTRIES}
         return (_started, reduced[:2], state, *reduced[3:])
 
 

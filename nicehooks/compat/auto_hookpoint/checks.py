@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks.compat.auto_hookpoint.auto_hook import ENTRIES, auto_hook, is_hooked
+from nicehooks.compat.auto_hookpoint.auto_hook import OWN_ENTRIES, auto_hook, is_hooked
 from nicehooks.compat.auto_hookpoint.places_to_hook import SUFFIX, AutoPoint
 from nicehooks.compat.auto_hookpoint.reports import Failure, HookCheckReport
 from nicehooks.errors import HookCheckFailed, HookCheckWarning, warn_caller
@@ -242,7 +242,7 @@ UNUSED = "its hook is never called: the parameter enters no operation of torch i
 
 STRUCTURE: dict[str, Callable[[Any], Any]] = {
     "the type": type,
-    "attributes": lambda model: [name for name in vars(model) if name not in ENTRIES],
+    "attributes": lambda model: [name for name in vars(model) if name not in OWN_ENTRIES],
     "state_dict": lambda model: list(model.state_dict()),
     "modules": lambda model: [(name, type(module).__name__) for name, module in model.named_modules()],
     "parameters": lambda model: [name for name, _ in model.named_parameters()],

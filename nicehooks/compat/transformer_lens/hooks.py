@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.contexts.changes import _Edit  # pyright: ignore[reportPrivateUsage]
 from nicehooks.contexts.intervention import Intervention
 from nicehooks.core.binding import unbind
 from nicehooks.core.copies import HANDLES
@@ -79,7 +78,7 @@ class Item(NamedTuple):
     wild: bool
 
 
-class Hook(_Edit):
+class Hook(Action):
     """An edit by one function at one place. What it returns is assigned to the value there; None leaves it.
 
     Attributes:
@@ -100,19 +99,20 @@ class Hook(_Edit):
         "hook",
         "is_permanent",
         "level",
+        "may_write",
         "outlives",
         "point",
         "removed",
         "scope",
     )
 
+    verb = "hook"
     for_part = "edit"
 
     def __init__(self, item: Item, point: Point | None, scope: LensHooks, again: bool = False) -> None:
-        self.verb = "hook"
         self.hook = item.hook
         self.dir: Direction = item.dir
-        self.changes = not getattr(item.hook, "only_looks", False)
+        self.changes = self.may_write = not getattr(item.hook, "only_looks", False)
         self.point = point
         self.is_permanent = scope.is_permanent
         self.level = scope.level
@@ -129,10 +129,8 @@ class Hook(_Edit):
         return trees.rewrite(value, way, partial(self._act_on_part, session, key=key, site=site))
 
     def _act_on_part(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        if not self.changes:  # it gets the model's own value, also of a parameter
-            self.changed(value, key, site)
-            return value
-        return super().act(session, value, key, site)
+        new = self.changed(value, key, site)
+        return value if new is None or not self.changes else trees.assign(value, new)
 
     def _place(self, site: Site) -> Any:
         return self.point if self.point is not None else site.module
