@@ -156,6 +156,13 @@ def test_hooks_at_a_path_are_seen_and_removed_through_every_view(gpt2):
     assert hooked(gpt2).list_hooks() == {} and torch.equal(gpt2(IDS).logits, clean)
 
 
+def test_a_second_name_of_a_site_that_is_not_reached_is_part_of_its_wildcard(gpt2):
+    names = ["hook_embed", "transformer.wte", "transformer.ln_f"]  # the first two are one site
+    embedded = gpt2.transformer.wte(IDS)
+    _, cache = hooked(gpt2).run_with_cache(inputs_embeds=embedded, names_filter=lambda name: name in names)
+    assert list(cache) == ["transformer.ln_f"]
+
+
 def test_a_model_without_an_anatomy_has_modules_and_paths():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4)
     view = hooked(model)
