@@ -74,7 +74,9 @@ The floors, from the ground up; each imports only from the ones below it:
 from nicehooks.anatomies.anatomy import anatomy, register_anatomy
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.compat.nice_hooks.paths_like import AnySlice, PathsLike, to_paths
 from nicehooks.compat.nice_hooks.registering import (
+    RemovableHandleCollection,
     register_forward_hook,
     register_forward_pre_hook,
     register_full_backward_hook,
@@ -113,6 +115,7 @@ __all__ = [
     "KEEP",
     "ActivationCache",
     "ActivationCacheLike",
+    "AnySlice",
     "CheckpointWarning",
     "ContextMisuse",
     "ModulePath",
@@ -122,6 +125,8 @@ __all__ = [
     "NotCaptured",
     "NotReachedWarning",
     "PathError",
+    "PathsLike",
+    "RemovableHandleCollection",
     "Site",
     "SiteNotFound",
     "SiteNotReached",
@@ -154,4 +159,5 @@ __all__ = [
     "splice",
     "steer",
     "suspend",
+    "to_paths",
 ]

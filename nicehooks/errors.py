@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
+import warnings
+
+import torch
+
 
 class NiceHooksError(Exception):
     """The base of every error that this library raises."""
@@ -71,3 +78,15 @@ class CheckpointWarning(NiceHooksWarning):
 
 class HookCheckWarning(NiceHooksWarning):
     """`check_auto_hook` has found something that hooks do not do as they should on this model."""
+
+
+def warn_caller(text: str, kind: type[Warning]) -> None:
+    """Warns in the line that called this library, however deep in it the reason was found."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_OUR_FILES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, kind, stacklevel=level)
+
+
+_OUR_FILES = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, contextlib.__file__)
+"""Files whose lines are not the caller's: those of this library, and those by way of which it is called."""

@@ -15,11 +15,13 @@ from nicehooks.compat.auto_hookpoint.auto_hook import auto_hook
 from nicehooks.compat.auto_hookpoint.checks import check_auto_hook
 from nicehooks.compat.auto_hookpoint.reports import HookCheckReport
 from nicehooks.compat.transformer_lens.caching_hooks import CachingHook, NamesFilter
+from nicehooks.compat.transformer_lens.canonical_names import get_act_name
+from nicehooks.compat.transformer_lens.hook_point import HookPlace, HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooked_models import HookedModule, HookedRootModule, hooked
 from nicehooks.compat.transformer_lens.hooks import HookFunction, LensHandle
-from nicehooks.compat.transformer_lens.named_points import HookRecord
-from nicehooks.compat.transformer_lens.points import HookPoint, Place
+from nicehooks.compat.transformer_lens.hooks_by_name import HookIntrospectionMixin
+from nicehooks.compat.transformer_lens.lens_cache import LensCache
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
 
 __all__ = [
@@ -28,15 +30,17 @@ __all__ = [
     "HookCheckReport",
     "HookCheckWarning",
     "HookFunction",
+    "HookIntrospectionMixin",
+    "HookPlace",
     "HookPoint",
-    "HookRecord",
     "HookedMethods",
     "HookedModule",
     "HookedRootModule",
+    "LensCache",
     "LensHandle",
     "NamesFilter",
-    "Place",
     "auto_hook",
     "check_auto_hook",
+    "get_act_name",
     "hooked",
 ]

@@ -25,7 +25,7 @@ Cache = dict[str, Any]
 
 def keys_chosen(cache: Cache, where: Any) -> list[str]:
     """The keys that `where` selects, those of parts too."""
-    if isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
+    if isinstance(where, Iterable) and not isinstance(where, str | ModulePath | nn.Module | type):
         return [key for item in where for key in keys_chosen(cache, item)]
     if isinstance(where, bool):
         return list(cache) if where else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ from nicehooks.errors import (
     NotReachedWarning,
     SiteNotFound,
     SiteNotReached,
+    warn_caller,
 )
 
 
@@ -109,7 +109,7 @@ class Intervention:
             return
         try:
             for missed in self._unreached(session, plan) if session.called else ():
-                warnings.warn(self._not_reached(session, missed), NotReachedWarning, stacklevel=2)
+                warn_caller(self._not_reached(session, missed), NotReachedWarning)
         finally:
             self._left(session)
 
@@ -264,7 +264,7 @@ class Intervention:
     def _check(self, session: Session, plan: Plan) -> None:
         missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
         if missed is not None and not session.called and not self._acted(session, plan):
-            warnings.warn(not_called(self, session), NotCalledWarning, stacklevel=3)
+            warn_caller(not_called(self, session), NotCalledWarning)
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
@@ -272,7 +272,7 @@ class Intervention:
         if (
             outlived and session.checkpointed > torch_private.checkpoint_depth()
         ):  # else the region enters the context again
-            warnings.warn(CHECKPOINTED.format(context=self), CheckpointWarning, stacklevel=3)
+            warn_caller(CHECKPOINTED.format(context=self), CheckpointWarning)
 
     def _acted(self, session: Session, plan: Plan) -> bool:
         return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)

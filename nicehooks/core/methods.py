@@ -17,7 +17,6 @@ reach the method of the subclass, patch the subclass.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 from torch import nn
 
 from nicehooks.core.exclusive import Exclusive
-from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule
+from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule, warn_caller
 
 
 class MethodModule(nn.Module):
@@ -181,7 +180,7 @@ class MethodHandle:
             _put_back(method)
             in_use = any(["forward" in vars(module) for module in method.modules.values()])
         if in_use:
-            warnings.warn(IN_USE.format(handle=self), NotReachedWarning, stacklevel=2)
+            warn_caller(IN_USE.format(handle=self), NotReachedWarning)
 
 
 IN_USE = (

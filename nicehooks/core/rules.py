@@ -32,6 +32,7 @@ class Action:
         changes: whether it may change the value.
         wants_call: whether it is told of the call that the value belongs to.
         may_write: whether it runs a function of the user, which may write into the value.
+        outlives: whether it acts on the gradients of what was computed in its context after that was left, too.
     """
 
     __slots__ = ()
@@ -40,6 +41,7 @@ class Action:
     changes = True
     wants_call = False
     may_write = False
+    outlives = False
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""

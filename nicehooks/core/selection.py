@@ -112,7 +112,7 @@ def _key_of(model: nn.Module, items: list[Where]) -> Any:
 
 def flat(where: Where) -> Iterator[Where]:
     """The items of `where`, however they are nested."""
-    if isinstance(where, str | Site | Group):
+    if isinstance(where, str | ModulePath | Site | Group):
         yield where
     elif isinstance(where, Mapping):
         yield from where

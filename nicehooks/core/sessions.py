@@ -3,7 +3,7 @@
 NOTE [Two views of who is active]
 Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
 `ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and a tap asks
-first whether Dynamo is tracing it, which Dynamo knows the answer to, and which sends traced code to the `threading.local`.
+first whether Dynamo is tracing it, which Dynamo knows by itself, and which sends traced code to the `threading.local`.
 There, sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second
 context of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the
 numbers: a task may still hold a copy of the context in which a number belonged to somebody who has left.

@@ -27,14 +27,18 @@ class ModulePath:
     """A path, taken apart.
 
     >>> path = ModulePath.parse("h.3.attn@input[0]/12[:, :, 7]")
-    >>> path.name, path.port.kind, path.slice
+    >>> path.name, path.port.kind, path.subscripts
     ('h.3.attn', 'input', '[0]/12[:, :, 7]')
     >>> ModulePath.parse(str(path)) == path
     True
+    >>> name, index = ModulePath("h.3", (slice(None), -1))
+    >>> name, index, str(ModulePath(name, index))
+    ('h.3', (slice(None, None, None), -1), 'h.3[:, -1]')
 
     Attributes:
         name: the pattern over module names, before the first of `# @ [ /`.
-        call: which call within one step: a number, `"*"` for one site per call, or None.
+        call: which call within one step: a number, `"*"` for one site per call, or None. A tuple, a slice or a list in
+            its place is a subscript on the value: `ModulePath(name, index)`.
         port: which value of the module.
         chain: the subscripts on the value.
         has_stars: whether a subscript has a `*`, which stands for one site per index.
@@ -47,6 +51,10 @@ class ModulePath:
     has_stars: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        index: Any = self.call
+        if not (index is None or isinstance(index, int | str)):
+            object.__setattr__(self, "chain", (_as_step(index), *self.chain))
+            object.__setattr__(self, "call", None)
         stars = any(item is STAR for step in self.chain for item in _items(step))
         object.__setattr__(self, "has_stars", stars)  # a field: Dynamo reads nothing else of a frozen dataclass
 
@@ -62,12 +70,24 @@ class ModulePath:
     @cached_property
     def _text(self) -> str:
         call = "" if self.call is None else f"#{self.call}"
-        return f"{self.name}{call}{self.port}{self.slice}"
+        return f"{self.name}{call}{self.port}{self.subscripts}"
 
     @property
-    def slice(self) -> str:
+    def subscripts(self) -> str:
         """The subscripts as text."""
         return "".join(show_step(step) for step in self.chain)
+
+    @property
+    def slice(self) -> tuple[Any, ...] | None:
+        """The subscript as Python has it, `value[path.slice]`: a tuple; None without, and of several, each of them."""
+        if len(self.chain) != 1:
+            return self.chain or None
+        (step,) = self.chain
+        return step if isinstance(step, tuple) else (step,)
+
+    def __iter__(self) -> Iterator[Any]:
+        """So that `name, index = path`."""
+        return iter((self.name, self.slice))
 
     def __str__(self) -> str:
         return self._text
@@ -128,6 +148,14 @@ class ModulePath:
 def with_chain(text: str, chain: Chain) -> str:
     """The path `text` with other subscripts."""
     return str(replace(_parse(text), chain=chain))
+
+
+def _as_step(index: Any) -> Any:
+    """`index` as a step of a chain: a tuple of one is its item, and `"*"` stands for each index."""
+    if not isinstance(index, tuple):
+        return index
+    items: tuple[Any, ...] = tuple([STAR if type(item) is str and item == "*" else item for item in index])
+    return items[0] if len(items) == 1 else items
 
 
 def _items(step: Any) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ inputs without gradients) is made so at the site: what comes behind is different
 A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets
 a node of its own in the graph (a view), or the hook would see the gradients of all uses.
 
-A hook outlives its context, with the graph it is in. It does nothing once the session is over: backward belongs inside.
+A hook outlives its context, with the graph it is in. It does nothing once the session is over, for backward belongs
+inside; unless its action says that it `outlives` the context: then it is gone when the graph is.
 """
 
 from __future__ import annotations
@@ -204,6 +205,8 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
         if torch_private.innermost_transform() is None:
             tensor = made_differentiable(tensor)
     found.passed.append(tensor)
+    if rule.action.outlives and not torch.compiler.is_compiling():
+        rule.session.reached[rule.key] = True  # backward may come later than anybody can ask
     session, order = rule.session, next_order()
     if torch.compiler.is_dynamo_compiling() and session.ticket is not None:
         ticket, index, steps = session.ticket, rule.index, len(rest)
@@ -212,7 +215,7 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
         )[0]
 
     def on_gradient(gradients: Gradients) -> Gradients:
-        if session.ended:
+        if session.ended and not rule.action.outlives:
             return gradients
         return [act_on_gradient(rule, gradients[0], key, len(rest), order)]
 

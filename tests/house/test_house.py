@@ -30,6 +30,7 @@ def test_these_are_the_public_names() -> None:
         "KEEP",
         "ActivationCache",
         "ActivationCacheLike",
+        "AnySlice",
         "CheckpointWarning",
         "ContextMisuse",
         "ModulePath",
@@ -39,6 +40,8 @@ def test_these_are_the_public_names() -> None:
         "NotCaptured",
         "NotReachedWarning",
         "PathError",
+        "PathsLike",
+        "RemovableHandleCollection",
         "Site",
         "SiteNotFound",
         "SiteNotReached",
@@ -71,6 +74,7 @@ def test_these_are_the_public_names() -> None:
         "splice",
         "steer",
         "suspend",
+        "to_paths",
     ]
 
 

@@ -59,7 +59,7 @@ class FullBackwardPreHook(HookAction):
     def rule(self, site: Site, when: When) -> SiteRule:
         return _GradOutputRule(site.at(replace(site.path, port=Port("grad"))), self, when)
 
-    def act_in_call(self, call: _Call, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: _Call, value: Any, key: str, site: Site) -> Any:
         gradients = value if isinstance(value, tuple) else (value,)
         return _returned(value, gradients, self.hook(call.module, self.told(key, site), gradients))
 
@@ -74,7 +74,7 @@ class FullBackwardHook(HookAction):
         path = replace(site.path, port=Port("input.grad"))
         return _GradInputRule(site.at(on_argument(path, "input.grad") if path.chain else path), self, when)
 
-    def act_in_call(self, call: _Call, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: _Call, value: Any, key: str, site: Site) -> Any:
         gradients = value if isinstance(value, tuple) else (value,)
         return _returned(value, gradients, self.hook(call.module, self.told(key, site), gradients, call.grad_output))
 
@@ -86,11 +86,11 @@ def _returned(value: Any, gradients: tuple[Any, ...], new: Any) -> Any:
     given: tuple[Any, ...] = tuple(new) if isinstance(new, tuple | list) else (new,)
     if len(given) != len(gradients):
         raise TreeMismatch(f"the hook was given {_count(gradients)}, and returned {_count(given)}")
-    fitting = tuple([_fit(old, one) for old, one in zip(gradients, given, strict=True)])
+    fitting = tuple([_fitting(old, one) for old, one in zip(gradients, given, strict=True)])
     return fitting if isinstance(value, tuple) else fitting[0]
 
 
-def _fit(old: Any, new: Any) -> Any:
+def _fitting(old: Any, new: Any) -> Any:
     if old is None and new is not None:
         raise TreeMismatch(f"{trees.describe(new)} came where there is no gradient")
     return torch.zeros_like(old) if new is None and old is not None else trees.assign(old, new)
@@ -156,7 +156,7 @@ class _GradInputRule(InputRule):
         stations, used = stations_of(frame, "grad"), used_by(frame, frame.value)
         frame.value, found = _watched_part(stations, used, frame.value, record, last=True)
         if found and not inputs:
-            _note(self)
+            _note_reached(self)
         if any([torch_private.version(tensor) != version for tensor, version in inputs]):
             raise UnsupportedModule(OVERWRITTEN.format(key=self.path))
 
@@ -194,11 +194,11 @@ def _watched(
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
     if found:
-        _note(rule)
+        _note_reached(rule)
     return value, found
 
 
-def _note(rule: Any) -> None:
+def _note_reached(rule: Any) -> None:
     """Says that the site was reached where backward cannot: it may come later, and a compiled one keeps no notes."""
     if rule.action.outlives or torch.compiler.is_compiling():
         rule.session.reached[rule.key] = True
