@@ -220,7 +220,8 @@ def test_a_hook_that_writes_in_place_acts_as_one_that_returns(place: str, mode: 
 @pytest.mark.parametrize("place", COMPUTED)
 def test_gradients_of_what_a_hook_writes_with_and_of_what_it_gets(place: str) -> None:
     model, got = small(), []
-    ones = [torch.ones(16 if ".post_" in place else 1, requires_grad=True) for _ in range(2)]
+    size = 16 if ".post_" in place else 4 if place.startswith("attn.") else 1  # d_model, heads, or one number
+    ones = [torch.ones(size, requires_grad=True) for _ in range(2)]
 
     def loss_with(hook: Callable[..., Any]) -> Tensor:
         with TransformerHooks().append_to_path(f"{place}.fwd", hook).on(model):
