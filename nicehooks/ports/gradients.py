@@ -119,7 +119,7 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
 def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: list[Tensor]) -> Any:
     """As `watched`, at the path `key`; `used` are the tensors that have another use than this one."""
     try:
-        way, rest = _split(value, chain)
+        way, rest = _split_at_tensor(value, chain)
         lines = lines_of(frame, rule.path.port.kind)
         found = _Found(rule, key, len(way), rest, used, [], lines)
         return trees.rewrite(value, way, lambda part: _watch_part(found, part))
@@ -141,7 +141,7 @@ def lines_of(frame: Frame, port: str) -> GradientLines:
     return frame.kept.setdefault(port, GradientLines())
 
 
-def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
+def _split_at_tensor(value: Any, chain: Chain) -> tuple[Chain, Chain]:
     """The steps of `chain` that lead to a tensor, or to the end, and those that lead on in it."""
     for taken in range(len(chain)):
         if isinstance(trees.get(value, chain[:taken]), Tensor):
