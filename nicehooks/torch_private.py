@@ -99,7 +99,8 @@ def where_differentiated(tensors: list[Tensor], act: OnTensors, put: PutOn) -> l
     with temporarily_pop_interpreter_stack():
         inner = [functorch.get_unwrapped(one) if is_own else one for one, is_own in zip(tensors, own, strict=True)]
         if size is not None:
-            act = torch.vmap(act, in_dims=(dims,), out_dims=dims, randomness="different")
+            out_dims: Any = dims
+            act = torch.vmap(act, in_dims=(dims,), out_dims=out_dims, randomness="different")
             inner = [one if is_own else one.expand(size, *one.shape) for one, is_own in zip(inner, own, strict=True)]
         found = where_differentiated(inner, act, put)
     if found is None:
@@ -221,6 +222,9 @@ def requires_gradient(value: Tensor) -> bool:
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
+_as_batch: Callable[..., Tensor] = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+_of_batch: Callable[..., Tensor] = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 """Whether autograd knows of another tensor with the memory of this one (torch 2.4 … 2.13)."""
 
@@ -237,12 +241,12 @@ def each_of_batch(act: OnTensors, gradients: list[Tensor]) -> list[Tensor]:
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     whole = [
-        torch._remove_batch_dim(gradient, level, 0, 0) if is_batched else gradient
+        _of_batch(gradient, level, 0, 0) if is_batched else gradient
         for gradient, is_batched in zip(gradients, batched, strict=True)
     ]
     dims = [0 if is_batched else None for is_batched in batched]
     new = torch.vmap(act, in_dims=(dims,), randomness="different")(whole)
-    return [torch._add_batch_dim(one, 0, level) for one in new]
+    return [_as_batch(one, 0, level) for one in new]
 
 
 def in_backward() -> bool:

@@ -26,7 +26,7 @@ _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictiona
 """The sessions that have a token; a forgotten handle ends with its model."""
 
 
-def give_ticket(session: Session, rules: dict[int, Any]) -> None:
+def give_token(session: Session, rules: dict[int, Any]) -> None:
     """From here on compiled code can come back to `rules`."""
     number = next(_token_numbers)
     session.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
@@ -34,8 +34,8 @@ def give_ticket(session: Session, rules: dict[int, Any]) -> None:
     _sessions[number] = session
 
 
-def take_ticket(session: Session) -> None:
-    """Undoes `give_ticket`."""
+def take_token(session: Session) -> None:
+    """Undoes `give_token`."""
     if session.ticket is not None:
         _sessions.pop(int(session.ticket.item()), None)
         session.ticket = None

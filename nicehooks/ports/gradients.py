@@ -30,7 +30,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.paths.grammar import with_chain
 from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.compiled_gradients import give_ticket, passed, take_ticket
+from nicehooks.ports.compiled_gradients import give_token, passed, take_token
 from nicehooks.ports.gradient_lines import (
     GradientLines,
     Gradients,
@@ -67,10 +67,10 @@ class ComesBack(Companion):
 
     def begin(self, session: Session) -> None:
         if torch_private.innermost_transform() is None:
-            give_ticket(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
+            give_token(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
 
     def end(self, session: Session) -> None:
-        take_ticket(session)
+        take_token(session)
 
 
 class GradientRule(SiteRule):

@@ -29,6 +29,7 @@ class HooksOn(Intervention):
     """The hooks of a tree, acting on a model; what `hooks.on(model)` makes."""
 
     verb = "hooks.on"
+    plans_anew = True  # hooks may have been appended since
 
     def __init__(self, tree: HookCollection, model: nn.Module, at: str | None = None) -> None:
         super().__init__(model)
@@ -44,11 +45,6 @@ class HooksOn(Intervention):
         return self.tree
 
     # what is done where
-
-    def _start(self, attached: bool) -> Session:
-        if self._session is None:
-            self._plan = None  # hooks may have been appended since
-        return super()._start(attached)
 
     def _make_plan(self) -> Plan:
         self._scope = GradientScope()
