@@ -19,8 +19,8 @@ The floors, from the ground up; each imports only from the ones below it:
     signatures      the parameters of any function, also of one in C
     arguments       the port @input
     weights         the ports of parameters and buffers
-    tickets         how the backward of compiled code comes back to a context
-    stations        where what acts on the gradients of one call's tensors stands in line
+    compiled_gradients  how the backward of compiled code comes back to a context
+    gradient_lines  what acts on the gradients of one call's tensors, in order
     gradients       the ports @grad and @input.grad
     attention       fused attention in its steps
     calls           the port @name(): calls inside a module

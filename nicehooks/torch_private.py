@@ -23,6 +23,8 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
+OnTensors = Callable[[list[Tensor]], list[Tensor]]
+PutOn = Callable[[list[Tensor], OnTensors], list[Tensor]]
 
 
 def evaluated_while_tracing(function: Fn) -> Fn:
@@ -71,35 +73,53 @@ def lift(value: Tensor, level: int) -> Tensor:
         return lift(value, level)
 
 
-def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Sets `hook` on the gradient of `tensor` where it is differentiated: here, or outside of the innermost transforms.
+def where_differentiated(tensors: list[Tensor], act: OnTensors, put: PutOn) -> list[Tensor] | None:
+    """`put(tensors, act)` where the tensors are differentiated: here, or outside of the innermost transforms.
 
-    For a backward that is outside of a `vmap`, the hook is mapped over the gradients of all examples. A value that is
+    For a backward that is outside of a `vmap`, `act` is mapped over the gradients of all examples. A value that is
     the same for every example has a gradient for each, so it becomes one value per example.
 
+    Args:
+        tensors: the tensors as they are here.
+        act: what acts on the gradients of all of them.
+        put: sees to it that a function of the gradients is called, and returns what takes the place of the tensors.
+
     Returns:
-        what takes the place of `tensor`; None where nothing differentiates it.
+        what takes the place of `tensors`; None where nothing differentiates them.
     """
     transform = innermost_transform()
     size = None if transform is None else transform_size(transform)
-    if size is None and tensor.requires_grad:
-        tensor.register_hook(hook)
-        return tensor
+    if size is None and any([tensor.requires_grad for tensor in tensors]):
+        return put(tensors, act)
     if transform is None:
         return None
     level = transform.level()
-    own = functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) == level
-    dim = functorch.maybe_get_bdim(tensor) if own else 0
+    own = [functorch.is_functorch_wrapped_tensor(one) and functorch.maybe_get_level(one) == level for one in tensors]
+    dims = [functorch.maybe_get_bdim(one) if is_own else 0 for one, is_own in zip(tensors, own, strict=True)]
     with temporarily_pop_interpreter_stack():
-        inner = functorch.get_unwrapped(tensor) if own else tensor
-        if size is None:
-            found = hook_gradient(inner, hook)
-        else:
-            each = inner if own else inner.expand(size, *inner.shape)
-            found = hook_gradient(each, torch.vmap(hook, in_dims=dim, out_dims=dim, randomness="different"))
-    if found is None or found is inner:
-        return None if found is None else tensor
-    return functorch._add_batch_dim(found, dim, level) if size is not None else functorch._wrap_for_grad(found, level)
+        inner = [functorch.get_unwrapped(one) if is_own else one for one, is_own in zip(tensors, own, strict=True)]
+        if size is not None:
+            out_dims: Any = dims
+            act = torch.vmap(act, in_dims=(dims,), out_dims=out_dims, randomness="different")
+            inner = [one if is_own else one.expand(size, *one.shape) for one, is_own in zip(inner, own, strict=True)]
+        found = where_differentiated(inner, act, put)
+    if found is None:
+        return None
+    pairs = zip(found, dims, strict=True)
+    if size is not None:
+        return [functorch._add_batch_dim(one, dim, level) for one, dim in pairs]
+    return [functorch._wrap_for_grad(one, level) for one, _ in pairs]
+
+
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Sets `hook` on the gradient of `tensor`; returns what takes its place. See `where_differentiated`."""
+    found = where_differentiated([tensor], lambda gradients: [hook(gradients[0])], _hooked)
+    return None if found is None else found[0]
+
+
+def _hooked(tensors: list[Tensor], act: OnTensors) -> list[Tensor]:
+    tensors[0].register_hook(lambda gradient: act([gradient])[0])
+    return tensors
 
 
 @contextmanager
@@ -201,6 +221,32 @@ def requires_gradient(value: Tensor) -> bool:
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
+
+_as_batch: Callable[..., Tensor] = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+_of_batch: Callable[..., Tensor] = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+"""Whether autograd knows of another tensor with the memory of this one (torch 2.4 … 2.13)."""
+
+
+def each_of_batch(act: OnTensors, gradients: list[Tensor]) -> list[Tensor]:
+    """`act(gradients)`, by `torch.vmap` where torch runs one backward for a batch of gradients.
+
+    `is_grads_batched=True` and `torch.autograd.functional.jacobian(vectorize=True)` have a mapping of their own, of an
+    older kind than `torch.vmap`, whose values die with it and tell nobody (torch 2.4 … 2.13).
+    """
+    batched = [functorch.is_legacy_batchedtensor(gradient) for gradient in gradients]
+    if not any(batched):
+        return act(gradients)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [
+        _of_batch(gradient, level, 0, 0) if is_batched else gradient
+        for gradient, is_batched in zip(gradients, batched, strict=True)
+    ]
+    dims = [0 if is_batched else None for is_batched in batched]
+    new = torch.vmap(act, in_dims=(dims,), randomness="different")(whole)
+    return [_as_batch(one, 0, level) for one in new]
 
 
 def in_backward() -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.anatomies.finding import Anatomy, find
-from nicehooks.anatomies.linear import direction, last_linear_part, results_of_heads, unembedded
+from nicehooks.anatomies.finding import Anatomy, find_anatomy
+from nicehooks.anatomies.linear import last_linear_part, logit_direction, results_of_heads, unembedded
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.changes import suspend
@@ -60,7 +60,7 @@ def logit_lens(
         NotCaptured: the cache lacks a layer; the message has the line that captures it.
         UnsupportedModule: the model has no unembedding, or no such part.
     """
-    body = find(model)
+    body = find_anatomy(model)
     if part not in STREAM:
         raise UnsupportedModule(
             f"logit_lens reads the residual stream, {', '.join(STREAM[:-1])} or {STREAM[-1]}, and not {part!r}."
@@ -119,7 +119,7 @@ def direct_logit_attribution(
         NotCaptured: the cache lacks a part; the message has the line that captures it.
         UnsupportedModule: the model has no unembedding, or the norms stand on the stream.
     """
-    body = find(model)
+    body = find_anatomy(model)
     if body.family.post_norm:
         raise UnsupportedModule(POST_NORM.format(kind=body.kind))
     if not isinstance(position, int | Tensor):
@@ -141,7 +141,7 @@ def direct_logit_attribution(
             else:
                 terms[part.what] = _at_position(_like_stream(value, first, part), position).float()
         norm = last_linear_part(body, last)
-        to, bias = direction(body, tokens, against, batch=len(last))
+        to, bias = logit_direction(body, tokens, against, batch=len(last))
     read_by_unembed = _at_position(_like_stream(read(ends[-1]), first, ends[-1]), position)
     rest = read_by_unembed.float() - norm.of(torch.stack(list(terms.values())).sum(0)) - norm.bias
     found = {what: (norm.of(term) * to).sum(-1) for what, term in terms.items()}
@@ -175,7 +175,7 @@ def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None =
     Raises:
         NotCaptured: the cache lacks `z`; the message has the line that captures it.
     """
-    body = find(model)
+    body = find_anatomy(model)
     layers = range(body.n_layers) if layer is None else [layer]
     sites = [body.z[one] for one in layers]
     read = _reader(body, cache, "head_results", sites)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from language_models import save_tiny, shipped
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from nicehooks import UnsupportedModule, sites
-from nicehooks.anatomies.residual import decoder_blocks
+from nicehooks.anatomies.anatomy import anatomy
+from nicehooks.anatomies.residual import decoder_blocks, residual_stream
 from nicehooks.cli import command, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
@@ -118,6 +119,41 @@ def test_the_largest_module_list_holds_the_blocks():
     assert decoder_blocks(model) == ["layers.0"]
     with pytest.raises(UnsupportedModule, match=r"^Linear has no ModuleList of decoder blocks\.$"):
         decoder_blocks(torch.nn.Linear(2, 2))
+
+
+def test_the_residual_stream_is_that_of_the_anatomy_where_a_table_knows_the_model():
+    model, ids = (
+        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10)).eval(),
+        {"input_ids": torch.tensor([[1, 2, 3]])},
+    )
+    _, stream = residual_stream(model, ids)
+    assert list(stream) == [str(path) for path in anatomy(model).resid_post]
+    bert = BertForMaskedLM(BertConfig(**BERT)).eval()
+    _, stream = residual_stream(bert, ids)
+    assert list(stream) == [f"bert.encoder.layer.{layer}.output.LayerNorm@input[0]" for layer in (0, 1)]
+
+
+BERT = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+
+
+def test_the_residual_stream_of_an_unknown_model_is_what_its_blocks_return():
+    class Block(torch.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x), None)
+
+    class Unknown(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(2, 2), Block(2, 2)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)[0]
+            return x
+
+    output, stream = residual_stream(Unknown(), {"x": torch.ones(1, 2)})
+    assert list(stream) == ["blocks.0[0]", "blocks.1[0]"]
+    assert torch.equal(stream["blocks.1[0]"], output)
 
 
 def findings(*rows: list[float]) -> str:

@@ -26,8 +26,8 @@ from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain
 from nicehooks.paths.ports import Port
 from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.gradient_lines import Gradients, Stations
-from nicehooks.ports.gradients import NO_GRADIENT, made_differentiable, may_have_gradient, own_use, stations_of, used_by
+from nicehooks.ports.gradient_lines import GradientLines, Gradients, made_differentiable, may_have_gradient
+from nicehooks.ports.gradients import NO_GRADIENT, lines_of, own_use, used_by
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
 
@@ -153,8 +153,8 @@ class _GradInputRule(InputRule):
         if self not in frame.kept:
             return
         record, inputs = frame.kept[self]
-        stations, used = stations_of(frame, "grad"), used_by(frame, frame.value)
-        frame.value, found = _watched_part(stations, used, frame.value, record, last=True)
+        lines, used = lines_of(frame, "grad"), used_by(frame, frame.value)
+        frame.value, found = _watched_part(lines, used, frame.value, record, last=True)
         if found and not inputs:
             _note_reached(self)
         if any([torch_private.version(tensor) != version for tensor, version in inputs]):
@@ -184,11 +184,11 @@ def _watched(
 ) -> tuple[Any, bool]:
     """`value` with the hook on the gradients at the end of `chain` in it, and whether it has any."""
     found = False
-    used, stations = used_by(frame, value), stations_of(frame, rule.path.port.kind)
+    used, lines = used_by(frame, value), lines_of(frame, rule.path.port.kind)
     try:
         for way, rest in list(_ways(value, chain)):
             act = partial(_act, rule, call, _key_at(key, chain, (*way, *rest)), rest)
-            new, has_any = _watched_part(stations, used, trees.get(value, way), act, make)
+            new, has_any = _watched_part(lines, used, trees.get(value, way), act, make)
             found = found or has_any
             value = trees.rewrite(value, way, lambda _, new=new: new)
     except TreeMismatch as error:
@@ -236,12 +236,17 @@ def _ways(value: Any, chain: Chain) -> Iterator[tuple[Chain, Chain]]:
 
 
 def _watched_part(
-    stations: Stations, used: list[Tensor], part: Any, act: Callable[[Any], Any], make: bool = False, last: bool = False
+    lines: GradientLines,
+    used: list[Tensor],
+    part: Any,
+    act: Callable[[Any], Any],
+    make: bool = False,
+    last: bool = False,
 ) -> tuple[Any, bool]:
     """`part` with `act` on the gradient of it, or on a tuple of those of its elements, and whether it has any.
 
     Args:
-        stations: those of this side of the call.
+        lines: those of this side of the call.
         used: the tensors that have other uses.
         part: a tensor, or a container of some.
         act: what acts on the gradients, all at once.
@@ -256,11 +261,11 @@ def _watched_part(
         wanted = possible
     if not wanted:
         return part, False
-    tensors = [children[at] if children[at] in stations else own_use(children[at], used) for at in wanted]
-    if make and torch_private.innermost_transform() is None:
+    tensors = [children[at] if children[at] in lines else own_use(children[at], used) for at in wanted]
+    if make:
         tensors = [made_differentiable(tensor) for tensor in tensors]
     on = partial(_on_alone, act) if node is None else partial(_on_elements, act, wanted, len(children))
-    for at, tensor in zip(wanted, stations.watch(tensors, on, last), strict=True):
+    for at, tensor in zip(wanted, lines.watch(tensors, on, last), strict=True):
         children[at] = tensor
     return (children[0] if node is None else node.rebuild(children)), True
 
