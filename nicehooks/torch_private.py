@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,7 +37,12 @@ def evaluated_while_tracing(function: Fn) -> Fn:
 # --- torch.func levels (torch 2.4 … 2.13: torch._C._functorch is the only way to see them) ----------------------------
 
 innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
-"""The innermost running `torch.func` transform, or None. 34 ns: cheap enough for every captured value."""
+"""The innermost running `torch.func` transform, or None."""
+
+transforms_running: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: innermost_transform() is not None
+)
+"""Whether any `torch.func` transform runs in this thread: cheap enough for every captured value (torch 2.4 … 2.13)."""
 
 
 @evaluated_while_tracing
@@ -291,16 +296,11 @@ def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool
     return True
 
 
-def while_nothing_is_traced() -> AbstractContextManager[Any]:
-    """Waits until Dynamo traces nothing, and lets it begin nothing (torch 2.4 … 2.13).
-
-    A tap that comes or goes in one thread would be half there for what another one is tracing.
-    """
+def tracing_lock() -> list[Any]:
+    """The lock that Dynamo holds while it traces, if it is loaded (torch 2.4 … 2.13)."""
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
-    return getattr(convert_frame, "compile_lock", _NO_LOCK)
-
-
-_NO_LOCK = nullcontext()
+    lock = getattr(convert_frame, "compile_lock", None)
+    return [] if lock is None else [lock]
 
 
 def is_exporting() -> bool:

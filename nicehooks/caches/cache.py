@@ -236,6 +236,8 @@ class ActivationCache(dict[str, Any]):
 
     def settle(self) -> None:
         """Makes lists of the calls that compiled code has collected."""
+        if Link not in set(map(type, dict.values(self))):
+            return
         for key, value in list(dict.items(self)):
             if isinstance(value, Link):
                 dict.__setitem__(self, key, calls_of(value))

@@ -16,7 +16,8 @@ from nicehooks.caches.containment import is_within, means_several, parsed
 from nicehooks.caches.watching import Calls
 from nicehooks.core.selection import Site
 from nicehooks.errors import PathError, SiteNotFound
-from nicehooks.paths.grammar import OUTPUT, ModulePath
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.ports import OUTPUT
 from nicehooks.values import trees
 
 Cache = dict[str, Any]

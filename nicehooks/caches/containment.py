@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from nicehooks.errors import PathError
-from nicehooks.paths.grammar import EVERY_CALL, ModulePath
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.torch_private import evaluated_while_tracing
 from nicehooks.values.trees import STAR, Chain
 

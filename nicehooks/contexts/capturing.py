@@ -20,9 +20,9 @@ from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
 from nicehooks.core.selection import Census, Site, Where
 from nicehooks.core.sessions import Session, note_export
 from nicehooks.core.tap import Frame, StopForward
-from nicehooks.core.when import ALWAYS
+from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.torch_private import innermost_transform, version_counter
+from nicehooks.torch_private import innermost_transform, transforms_running, version_counter
 from nicehooks.values import trees
 
 Keep = Literal["first", "last", "all"]
@@ -58,6 +58,7 @@ class capture(Intervention):
     """
 
     verb = "capture"
+    keeps_plans = True
 
     def __init__(
         self,
@@ -87,9 +88,12 @@ class capture(Intervention):
     def _actions(self) -> list[tuple[Where, Action]]:
         return [(self.where, self._action)]
 
+    def _depends_on(self) -> Any:
+        return super()._depends_on(), self._action.is_plain, self._action.stop
+
     def _rules(self, site: Site, action: Action) -> Pairs:
-        plain = site.path.port.kind == "output" and len(site.path.chain) == 0 and site.path.call is None
-        if plain and self._action.is_plain:
+        whole = site.path.port.is_output and len(site.path.chain) == 0 and site.path.call is None
+        if whole and self._action.is_plain:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
 
@@ -140,6 +144,7 @@ class _Capture(Action):
         "keep",
         "map",
         "orders",
+        "seen",
         "stop",
         "takes_site",
         "to",
@@ -162,6 +167,7 @@ class _Capture(Action):
         """A new cache, for `expected` sites."""
         self.expected = expected
         self.cache = ActivationCache()
+        self.seen = self.cache._seen  # pyright: ignore[reportPrivateUsage]
         self.orders: dict[str, int] = {}  # of the gradients that came by, when their values were made
         return self.cache
 
@@ -186,7 +192,7 @@ class _Capture(Action):
             seen = trees.map_tensors(self._copy, seen)
         if self.map is not None:
             seen = call_user(self.map, self.takes_site, seen, key, site)
-        if site.path.port.kind.endswith("grad"):
+        if site.path.port.is_gradient:
             self._record_gradient(key, seen, session.order)
         else:
             self.cache.record(key, seen, self.keep)
@@ -203,7 +209,7 @@ class _Capture(Action):
 
     def _runs_again(self, key: str, site: Site) -> bool:
         """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
-        if torch.compiler.is_compiling() or site.path.port.kind.endswith("grad"):
+        if torch.compiler.is_compiling() or site.path.port.is_gradient:
             return False
         return dict.__contains__(self.cache, key) and torch_private.in_backward()
 
@@ -229,6 +235,9 @@ class _StepOfCapture(StepRule):
 
     def __init__(self, action: _Capture) -> None:
         self.action = action
+
+    def given(self, actions: list[Any]) -> None:
+        (self.action,) = actions
 
     def before(self, frame: Frame) -> None:
         super().before(frame)
@@ -261,23 +270,36 @@ class _HandedOut(AbstractContextManager[None]):
 
 
 class _WholeOutput(OutputRule):
-    """The shortest way from a module's whole output into a cache: most captures are nothing else."""
+    """The shortest way from a module's whole output into a cache: most captures are nothing else.
 
-    __slots__ = ()
+    The tap itself does what `output` does for a tensor that comes by for the first time in a call of the model: see
+    NOTE [The shortest way].
+
+    Attributes:
+        round: the call of the model in which a value came by last.
+    """
+
+    __slots__ = ("round",)
+    plain = True
     action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        super().__init__(site, action, when)
+        self.round = -1
 
     def output(self, value: Any) -> Any:
         kind = type(value)
-        if (kind is not Tensor and kind is not tuple) or innermost_transform() is not None:
+        if (kind is not Tensor and kind is not tuple) or transforms_running():
             return self.through(None, value)
         try:
             version: Any = version_counter(value) if kind is Tensor else versions_of(value)
         except (AttributeError, RuntimeError):  # another tree than a tuple of tensors; made under inference_mode
             return self.through(None, value)
-        cache = self.action.cache
-        seen = cache._seen  # pyright: ignore[reportPrivateUsage]
-        if self.key in seen and (kind is tuple or value.requires_grad) and torch_private.in_backward():
+        session, action = self.session, self.action
+        again = self.round == session.round or session.attached  # each thread may be in a call of its own
+        if again and self.key in action.seen and torch_private.in_backward():
             return value  # a checkpointed region runs again: this was captured in the forward
-        cache[self.key] = value
-        seen[self.key] = (value, version)
+        self.round = session.round
+        action.cache[self.key] = value
+        action.seen[self.key] = (value, version)
         return value

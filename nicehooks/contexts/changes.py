@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import torch_private
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.methods import method_modules
@@ -47,6 +46,7 @@ class edit(Intervention):
     """
 
     verb = "edit"
+    keeps_plans = True
 
     def __init__(
         self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None
@@ -68,6 +68,7 @@ class _Edit(Action):
     """Puts what a function returns in the place of a value."""
 
     __slots__ = ("fn", "takes_site", "verb")  # pyright: ignore
+    may_write = True
 
     def __init__(self, verb: str, fn: Callable[..., Any]) -> None:
         self.verb = verb
@@ -75,24 +76,8 @@ class _Edit(Action):
         self.takes_site = takes_site(fn)
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        if site.path.port.kind == "parameter" and not torch.compiler.is_compiling():
-            return self._act_on_copy(value, key, site)
-        new = self.changed(value, key, site)
+        new = call_user(self.fn, self.takes_site, value, key, site)
         return value if new is None else trees.assign(value, new)
-
-    def changed(self, value: Any, key: str, site: Site) -> Any:
-        """What the function returns for `value`."""
-        return call_user(self.fn, self.takes_site, value, key, site)
-
-    def _act_on_copy(self, value: Tensor, key: str, site: Site) -> Tensor:
-        """A function that writes in place must not reach the model's own parameter."""
-        copy = value.clone()
-        before = torch_private.version(copy) if not copy.is_inference() else None
-        new = self.changed(copy, key, site)
-        if new is not None and new is not copy:
-            return trees.assign(value, new)
-        written = not copy.is_inference() and torch_private.version(copy) != before
-        return copy if written else value
 
 
 def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None, calls: Any = None) -> edit:
@@ -235,6 +220,7 @@ class patch(Intervention):
     """
 
     verb = "patch"
+    keeps_plans = True
 
     def __init__(
         self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None
@@ -320,4 +306,4 @@ class suspend(Intervention):
             tapped = [module for module in modules if has_forward(module)]
         else:
             tapped = [module for module in modules if has_rules(module)]
-        return Plan(repr(self), [(module, SuspendRule()) for module in tapped], [], [], False, frozenset(), [])
+        return Plan.of(repr(self), [(module, SuspendRule()) for module in tapped])

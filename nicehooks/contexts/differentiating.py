@@ -52,7 +52,7 @@ def grad_at(
         SiteNotReached: the metric does not depend on a site (on none of the sites of a wildcard).
     """
     for site in select(model, where):
-        if site.path.port.kind.endswith("grad"):
+        if site.path.port.is_gradient:
             text = f"{str(site)!r}: grad_at takes the paths of values, 'h.3': it adds the gradient by itself."
             raise UnsupportedModule(text)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from nicehooks import torch_private
+from nicehooks.contexts.not_reached import ACTIVE_ALREADY, CHECKPOINTED, EMPTY, not_called, not_reached
 from nicehooks.core import sessions
-from nicehooks.core.register import Pairs, rules_for, slow_path_rules
+from nicehooks.core.reaching import rules_for, slow_path_rules
+from nicehooks.core.register import Companion, Pairs
 from nicehooks.core.rules import Action, SiteRule, StepRule
 from nicehooks.core.selection import Group, Site, Where, select_groups, unwrap
-from nicehooks.core.sessions import Session
-from nicehooks.core.tap import bind, unbind
+from nicehooks.core.sessions import Exclusive, Session
+from nicehooks.core.tap import Bound, bind, taps_for, unbind
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
 from nicehooks.core.when import When
 from nicehooks.errors import (
@@ -27,10 +29,6 @@ from nicehooks.errors import (
     SiteNotFound,
     SiteNotReached,
 )
-from nicehooks.ports.compiled_gradients import give_ticket, take_ticket
-from nicehooks.ports.gradients import act_on_gradient
-from nicehooks.ports.overrides import stand_in, step_back
-from nicehooks.ports.weights import AttributeRule, ParameterRule
 
 
 class _Group(NamedTuple):
@@ -46,21 +44,84 @@ class Plan(NamedTuple):
 
     Attributes:
         label: how the intervention is shown.
-        pairs: the rules, each with the module whose tap it belongs to.
-        groups: the rules of the sites that each item of a `where` has selected.
-        holders: the modules with a parameter that may have another value.
+        pairs: the rules, each with the module whose tap it belongs to; only in code that is being traced.
+        taps: the same with the taps, which know their modules weakly; only in eager code.
+        selected: what each `where` has selected.
+        groups: the rules of the sites of each item of a `where`.
+        companions: what these need for as long as a session lasts.
         counting: whether steps, calls, or the depth in the root model matter.
         keys: the keys of the sites.
-        in_backward: the rules of the sites, by their `index`; empty if none of them is about a gradient.
+        reusable: whether the next context of its kind on the same sites can have it; see NOTE [Plans are used again].
     """
 
     label: str
     pairs: Pairs
+    taps: list[Bound]
+    selected: list[list[Group]]
     groups: list[_Group]
-    holders: list[nn.Module]
+    companions: list[Companion]
     counting: bool
     keys: frozenset[str]
-    in_backward: list[SiteRule]
+    reusable: bool
+
+    @staticmethod
+    def of(
+        label: str,
+        pairs: Pairs,
+        selected: list[list[Group]] | None = None,
+        groups: list[_Group] | None = None,
+        counting: bool = False,
+        keys: frozenset[str] = frozenset(),
+    ) -> Plan:
+        """The plan with these rules."""
+        rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
+        kinds = dict.fromkeys([rule.companion for rule in rules if rule.companion is not None])
+        companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
+        traced = torch.compiler.is_dynamo_compiling()
+        taps = [] if traced else taps_for(pairs)
+        reusable = all([rule.reusable for rule in rules])
+        return Plan(
+            label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, reusable
+        )
+
+
+class _Plans:
+    """Plans that nobody uses now.
+
+    NOTE [Plans are used again]
+    What a plan consists of depends on the model and on the paths alone, and not on the values that a context brings: a
+    rule is given the action of whoever enters (`SiteRule.given`). So a context that is left leaves its plan here, and
+    the next one of its kind on the same paths takes it, as long as the paths still select the very same sites. A plan
+    holds no module and no value.
+    """
+
+    MOST = 4
+    """How many plans for the same paths are kept: as many contexts may be entered at the same time."""
+
+    def __init__(self) -> None:
+        self.of_model: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Plan]]] = weakref.WeakKeyDictionary()
+
+    def take(self, model: nn.Module, key: Any, selected: list[list[Group]]) -> Plan | None:
+        """A plan for what is selected now, if there is one."""
+        kept = self.of_model.get(model, {}).get(key)
+        while kept:
+            plan = kept.pop()
+            same = all([was is now for was, now in zip(plan.selected, selected, strict=True)])
+            if same and all([tap.alive for tap, _, _ in plan.taps]):
+                return plan
+        return None
+
+    def give(self, model: nn.Module, key: Any, plan: Plan, actions: list[Action]) -> None:
+        """Keeps `plan`, without the values that `actions` hold."""
+        nothing: list[Any] = [None] * len(actions)
+        for _, rule, _ in plan.taps:
+            rule.given(nothing)
+        kept = self.of_model.setdefault(model, {}).setdefault(key, [])
+        if len(kept) < self.MOST:
+            kept.append(plan)
+
+
+_plans = _Plans()
 
 
 class Intervention:
@@ -73,6 +134,7 @@ class Intervention:
     verb = ""
     first = False  # whether it acts before what is there already, not after it
     plans_anew = False
+    keeps_plans = False  # whether its plans depend on the model, the paths, and `_depends_on` alone
 
     def __init__(self, model: nn.Module, steps: Any = None, calls: Any = None) -> None:
         if not isinstance(model, nn.Module):
@@ -109,7 +171,7 @@ class Intervention:
     # entering and leaving
 
     def __enter__(self) -> Any:
-        return self._entered(self._start(attached=False))
+        return self._begin(attached=False)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         session, plan = self._session, self._plan
@@ -121,11 +183,12 @@ class Intervention:
                 self._check(session, plan)
         finally:
             self._left(session)
+            self._leave_plan(plan)
 
     def attach(self) -> Any:
         """Makes the intervention persistent and process-wide; once attached, does nothing. Returns the handle."""
         if self._session is None or not self._session.attached:
-            self._entered(self._start(attached=True))
+            self._begin(attached=True)
         return self
 
     def remove(self) -> None:
@@ -145,32 +208,33 @@ class Intervention:
         """Whether it is entered or attached now."""
         return self._session is not None
 
-    def _start(self, attached: bool) -> Session:
+    def _begin(self, attached: bool) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return self._start_traced()
-        with sessions.LOCK:
+            return self._entered(self._start_traced())
+        sessions.free_left_over()
+        actions = [action for _, action in self._actions()] if self.keeps_plans else None
+        plan = self._plan if self._plan is not None and not self.plans_anew else self._make_plan()
+        session = Session(plan.label, attached)
+        with Exclusive():
             if self._session is not None:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
-            if self._plan is None or self.plans_anew:
-                self._plan = self._make_plan()
-            plan = self._plan
-            session = self._session = Session(plan.label, attached)
-        done = 0
+            self._plan, self._session = plan, session
         try:
-            session.counting = plan.counting
-            for _, rule in plan.pairs:
-                rule.session = session
-            for module in plan.holders:
-                done += 1
-                stand_in(module)
-            if plan.in_backward and torch_private.innermost_transform() is None:
-                give_ticket(session, [partial(act_on_gradient, rule) for rule in plan.in_backward])
-            sessions.begin(session)
-            bind(plan.pairs, self.first)
+            self._start(session, plan, actions)
+            return self._entered(session)
         except BaseException:
-            self._stop(done)
+            self._stop()
             raise
-        return session
+
+    def _start(self, session: Session, plan: Plan, actions: list[Action] | None) -> None:
+        sessions.number(session)
+        session.counting = plan.counting
+        for companion in plan.companions:
+            for rule in companion.rules:
+                rule.session = session
+            companion.begin(session)
+        sessions.begin(session)
+        bind(plan.taps, session, actions, self.first)
 
     def _start_traced(self) -> Session:
         self._plan = self._make_plan()
@@ -182,35 +246,66 @@ class Intervention:
         bind_traced(self._plan.pairs, self.first)
         return self._session
 
-    def _stop(self, holders: int | None = None) -> None:
+    def _stop(self) -> None:
         """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
+        if torch.compiler.is_dynamo_compiling():
+            self._stop_traced()
+            return
+        sessions.free_left_over()
         session, plan = self._session, self._plan
         if session is None or plan is None:
             return
-        if torch.compiler.is_dynamo_compiling():
-            unbind_traced(plan.pairs)
-            self._session = None
-            return
         try:
-            unbind(plan.pairs)
+            unbind(plan.taps)
         except BaseException:  # interrupted half-way: what is unbound stays so
-            unbind(plan.pairs)
+            sessions.free_left_over()
+            unbind(plan.taps)
             raise
         finally:
             sessions.end(session)
-            take_ticket(session)
+            for companion in plan.companions:
+                companion.end(session)
             self._session = None
-            for module in plan.holders[:holders]:
-                step_back(module)
+
+    def _stop_traced(self) -> None:
+        if self._session is not None and self._plan is not None:
+            unbind_traced(self._plan.pairs)
+            self._session = None
+
+    # plans
+
+    def _depends_on(self) -> Any:
+        """What a plan depends on besides the model and the paths."""
+        return type(self), self.first
+
+    def _key_of_plan(self) -> Any:
+        """Under which its plan is kept; None where it cannot be used again."""
+        if not self.keeps_plans or torch.compiler.is_compiling() or self.steps is not None or self.calls is not None:
+            return None
+        wheres = tuple([_as_key(where) for where, _ in self._actions()])
+        return None if None in wheres else (self._depends_on(), wheres)
+
+    def _leave_plan(self, plan: Plan) -> None:
+        """Lets the next context of this kind have the plan; see NOTE [Plans are used again]."""
+        key = self._key_of_plan() if plan.reusable and self._plan is plan else None
+        if key is not None:
+            self._plan = None
+            _plans.give(self.model, key, plan, [action for _, action in self._actions()])
 
     def _make_plan(self) -> Plan:
+        actions = self._actions()
+        selected = [self._selected(where) for where, _ in actions]
+        key = self._key_of_plan()
+        kept = None if key is None else _plans.take(self.model, key, selected)
+        return self._new_plan(actions, selected) if kept is None else kept._replace(label=repr(self))
+
+    def _new_plan(self, actions: list[tuple[Where, Action]], selected: list[list[Group]]) -> Plan:
         groups: list[_Group] = []
         pairs: Pairs = [(unwrap(self.model), self._step_rule())]
         sites: list[Site] = []
-        for where, action in self._actions():
+        for of, ((_, action), chosen) in enumerate(zip(actions, selected, strict=True)):
             made: dict[Any, Pairs] = {}  # a site that two items select is one site
-            selected = self._selected(where)
-            for group in selected:
+            for group in chosen:
                 keys = [site.key for site in group.sites]
                 for key, site in zip(keys, group.sites, strict=True):
                     new = key not in made
@@ -220,19 +315,21 @@ class Intervention:
                     first.wild = group.wild and (new or first.wild)
                 groups.append(_Group(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
                 sites += group.sites
-            if not made and not any(group.where is False for group in selected):
+            if not made and not any([group.where is False for group in chosen]):
                 raise SiteNotFound(EMPTY.format(verb=self.verb))
-            pairs += [pair for of_site in made.values() for pair in of_site]
+            new_pairs = [pair for of_site in made.values() for pair in of_site]
+            for _, rule in new_pairs:
+                if isinstance(rule, SiteRule):
+                    rule.of = of
+            pairs += new_pairs
         if not groups:
             raise SiteNotFound(EMPTY.format(verb=self.verb))
         pairs += slow_path_rules(sites)
-        holders = {id(m): m for _, rule in pairs if isinstance(rule, ParameterRule) for m in rule.modules()}
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         for index, rule in enumerate(rules):
             rule.index = index
-        gradients = rules if any([rule.path.port.kind.endswith("grad") for rule in rules]) else []
         keys = frozenset([rule.key for rule in rules])
-        return Plan(repr(self), pairs, groups, list(holders.values()), self._counts(rules), keys, gradients)
+        return Plan.of(repr(self), pairs, selected, groups, self._counts(rules), keys)
 
     def _selected(self, where: Where) -> list[Group]:
         select = groups_of if torch.compiler.is_dynamo_compiling() else select_groups
@@ -250,7 +347,7 @@ class Intervention:
     def _check(self, session: Session, plan: Plan) -> None:
         missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
         if missed is not None and not session.called and not self._acted(session, plan):
-            warnings.warn(self._not_called(session), NotCalledWarning, stacklevel=3)
+            warnings.warn(not_called(self, session), NotCalledWarning, stacklevel=3)
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
@@ -270,68 +367,15 @@ class Intervention:
             if missed and (not group.wild or len(missed) == len(group.rules)):
                 yield missed[0]
 
-    def _not_called(self, session: Session) -> str:
-        text = f"{self!r} was left, but the model was not called in it."
-        if session.elsewhere:
-            text += (
-                " It was called in another thread or task meanwhile, where this context does not act: enter it there,"
-                " carry it along with contextvars.copy_context(), or use .attach()."
-            )
-        if session.suspended:
-            text += " It was called inside suspend(model) only."
-        return text
-
     def _not_reached(self, session: Session, rule: SiteRule) -> str:
-        text = f"{rule.key!r} was never reached in {type(unwrap(self.model)).__name__}: {_reason(rule, session)}"
-        return f"{text}\n  while {self!r} was active"
+        return not_reached(self, session, rule)
 
 
-CHECKPOINTED = (
-    "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and "
-    "the intervention has to act there too: run backward inside the context."
-)
-
-EMPTY = "{verb}(model, …) was given an empty list of sites, perhaps by a filter. To select none, write False."
-
-ACTIVE_ALREADY = (
-    "this {verb}(…) is active already: one object is one intervention.\n"
-    "  To have it twice, make a second one: with {verb}(…), {verb}(…):\n"
-    "  To use it again, leave it first."
-)
-
-
-def _reason(rule: SiteRule, session: Session) -> str:
-    site = rule.site
-    parent = _parent(site)
-    if isinstance(parent, nn.MultiheadAttention):
-        name = site.name.rpartition(".")[0]
-        return (
-            "nn.MultiheadAttention hands the weights of its out_proj to a fused function and never calls it. "
-            f"What comes out of it is the output of the attention: {name + '[0]'!r}."
-        )
-    if isinstance(rule, AttributeRule):
-        return f"the module that owns it was not called, and {site.path.port.name!r} is there only while it runs."
-    if rule.reason:
-        return rule.why_not_reached()
-    if rule.chain and session.called:
-        return (
-            "either nothing called this module, or the part of its value that the path selects was empty every time "
-            "(as [:, 50:60] is of 8 positions)."
-        )
-    if rule.when.counts and session.called:
-        return f"the model ran, but not once with {rule.when.shown}."
-    if session.suspended:
-        return "it was called inside suspend(model) only."
-    return (
-        "nothing called this module. Its parent may use the weights without calling it, may call it only in another "
-        "mode or for other inputs, or may hold another module under this name by now."
-    )
-
-
-def _parent(site: Site) -> nn.Module | None:
-    model: Any = site._model()  # pyright: ignore[reportPrivateUsage]
-    name = site.name.rpartition(".")[0]
-    try:
-        return model.get_submodule(name) if site.name else None
-    except AttributeError:
-        return None
+def _as_key(where: Where) -> Any:
+    """What tells one `where` from another, if it is text: paths, and lists of them."""
+    if isinstance(where, str):
+        return where
+    if isinstance(where, tuple | list):
+        texts = tuple([_as_key(item) for item in where])
+        return None if None in texts else texts
+    return where if isinstance(where, Site) else None

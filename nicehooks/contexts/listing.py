@@ -12,14 +12,13 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
-from nicehooks.core.register import Pairs
+from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import SCRIPTED, Census, Site, has_forward, parameter_names, unwrap
 from nicehooks.core.sessions import is_acting
 from nicehooks.core.tap import Rule, Tap, tap_of
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, escape
-from nicehooks.ports.calls import every_call_rules
 from nicehooks.values import trees
 
 
@@ -109,7 +108,7 @@ class SiteTable(Sequence[SiteRecord]):
                     shown.add(parent)
                     yield depth, segments[depth - 1], ""
             shown.add(path.name)
-            labels = [*segments, str(path.port)] if path.port.kind == "call" else segments
+            labels = [*segments, str(path.port)] if record.type == CALL else segments
             yield len(labels), labels[-1], _about(record)
 
 
@@ -175,12 +174,15 @@ class capture_with_calls(capture):
     """Captures what modules return and, under keys of their own, the calls in their forwards."""
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        return [*super()._rules(site, action), *every_call_rules(site, action)]
+        return [
+            *super()._rules(site, action),
+            *[pair for kind in every_kind() for pair in kind.rules_for_all(site, action)],
+        ]
 
 
 def _calls_by_module(seen: dict[str, list[str]]) -> dict[str, list[SiteRecord]]:
     """A record for each call, by the path of its module; without a number where there is only one of its name."""
-    paths = [path for path in map(ModulePath.parse, seen) if path.port.kind == "call"]
+    paths = [path for path in map(ModulePath.parse, seen) if not path.port.is_output]
     numbered = {(path.name, path.port.name) for path in paths if path.port.call != 0}
     called: dict[str, list[SiteRecord]] = {}
     for path in paths:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks.core.sessions import LOCK
+from nicehooks.core.sessions import Exclusive
 from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule
 
 
@@ -100,7 +100,7 @@ class _MethodAsModule:
 
     def module_of(self, instance: nn.Module) -> MethodModule:
         """The module of `instance`, made at the first time of asking; a stand-in for a module shares its tables."""
-        with LOCK:
+        with Exclusive():
             children = id(vars(instance)["_modules"])
             found = self.by_children.get(children)
             if found is None:
@@ -165,7 +165,7 @@ class MethodHandle:
 
     def remove(self) -> None:
         """Puts the method back, unless another handle still needs it; once removed, does nothing."""
-        with LOCK:
+        with Exclusive():
             method = _patched.get((self.kind, self.name))
             if method is None or not self.active:
                 return
@@ -233,7 +233,7 @@ def patch_method_to_module(cls: type[nn.Module], name: str) -> MethodHandle:
             f"patch_method_to_module({shown}, …)" if isinstance(cls, nn.Module) else "a subclass of torch.nn.Module"
         )
         raise TypeError(f"patch_method_to_module(cls, name) takes a class of modules, not {shown}: write {instead}")
-    with LOCK:
+    with Exclusive():
         method = _patched.get((cls, name))
         if method is None or vars(cls).get(name) is not method:
             _refuse(cls, name)

@@ -1,59 +1,79 @@
-"""From a site to the rules that reach it: which kind of rule each port has, and at which modules."""
+"""The register of ports: what the core asks of a kind of port, whichever it is.
+
+A port is one file in the room of ports. It says how the port is written (`Spelling`), which modules have it, and which
+rules reach it; a rule says what it needs for as long as its session lasts (`Companion`).
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import nn
 
-from nicehooks.core.rules import Action, OutputRule, RowsRule, SiteRule, SlowPathRule
-from nicehooks.core.selection import Census, Site, has_forward
-from nicehooks.core.tap import Rule
-from nicehooks.core.when import When
-from nicehooks.errors import UnsupportedModule
-from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.calls import call_rules
-from nicehooks.ports.gradients import GradientRule, InputGradientRule
-from nicehooks.ports.uses import use_rules
-from nicehooks.ports.weights import parameter_rules
-from nicehooks.values.trees import Rows
+from nicehooks.paths.ports import Port, Spelling, add_spelling, all_spellings, spelling_of
 
-Pairs = list[tuple[nn.Module, Rule]]
+if TYPE_CHECKING:
+    from nicehooks.core.rules import Action
+    from nicehooks.core.selection import Site
+    from nicehooks.core.sessions import Session
+    from nicehooks.core.when import When
 
-KINDS: dict[str, type[SiteRule]] = {
-    "output": OutputRule,
-    "input": InputRule,
-    "grad": GradientRule,
-    "input.grad": InputGradientRule,
-}
+Pairs = list[tuple[nn.Module, Any]]
+"""Rules, each with the module whose tap it belongs to."""
 
 
-def rules_for(site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
-    """The rules that bring the values at `site` to `action`, each with the module whose tap it belongs to."""
-    if any(isinstance(step, Rows) for step in site.path.chain):
-        return [*_rules_at(site, action, when, root), (_around(site, root), RowsRule())]
-    return _rules_at(site, action, when, root)
+class PortKind(Spelling):
+    """One kind of port: how it is written, which modules have it, and which rules reach it.
+
+    Attributes:
+        needs_forward: whether only a module that can be called has such a port.
+    """
+
+    needs_forward = True
+
+    def is_on(self, module: nn.Module, port: Port) -> bool:
+        """Whether `module` has the port, beside a forward if that is needed."""
+        return True
+
+    def missing(self, name: str, module: nn.Module, port: Port) -> str | None:
+        """Why the module called `name` does not have the port; None if it is only that nothing calls it."""
+        return None
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        """The rules that bring the values at `site` to `action`."""
+        raise NotImplementedError  # abstract: every kind has its own
+
+    def rules_for_all(self, site: Site, action: Action) -> Pairs:
+        """The rules for all values of this kind in the module of `site`, each under a key of its own; for listing."""
+        return []
 
 
-def _rules_at(site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
-    kind = site.path.port.kind
-    if kind == "parameter":
-        return parameter_rules(site, action, when, root)
-    if kind == "call":
-        return call_rules(site, action, when)
-    if kind in ("use", "use.grad"):
-        return use_rules(site, action, when, root)
-    return [(site.module, KINDS[kind](site, action, when))]
+class Companion:
+    """What some rules need for as long as their session lasts; one object for all rules of a plan that name its class.
+
+    Ending undoes as much as was begun, and may be done twice: an interrupt may come at any line.
+    """
+
+    def __init__(self, rules: list[Any]) -> None:
+        self.rules = rules
+
+    def begin(self, session: Session) -> None:
+        """Before the rules act."""
+
+    def end(self, session: Session) -> None:
+        """After they acted last."""
 
 
-def _around(site: Site, root: nn.Module) -> nn.Module:
-    """The module around that of `site`."""
-    outer, dot, _ = site.name.rpartition(".")
-    around = Census(root).names.get(outer)
-    if not site.name or around is None or (dot and not has_forward(around)):
-        raise UnsupportedModule(f"{str(site)!r}: /rows needs a module around {site.name!r} that is called.")
-    return around
+def register_port(kind: PortKind) -> None:
+    """Puts a kind of port into the register."""
+    add_spelling(kind)
 
 
-def slow_path_rules(sites: list[Site]) -> Pairs:
-    """A rule for each encoder that contains one of `sites`."""
-    encoders = {id(encoder): encoder for site in sites if site._encoders for encoder in site.encoders}
-    return [(encoder, SlowPathRule()) for encoder in encoders.values()]
+def kind_of(port: Port) -> PortKind:
+    """The entry of the register for `port`."""
+    return spelling_of(port)
+
+
+def every_kind() -> list[PortKind]:
+    """All kinds of ports."""
+    return all_spellings()

@@ -7,16 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
+from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.core.tap import Frame, Passing, Rule, StopForward
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths.grammar import EVERY_CALL, ModulePath, with_chain
+from nicehooks.paths.grammar import ModulePath, with_chain
+from nicehooks.paths.ports import EVERY_CALL, OutputSpelling
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, Rows
 
@@ -29,6 +31,7 @@ class Action:
         for_part: the name of the one that acts on a part of a value, if this one cannot.
         changes: whether it may change the value.
         wants_call: whether it is told of the call that the value belongs to.
+        may_write: whether it runs a function of the user, which may write into the value.
     """
 
     __slots__ = ()
@@ -36,6 +39,7 @@ class Action:
     for_part = ""
     changes = True
     wants_call = False
+    may_write = False
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
@@ -50,15 +54,20 @@ class SiteRule(Rule):
     """Brings the values at one site to an action.
 
     Attributes:
+        companion: what rules of this class need for as long as their session lasts, if anything.
+        reusable: whether a rule is good for the next context with the same site, with another action.
+        of: which of its intervention's actions it brings values to.
         key: the path of the site as text.
         wild: whether only a wildcard has selected the site.
         output_only: whether the port is the result of the call and nothing else.
         reason: why a site of this port is not reached, if that is always the same.
     """
 
+    companion: type[Companion] | None = None
+    reusable = False
     reason = ""
     output_only = False
-    __slots__ = ("action", "chain", "index", "key", "path", "rows", "simple", "site", "stars", "when", "wild")
+    __slots__ = ("action", "chain", "index", "key", "of", "path", "rows", "simple", "site", "stars", "when", "wild")
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         self.site = site
@@ -71,7 +80,11 @@ class SiteRule(Rule):
         self.when = when
         self.simple = self.output_only and not when.counts
         self.index = 0  # among the rules of its context
+        self.of = 0
         self.wild = False
+
+    def given(self, actions: list[Any]) -> None:
+        self.action = actions[self.of]
 
     def why_not_reached(self) -> str:
         """Why the site was not reached, if that is always the same."""
@@ -195,6 +208,7 @@ class OutputRule(SiteRule):
     """The result of a module."""
 
     __slots__ = ()
+    reusable = True
     output_only = True
 
     def output(self, value: Any) -> Any:
@@ -207,6 +221,16 @@ class OutputRule(SiteRule):
         frame.value = self.through(frame, frame.value)
 
 
+class OutputPort(OutputSpelling, PortKind):
+    """The port that every path has which names no other: the output of a module."""
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        return [(site.module, OutputRule(site, action, when))]
+
+
+register_port(OutputPort())
+
+
 # --- rules that are of no site ----------------------------------------------------------------------------------------
 
 
@@ -217,6 +241,8 @@ class StepRule(Rule):
 
     def before(self, frame: Frame) -> None:
         self.session.called = True
+        if not torch.compiler.is_compiling() and not torch_private.in_backward():
+            sessions.new_round(self.session)
         sessions.note_export(self.session)
         if not self.session.counting:
             return

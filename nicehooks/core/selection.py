@@ -15,6 +15,7 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.core.methods import method_modules
+from nicehooks.core.register import kind_of
 from nicehooks.errors import PathError, SiteNotFound, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, escape
 
@@ -297,7 +298,8 @@ def _once(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Modu
 def _has_site(name: str, module: nn.Module, path: ModulePath) -> bool:
     if torch_private.is_scripted(module):
         raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-    return has_parameter(module, path.port.name) if path.port.is_of_parameter else has_forward(module)
+    kind = kind_of(path.port)
+    return (has_forward(module) or not kind.needs_forward) and kind.is_on(module, path.port)
 
 
 EVERYTHING = ModulePath("**")
@@ -355,12 +357,11 @@ TAKES_MORE = ("patch", "edit", "steer")
 
 def _nothing_matches(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> str:
     model = type(census.root).__name__
-    if named and path.port.is_of_parameter:
-        name, module = named[0]
-        have = ", ".join(parameter_names(module)) or "none of its own"
-        return f"module {name!r} ({type(module).__name__}) has no parameter {path.port.name!r}; it has: {have}."
     if named:
         name, module = named[0]
+        missing = kind_of(path.port).missing(name, module, path.port)
+        if missing is not None:
+            return missing
         kind = type(module).__name__
         instead = replace(path, name=f"{name}.*" if name else "*")
         return f"{name!r} is a {kind}, which is never called itself.\n  its children: {str(instead)!r}"

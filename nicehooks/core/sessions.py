@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,8 +31,46 @@ import torch
 
 from nicehooks import torch_private
 
-LOCK = threading.RLock()
-"""Held while a context is entered or left; never while a model runs."""
+_lock = threading.RLock()
+
+
+class Exclusive(AbstractContextManager[None]):
+    """Held by one thread while a context is entered or left; never while a model, or a function of the user, runs.
+
+    NOTE [Interrupts]
+    An interrupt may come between any two lines, and also behind the body of a `with`, where Python no longer calls
+    `__exit__`. So a thread writes down what it is about to hold, and gives free what is left over when it next enters
+    or leaves a context. Everything else that is undone is undone by whose it is, and not by counting: to undo it twice
+    does no harm.
+
+    Args:
+        tracing: whether Dynamo must trace nothing meanwhile: what comes or goes would be half there for it.
+    """
+
+    __slots__ = ("locks",)
+
+    def __init__(self, tracing: bool = False) -> None:
+        self.locks: list[Any] = [*torch_private.tracing_lock(), _lock] if tracing else [_lock]
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            HERE.held.append(lock)
+            lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        for lock in reversed(self.locks):
+            lock.release()
+            HERE.held.pop()
+
+
+def free_left_over() -> None:
+    """Gives free what an interrupt has left this thread holding; see NOTE [Interrupts]."""
+    while HERE.held:
+        with suppress(RuntimeError):  # it was not held yet, or no more
+            HERE.held.pop().release()
+
+
+_rounds = itertools.count(1)
 
 
 class Progress:
@@ -68,6 +107,8 @@ class Session:
 
     Attributes:
         label: how the intervention is shown to the user.
+        acts_in: a set of active sessions that this one is in, by identity: the cheapest way to know that it acts here.
+        round: a new number for each call of the root model: what is seen twice in one may be running again in backward.
         slot: a number that no other living session has; of an attached one, a number that no other has ever had.
         number: its own for ever, once it has begun.
         mine: how far the thread is that has entered it, or that was first to call the model under it.
@@ -90,6 +131,7 @@ class Session:
     __slots__ = (
         "__weakref__",
         "_progresses",
+        "acts_in",
         "attached",
         "called",
         "checkpointed",
@@ -104,6 +146,7 @@ class Session:
         "order",
         "reached",
         "recomputed",
+        "round",
         "rules",
         "slot",
         "suspended",
@@ -118,12 +161,14 @@ class Session:
         self.level = 0 if attached else torch_private.transform_level()  # a handle may outlive every transform
         self.exporting = torch_private.is_exporting()
         self.ended = False
+        self.acts_in: frozenset[Session] | None = None
+        self.round = 0
         self.called = self.elsewhere = self.suspended = self.recomputed = False
         self.checkpointed = 0
         self.reached: dict[str, bool] = {}
         self.slot = -1
         self.ticket: torch.Tensor | None = None
-        self.rules: list[Any] = []
+        self.rules: dict[int, Any] = {}
         self.number = 0
         self._progresses: list[Progress] = []
         self.mine: Progress | None = None
@@ -159,7 +204,8 @@ class Session:
 
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
 _get_active = _active.get  # one object: Dynamo knows what it was taught by identity
-_used_slots: set[int] = set()
+_used_slots: dict[int, int] = {}
+"""The number of the session that has each slot."""
 _session_numbers = itertools.count(1)
 _thread_numbers = itertools.count(1)
 ATTACHED = 1_000_000
@@ -174,6 +220,8 @@ class _Here(threading.local):
         traced: what traced code has entered itself, by the `id` of the module: the forward that stood in its `__dict__`
             before, and the rules. Empty whenever no such code is being traced.
         progress: how far each session is, by its slot.
+        entered: the sessions that were entered in it, and not left in it.
+        held: the locks that it holds, or is about to; see NOTE [Interrupts].
         number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
@@ -181,6 +229,8 @@ class _Here(threading.local):
         self.slots: tuple[int, ...] = ()
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self.progress: dict[int, Progress] = {}
+        self.entered: list[Session] = []
+        self.held: list[Any] = []
         self.number = next(_thread_numbers)
 
 
@@ -204,7 +254,9 @@ _taught = False
 def teach_dynamo() -> bool:
     """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
     global _taught, active_sessions
-    with LOCK:
+    if _taught:
+        return False
+    with Exclusive():
         if _taught or not torch_private.teach_dynamo(_get_active, _none):
             return False
         _taught = True
@@ -212,16 +264,24 @@ def teach_dynamo() -> bool:
         return True
 
 
+def number(session: Session) -> None:
+    """Gives `session` its own number, before anything is done in its name."""
+    session.number = next(_session_numbers)
+    session.round = next(_rounds)
+
+
 def begin(session: Session) -> None:
     """From here on `session` acts in this thread or task."""
-    session.number = next(_session_numbers)
     if session.attached:
         session.slot = ATTACHED + session.number
         return
-    with LOCK:
+    _forget_ended()
+    with Exclusive():
         session.slot = next(number for number in range(len(_used_slots) + 1) if number not in _used_slots)
-        _used_slots.add(session.slot)
-    _active.set(_active.get() | {session})
+        _used_slots[session.slot] = session.number
+    HERE.entered.append(session)
+    session.acts_in = _active.get() | {session}
+    _active.set(session.acts_in)
     HERE.slots = (*HERE.slots, session.slot)
     if session.counting:
         session.progress()  # traced code looks no further than this
@@ -230,12 +290,31 @@ def begin(session: Session) -> None:
 def end(session: Session) -> None:
     """Undoes `begin`, by value and not by token: a fixture or a generator may leave in another context."""
     session.ended = True
+    session.acts_in = None
     HERE.progress.pop(session.slot, None)
-    if session in _active.get():
-        _active.set(_active.get() - {session})
-    HERE.slots = tuple(slot for slot in HERE.slots if slot != session.slot)
-    with LOCK:
-        _used_slots.discard(session.slot)
+    _forget_ended()
+
+
+def _forget_ended() -> None:
+    """Lets go of the sessions that were entered in this thread and are over, in whichever thread they were left.
+
+    Only here are their slots given free: until then traced code of this thread takes them for active.
+    """
+    active = _active.get()
+    if any([session.ended for session in active]):
+        _active.set(frozenset([session for session in active if not session.ended]))
+    ended = [session for session in HERE.entered if session.ended]
+    for session in ended:
+        HERE.slots = tuple([slot for slot in HERE.slots if slot != session.slot])
+        with Exclusive():
+            if _used_slots.get(session.slot) == session.number:
+                del _used_slots[session.slot]
+        HERE.entered.remove(session)
+
+
+def new_round(session: Session) -> None:
+    """The root model is called anew."""
+    session.round = next(_rounds)
 
 
 def note_export(session: Session, key: str | None = None) -> None:

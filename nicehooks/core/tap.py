@@ -12,6 +12,17 @@ NOTE [Copies of a tapped module]
 with what its class says, less the tap's own entries: the copy is a clean model. One of them, `HANDLES`, is a list of
 the attached hooks that nobody else holds: it lies in the model itself, so that they end with it.
 
+NOTE [The shortest way]
+Most taps have one rule, that of a capture which keeps the whole result: `Tap.only` is that rule then. Whether its
+session acts here is the same answer for as long as `_active` holds the very same set, so `Session.acts_in` is the last
+such set that it was found in, and one comparison of identities tells. `Tap.bound` is the module's own forward as a
+bound method, the cheapest thing to call. It holds the module, so it is there only while a context is entered, and never
+for a handle.
+
+NOTE [Whose code is called]
+A tap calls what Python would call without it: the class may get another `forward` while an intervention is active (a
+`GraphModule` that is recompiled has), so the tap looks each time whether its class still has the one that it knows.
+
 NOTE [Order]
 The rules of a tap are in the order in which their contexts were entered, and act in this order: on the arguments before
 the call, on the result after it. `suspend` is a rule too: the rules before it do not act. Rules that are bound `first`
@@ -24,15 +35,20 @@ import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
-from nicehooks.core.sessions import HERE, LOCK, Session, acts_in_backward
+from nicehooks.core.register import Pairs
+from nicehooks.core.sessions import HERE, Exclusive, Session, acts_in_backward
 from nicehooks.errors import UnsupportedModule
+
+transforms_running = torch_private.transforms_running
+version_counter = torch_private.version_counter
 
 
 class StopForward(BaseException):
@@ -83,12 +99,17 @@ class Rule:
     Attributes:
         session: the session that owns the rule; it acts only where that is active.
         simple: whether `output` is all there is to it: then the tap need not build a frame.
+        plain: whether it only keeps the whole result; see NOTE [The shortest way].
     """
 
     __slots__ = ("session",)
     simple = False
+    plain = False
     suspends = False
     session: Session
+
+    def given(self, actions: list[Any]) -> None:
+        """The actions of the intervention that uses the rule from now on."""
 
     def output(self, value: Any) -> Any:
         """The result of the call that takes the place of `value`."""
@@ -107,35 +128,79 @@ class Rule:
 
 
 class Tap:
-    """Stands in for one module's `forward`; see NOTE [One tap per module, kept]."""
+    """Stands in for one module's `forward`; see NOTE [One tap per module, kept].
+
+    Attributes:
+        module: the module, weakly.
+        kind: its class, and `found` the forward of that; see NOTE [Whose code is called].
+        function: the same as a function of the module and the arguments.
+        previous: a forward that stood in the instance's `__dict__` before.
+        parameters: of the forward that it calls: see `parameters_of`.
+        rules: in the order in which they act.
+        simple: whether `output` is all there is to each of them.
+        only: the one rule, where it is plain, and `bound` what is called then; see NOTE [The shortest way].
+        alive: whether it may be bound again.
+        copying: what answers where the module is copied.
+        entries: what it puts into the instance's `__dict__`.
+    """
 
     __slots__ = (
         "__weakref__",
+        "alive",
+        "bound",
+        "copying",
+        "entries",
         "forward",
         "found",
         "function",
+        "kind",
         "module",
+        "only",
         "parameters",
         "previous",
-        "reduce",
         "rules",
         "simple",
     )
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
-        self.found: Any = type(module).forward
-        self.function: Any = _unbound(type(module))
-        self.previous: Any = None  # a forward that stood in the instance's __dict__ before
-        self.parameters: Any = None  # of the forward that it calls: see `parameters_of`
+        self.kind: Any = type(module)
+        self.found: Any = self.kind.forward
+        self.function: Any = _unbound(self.kind)
+        self.previous: Any = None
+        self.parameters: Any = parameters_of(signature_of(self.function))
         self.rules: tuple[Rule, ...] = ()
         self.simple = True
+        self.only: Any = None
+        self.bound: Any = None
+        self.alive = True
         self.forward: Any = _forward_of(self)
-        self.reduce = _Reduce(self.module)
+        self.copying: list[Any] = [_Reduce(self.module), _Replicate(self.module)]
+        # the forward comes last: another thread may be copying the module
+        self.entries: Any = {**{copying.name: copying for copying in self.copying}, "forward": self.forward}
 
     def call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the module's own forward."""
-        return self.previous(*args, **kwargs) if self.previous is not None else self.function(module, *args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling() and self.kind.forward is not self.found:
+            self.look_again()
+        return self.function(module, *args, **kwargs)
+
+    def look_again(self) -> None:
+        """Takes what the class of the module has for a forward now."""
+        module: Any = self.module()
+        self.kind = type(module)
+        self.found, self.function = self.kind.forward, _unbound(self.kind)
+        if self.previous is None:
+            self.parameters = parameters_of(signature_of(self.function))
+        self.bound = None if self.bound is None else MethodType(self.function, module)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the instance had none of the entries before."""
+        reduce, replicate = self.copying
+        return self.previous is None and reduce.previous is None and replicate.previous is None
 
 
 def _unbound(kind: type) -> Callable[..., Any]:
@@ -163,13 +228,30 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
         active = sessions.active_sessions()
         if active is None:
             return staged(tap, acting_in_traced_code(tap), args, kwargs)
+        rule = tap.only
+        if rule is not None and active is rule.session.acts_in and tap.kind.forward is tap.found:
+            value = tap.bound(*args, **kwargs)
+            session = rule.session
+            if type(value) is not Tensor or transforms_running() or rule.round == session.round:
+                return rule.output(value)
+            try:
+                version = version_counter(value)
+            except RuntimeError:  # made under inference_mode
+                return rule.output(value)
+            rule.round = session.round
+            key, action = rule.key, rule.action
+            action.cache[key] = value
+            action.seen[key] = (value, version)
+            return value
         if not tap.simple:
             return staged(tap, _acting(tap, active), args, kwargs)
-        module = tap.module()
-        value = tap.function(module, *args, **kwargs) if kwargs else tap.function(module, *args)
+        value = tap.call(tap.module(), args, kwargs)
         for rule in tap.rules:
             session = rule.session
-            if session in active or session.attached or acts_in_backward(session):
+            if session in active:
+                value = rule.output(value)
+                session.acts_in = active
+            elif session.attached or acts_in_backward(session):
                 value = rule.output(value)
             else:
                 session.elsewhere = True
@@ -277,27 +359,55 @@ HANDLES = "__nicehooks__"
 """The entry of a tapped module for handles that live as long as it does; see NOTE [Copies of a tapped module]."""
 
 
-class _Reduce:
-    """See NOTE [Copies of a tapped module]."""
+class _Copying:
+    """Answers in the place of a method of a tapped module that copies it; see NOTE [Copies of a tapped module]."""
 
     __slots__ = ("module", "previous")
+    name = ""
 
     def __init__(self, module: weakref.ref[nn.Module]) -> None:
         self.module = module
         self.previous: Any = None  # one that stood in the instance's __dict__ before
 
-    def __call__(self, protocol: Any = 2) -> Any:
+    def of_model(self, *args: Any) -> Any:
+        """What the module answers without us."""
         module: Any = self.module()
-        of_class: Any = type(module).__reduce_ex__
-        reduced = of_class(module, protocol) if self.previous is None else self.previous(protocol)
+        return getattr(type(module), self.name)(module, *args) if self.previous is None else self.previous(*args)
+
+
+class _Reduce(_Copying):
+    """For `copy` and `pickle`."""
+
+    __slots__ = ()
+    name = "__reduce_ex__"
+
+    def __call__(self, protocol: Any = 2) -> Any:
+        reduced = self.of_model(protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
-        return (*reduced[:2], _clean(module, reduced[2]), *reduced[3:])
+        return (*reduced[:2], _clean(self.module(), reduced[2]), *reduced[3:])
 
 
-def _clean(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+class _Replicate(_Copying):
+    """For `DataParallel`, whose replicas have the entries of the module."""
+
+    __slots__ = ()
+    name = "_replicate_for_data_parallel"
+
+    def __call__(self) -> Any:
+        replica = self.of_model()
+        replica.__dict__ = _clean(self.module(), replica.__dict__)
+        return replica
+
+
+_COPYING = (_Reduce.name, _Replicate.name)
+_ENTRIES = frozenset([*_COPYING, "forward"])
+
+
+def _clean(module: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `module` without ours, and with those in whose place ours stand."""
     tap = tap_of(module)
-    state = {name: value for name, value in state.items() if name not in ("forward", "__reduce_ex__", HANDLES)}
+    state = {name: value for name, value in state.items() if name not in _ENTRIES and name != HANDLES}
     if tap is not None and tap.previous is not None:
         state["forward"] = tap.previous
     return state
@@ -332,23 +442,52 @@ def _make_tap(module: nn.Module) -> Tap:
 
 def _forget(key: int) -> None:
     """Takes apart the tap of a module that is gone: its function and it know each other, which is a cycle."""
-    tap = _taps.pop(key, None)
-    if tap is not None:
+    tap = _taps.get(key)
+    if tap is not None and tap.module() is None:
+        del _taps[key]
         tap.rules = ()
-        tap.forward = None
+        tap.forward = tap.entries = None
 
 
-def bind(pairs: list[tuple[nn.Module, Rule]], first: bool = False) -> None:
-    """Adds each rule to the tap of its module; see NOTE [Order]."""
+Bound = tuple[Tap, Any, tuple[Any]]
+"""A rule with its tap, and alone in a tuple; it knows the module weakly."""
+
+
+def taps_for(pairs: Pairs) -> list[Bound]:
+    """The rules with the taps of their modules."""
+    with Exclusive():
+        return [(tap_of(module) or _make_tap(module), rule, (rule,)) for module, rule in pairs]
+
+
+def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, first: bool = False) -> None:
+    """Adds each rule to its tap, for `session`, with other `actions` if there are any; see NOTE [Order]."""
     sessions.teach_dynamo()
-    with torch_private.while_nothing_is_traced(), LOCK:
-        for module, rule in reversed(pairs) if first else pairs:
-            tap = _taps.get(id(module)) or _make_tap(module)
-            if not tap.rules:
-                _put_in(module, tap)
-            at = _behind_suspends(tap.rules) if first else len(tap.rules)
-            tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
-            tap.simple = tap.simple and rule.simple
+    contexts_only = not session.attached
+    with Exclusive(tracing=True):
+        for tap, rule, alone in reversed(taps) if first else taps:
+            rule.session = session
+            if actions is not None:
+                rule.given(actions)
+            module: Any = tap.module()
+            names = module.__dict__
+            if tap.rules or tap.kind.forward is not tap.found or not names.keys().isdisjoint(_ENTRIES):
+                _bind_slowly(tap, module, rule, first)
+                continue
+            tap.rules = alone
+            tap.simple = rule.simple
+            if rule.plain and contexts_only:
+                tap.bound = MethodType(tap.function, module)
+                tap.only = rule
+            names.update(tap.entries)
+
+
+def _bind_slowly(tap: Tap, module: Any, rule: Rule, first: bool) -> None:
+    tap.only = None
+    if not tap.rules:
+        _put_in(module, tap)
+    at = _behind_suspends(tap.rules) if first else len(tap.rules)
+    tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
+    tap.simple = tap.simple and rule.simple
 
 
 def _behind_suspends(rules: tuple[Rule, ...]) -> int:
@@ -356,34 +495,51 @@ def _behind_suspends(rules: tuple[Rule, ...]) -> int:
 
 
 def _put_in(module: nn.Module, tap: Tap) -> None:
+    """Binds the tap where the module has entries of these names, or is of another class by now (a lazy one)."""
     names = module.__dict__
-    tap.previous = names.get("forward")
-    found = type(module).forward
-    if found is not tap.found:  # a lazy module has become another class
-        tap.found, tap.function, tap.parameters = found, _unbound(type(module)), None
-    if tap.previous is not None:
-        tap.parameters = parameters_of(inspect.signature(tap.previous))
-    elif tap.parameters is None:
-        tap.parameters = parameters_of(signature_of(tap.function))
+    if type(module) is not tap.kind or tap.kind.forward is not tap.found:
+        tap.look_again()
+    forward = names.get("forward")
+    if forward is not tap.forward:  # else an interrupt has left it there
+        tap.previous = forward
+        if forward is not None:
+            tap.parameters = parameters_of(inspect.signature(forward))
     tap.simple = tap.previous is None
-    tap.reduce.previous = names.get("__reduce_ex__")
-    names["__reduce_ex__"] = tap.reduce  # before the other, and gone after it: another thread may be copying
-    names["forward"] = tap.forward
+    for copying in tap.copying:
+        found = names.get(copying.name)
+        copying.previous = None if found is copying else found
+    names.update(tap.entries)
 
 
-def unbind(pairs: list[tuple[nn.Module, Rule]]) -> None:
+def unbind(taps: list[Bound]) -> None:
     """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
-    with torch_private.while_nothing_is_traced(), LOCK:
-        for module, rule in pairs:
-            tap = _taps.get(id(module))
-            if tap is None or not tap.rules:
+    with Exclusive(tracing=True):
+        for tap, rule, _ in taps:
+            module: Any = tap.module()
+            if module is None:
                 continue
-            if len(tap.rules) == 1 and tap.rules[0] is rule:
+            names = module.__dict__
+            if tap.only is rule and names.get("forward") is tap.forward:
+                del names["forward"]
+                for name in _COPYING:
+                    names.pop(name, None)
+                tap.only = tap.bound = None
                 tap.rules = ()
-                _put_back(module, tap)
-                continue
-            tap.rules = tuple([r for r in tap.rules if r is not rule])
-            tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
+            elif rule in tap.rules or (not tap.rules and names.get("forward") is tap.forward):
+                _unbind_slowly(tap, module, rule)
+
+
+def _unbind_slowly(tap: Tap, module: Any, rule: Rule) -> None:
+    tap.only = None
+    tap.rules = tuple([r for r in tap.rules if r is not rule])
+    if not tap.rules:
+        _put_back(module, tap)
+        return
+    tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
+    (last, *others) = tap.rules
+    if tap.is_clean and not others and last.plain and not last.session.attached:
+        tap.bound = MethodType(tap.function, module)
+        tap.only = last
 
 
 def _put_back(module: nn.Module, tap: Tap) -> None:
@@ -392,17 +548,25 @@ def _put_back(module: nn.Module, tap: Tap) -> None:
     Then the tap may be called from inside theirs for ever, so it is left as it is, and the module gets another one.
     """
     names = module.__dict__
+    tap.bound = None
     if names.get("forward") is not tap.forward:
-        _taps.pop(id(module), None)
+        if _taps.get(id(module)) is tap:
+            del _taps[id(module)]
+        tap.alive = False
     elif tap.previous is None:
         del names["forward"]
     else:
         names["forward"] = tap.previous
-        tap.previous = tap.parameters = None
-    if tap.reduce.previous is None:
-        names.pop("__reduce_ex__", None)
-    else:
-        names["__reduce_ex__"] = tap.reduce.previous
+        tap.previous = None
+        tap.parameters = parameters_of(signature_of(tap.function))
+    for copying in tap.copying:
+        if names.get(copying.name) is not copying:
+            continue
+        if copying.previous is None:
+            del names[copying.name]
+        else:
+            names[copying.name] = copying.previous
+            copying.previous = None
 
 
 class Passing(torch.overrides.TorchFunctionMode):

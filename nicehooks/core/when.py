@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nicehooks.paths.grammar import EVERY_CALL
+from nicehooks.paths.ports import EVERY_CALL
 
 
 class When:

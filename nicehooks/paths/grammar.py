@@ -14,46 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
 from nicehooks.torch_private import evaluated_while_tracing
 from nicehooks.values.trees import STAR, Chain, show_step
-
-EVERY_CALL = "*"
-
-
-@dataclass(frozen=True)
-class Port:
-    """Which value of a module.
-
-    Attributes:
-        kind: "output", "input", "grad", "input.grad", "parameter", "call", "use" or "use.grad".
-        name: of the parameter, or of the function that is called.
-        call: which call of the function, or which use of the parameter.
-        part: which value of the call: its result (""), its "input", or a step of fused attention (`STEPS`).
-    """
-
-    kind: str = "output"
-    name: str = ""
-    call: int | str | None = None
-    part: str = ""
-
-    @property
-    def is_of_parameter(self) -> bool:
-        """Whether `name` is that of a parameter."""
-        return self.kind in ("parameter", "use", "use.grad")
-
-    def __str__(self) -> str:
-        if self.kind == "output":
-            return ""
-        number = "" if self.call is None else f"#{self.call}"
-        if self.kind.startswith("use"):
-            return f"@{self.name}.uses{number}(){self.kind.removeprefix('use')}"
-        if self.kind == "call":
-            return f"@{self.name}{number}(){'.' if self.part else ''}{self.part}"
-        return f"@{self.name or self.kind}"
-
-
-OUTPUT = Port()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +103,7 @@ class ModulePath:
     @cached_property
     def plain_name(self) -> str:
         """The name without the backslashes that protect special characters."""
-        return _unescape(self.name)
+        return unescape(self.name)
 
 
 @evaluated_while_tracing
@@ -169,7 +133,8 @@ def escape(name: str) -> str:
     return _SPECIAL.sub(r"\\\g<0>", name)
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """`text` without the backslashes that protect special characters."""
     return _ESCAPED.sub(r"\1", text)
 
 
@@ -207,32 +172,14 @@ def _segment(segment: str) -> str:
     if segment == "*":
         return r"[^.]+"
     parts = re.findall(r"\\.?|\*|[^\\*]+", segment, re.DOTALL)
-    return "".join([r"[^.]*" if part == "*" else re.escape(_unescape(part)) for part in parts])
+    return "".join([r"[^.]*" if part == "*" else re.escape(unescape(part)) for part in parts])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
 _CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
-_PORT = re.compile(
-    r"@(?P<name>\w+(?:\.\w+)*)(?:#(?P<call>[0-9]{1,18}|\*))?"
-    r"(?:(?P<call_of>\(\))(?:\.(?P<part>input|scores|pattern))?(?P<grad>\.grad)?)?(?![\w.(#])"
-)
 _GROUP = re.compile(r"\{([^{}]*)\}")
-
-USES = ".uses"
-"""What stands between the name of a parameter and the brackets: `@weight.uses()`."""
-
-PORT = "a port is expected after @: input, grad, input.grad, a parameter, or a call name()"
-FUSED_ATTENTION = "scaled_dot_product_attention"
-STEPS = ("scores", "pattern")
-"""The steps of fused attention that a path can name: before and after its softmax, `[batch, head, query, key]`."""
-
-STEPS_OF_PORT = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
-GRAD_OF_PORT = "the gradient of a call is that of a parameter's uses alone: @weight.uses().grad"
-BRACKETS_OF_USES = "the uses of a parameter are calls, with brackets: @weight.uses()"
-INPUT_OF_USES = "the uses of a parameter are results, which have no input"
-CALL_OF_PORT = "a call number belongs to the module (h.3#1@input) or to a call (@softmax#1())"
 
 
 @evaluated_while_tracing
@@ -244,7 +191,7 @@ def _read(text: str) -> ModulePath:
 def _parse(text: str) -> ModulePath:
     name, at = _read_name(text)
     call, at = _read_call(text, at)
-    port, at = _read_port(text, at)
+    port, at = read_port(text, at)
     return ModulePath(name, call, port, read_chain(text, at))
 
 
@@ -288,33 +235,3 @@ def _read_call(text: str, at: int) -> tuple[int | str | None, int]:
 
 def _number(text: str | None) -> int | str | None:
     return text if text is None or text == EVERY_CALL else int(text)
-
-
-def _read_port(text: str, at: int) -> tuple[Port, int]:
-    if text[at : at + 1] != "@":
-        return OUTPUT, at
-    found = _PORT.match(text, at)
-    if found is None:
-        raise fault(text, at + 1, PORT)
-    if found["call"] and not found["call_of"]:
-        raise fault(text, found.start("call") - 1, CALL_OF_PORT)
-    if found["part"] in STEPS and found["name"] != FUSED_ATTENTION:
-        raise fault(text, found.start("part"), STEPS_OF_PORT)
-    if not found["call_of"] and found["name"].endswith(USES):
-        raise fault(text, found.end(), BRACKETS_OF_USES)
-    if found["grad"] and (found["part"] or not found["name"].endswith(USES)):
-        raise fault(text, found.start("grad"), GRAD_OF_PORT)
-    if found["part"] and found["name"].endswith(USES):
-        raise fault(text, found.start("part") - 1, INPUT_OF_USES)
-    return _port(found), found.end()
-
-
-def _port(found: re.Match[str]) -> Port:
-    name = found["name"]
-    if found["call_of"] and name.endswith(USES):
-        return Port(f"use{found['grad'] or ''}", name.removesuffix(USES), _number(found["call"]))
-    if found["call_of"]:
-        return Port("call", name, _number(found["call"]), found["part"] or "")
-    if name == "output":
-        return OUTPUT
-    return Port(name) if name in ("input", "grad", "input.grad") else Port("parameter", name)

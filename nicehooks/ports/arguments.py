@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from nicehooks.core.rules import SiteRule
+from torch import nn
+
+from nicehooks.core.register import Pairs, PortKind, register_port
+from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.selection import Site
 from nicehooks.core.tap import Frame
+from nicehooks.core.when import When
+from nicehooks.paths.ports import Port, Words
 from nicehooks.values.trees import Chain, is_same
 
 
@@ -13,6 +19,7 @@ class InputRule(SiteRule):
     """The arguments of a module, as an `Arguments`."""
 
     __slots__ = ()
+    reusable = True
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
@@ -74,3 +81,19 @@ def written_back(
         else:
             positional[position] = value
     return tuple(positional), by_name
+
+
+class InputPort(PortKind):
+    """`@input`: the arguments of a module."""
+
+    kind = shown = "input"
+
+    def read(self, words: Words) -> Port | None:
+        return Port(self.kind) if words.name == self.kind and not words.has_brackets else None
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        return [(site.module, InputRule(site, action, when))]
+
+
+register_port(InputPort())
+INPUT = Port(InputPort.kind)

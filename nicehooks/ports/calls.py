@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.core.register import Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site, has_forward
 from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import NiceHooksError, TreeMismatch
-from nicehooks.paths.grammar import EVERY_CALL, STEPS, Port
+from nicehooks.paths.ports import EVERY_CALL, Port, Words
+from nicehooks.paths.subscripts import fault
 from nicehooks.ports.arguments import arguments_of, by_name, complete, written_back
 from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
@@ -45,6 +47,10 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+FUSED_ATTENTION = "scaled_dot_product_attention"
+STEPS = ("scores", "pattern")
+"""The steps of fused attention that a path can name."""
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -302,18 +308,48 @@ def _is_ordinary(kind: type, name: str) -> bool:
     return not isinstance(inspect.getattr_static(kind, name), staticmethod | classmethod)
 
 
-def call_rules(site: Site, action: Action, when: When) -> list[tuple[nn.Module, Rule]]:
-    """The rules for a site that is a call; see `ports.rules_for`."""
-    module = site.module
-    others = others_below(module)
-    return [(module, CallRule(site, action, when)), *((other, OtherForwardRule()) for other in others)]
-
-
-def every_call_rules(site: Site, action: Action) -> list[tuple[nn.Module, Rule]]:
-    """The rule for all calls in the own forward of a module, where every module below it has one too."""
-    return [(site.module, EveryCallRule(site, action, ALWAYS))]
-
-
 def others_below(module: nn.Module) -> list[nn.Module]:
     """The modules below `module` that have a forward of their own; a tap on a container would look like one."""
     return [other for other in module.modules() if other is not module and has_forward(other)]
+
+
+class CallPort(PortKind):
+    """`@name()`: the calls of one function in a module's own forward; `.input` is what it is given.
+
+    The steps `.scores` and `.pattern` of fused attention are parts of its call, before and after its softmax,
+    `[batch, head, query, key]`.
+    """
+
+    kind = "call"
+    rank = 4
+    shown = "a call name()"
+
+    def read(self, words: Words) -> Port | None:
+        if not words.has_brackets:
+            return None
+        part, dot, rest = words.part.partition(".")
+        if "grad" in (part, rest):
+            raise fault(words.text, words.part_at if not dot else words.end - len(rest), GRAD_OF_CALL)
+        if part in STEPS and words.name != FUSED_ATTENTION:
+            raise fault(words.text, words.part_at, STEPS_OF_CALL)
+        return Port(self.kind, words.name, words.call, part) if part in ("", "input", *STEPS) and not dot else None
+
+    def written(self, port: Port) -> str:
+        number = "" if port.call is None else f"#{port.call}"
+        return f"@{port.name}{number}(){'.' if port.part else ''}{port.part}"
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        return [(site.module, CallRule(site, action, when)), *_other_forwards(site.module)]
+
+    def rules_for_all(self, site: Site, action: Action) -> Pairs:
+        return [(site.module, EveryCallRule(site, action, ALWAYS))]  # every module below it has one too
+
+
+def _other_forwards(module: nn.Module) -> Pairs:
+    return [(other, OtherForwardRule()) for other in others_below(module)]
+
+
+STEPS_OF_CALL = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
+GRAD_OF_CALL = "the gradient of a call is that of a parameter's uses alone: @weight.uses().grad"
+
+register_port(CallPort())

@@ -26,7 +26,7 @@ _holders: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionar
 """The sessions that hold a ticket; a forgotten handle ends with its model."""
 
 
-def give_ticket(session: Session, rules: list[Any]) -> None:
+def give_ticket(session: Session, rules: dict[int, Any]) -> None:
     """From here on compiled code can come back to `rules`."""
     number = next(_numbers)
     session.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
@@ -39,7 +39,7 @@ def take_ticket(session: Session) -> None:
     if session.ticket is not None:
         _holders.pop(int(session.ticket.item()), None)
         session.ticket = None
-        session.rules = []
+        session.rules = {}
 
 
 def passed(gradient: Tensor, ticket: Tensor, rule: int, key: str, steps: int, order: int) -> tuple[Tensor, Tensor]:

@@ -19,15 +19,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nicehooks import torch_private
-from nicehooks.core.rules import SiteRule
+from nicehooks.core.register import Companion, Pairs, PortKind, register_port
+from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.selection import Site
+from nicehooks.core.sessions import Session
 from nicehooks.core.tap import Frame
+from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch
 from nicehooks.paths.grammar import with_chain
+from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.compiled_gradients import passed
+from nicehooks.ports.compiled_gradients import give_ticket, passed, take_ticket
 from nicehooks.ports.gradient_lines import Gradients, Stations
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, place_in
@@ -53,10 +58,22 @@ def act_on_gradient(rule: SiteRule, gradient: Tensor, key: str, steps: int, orde
     return act(gradient)
 
 
+class ComesBack(Companion):
+    """Lets the backward of compiled code come back to the rules; see NOTE [Gradients of compiled code]."""
+
+    def begin(self, session: Session) -> None:
+        if torch_private.innermost_transform() is None:
+            give_ticket(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
+
+    def end(self, session: Session) -> None:
+        take_ticket(session)
+
+
 class GradientRule(SiteRule):
     """The gradient of what is differentiated with respect to the output of a module."""
 
     __slots__ = ()
+    companion = ComesBack
     reason = NO_GRADIENT
 
     def before(self, frame: Frame) -> None:
@@ -70,6 +87,8 @@ class InputGradientRule(InputRule):
     """The gradient of what is differentiated with respect to an argument of a module."""
 
     __slots__ = ()
+    reusable = False
+    companion = ComesBack
     reason = NO_GRADIENT
 
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
@@ -215,3 +234,31 @@ def made_differentiable(tensor: Tensor) -> Tensor:
     if tensor.requires_grad or torch.compiler.is_dynamo_compiling():  # there, the ticket does it
         return tensor
     return tensor.detach().requires_grad_().clone()
+
+
+class GradientPort(PortKind):
+    """`@grad`: the gradient of what is differentiated with respect to the output of a module."""
+
+    kind = "grad"
+    is_gradient = True
+    rank = 1
+    shown = "grad"
+    rule: type[SiteRule] = GradientRule
+
+    def read(self, words: Words) -> Port | None:
+        return Port(self.kind) if words.name == self.kind and not words.has_brackets else None
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        return [(site.module, self.rule(site, action, when))]
+
+
+class InputGradientPort(GradientPort):
+    """`@input.grad`: the same of an argument of a module."""
+
+    kind = shown = "input.grad"
+    rule = InputGradientRule
+
+
+register_port(GradientPort())
+register_port(InputGradientPort())
+GRADIENT, INPUT_GRADIENT = Port(GradientPort.kind), Port(InputGradientPort.kind)

@@ -18,24 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.core.sessions import LOCK
+from nicehooks.core.sessions import Exclusive, Session
 
 _MISSING: Any = object()
-_overrides: ContextVar[dict[tuple[int, str], Any]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
-_open_owners: ContextVar[frozenset[int]] = ContextVar("nicehooks.open_overrides", default=frozenset())
+_overrides: ContextVar[dict[tuple[int, str], tuple[Session, Any]]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
+_open_owners: ContextVar[frozenset[Any]] = ContextVar("nicehooks.open_overrides", default=frozenset())
 
 
 class Table(dict[str, Any]):
     """A module's `_parameters` or `_buffers`; see NOTE [A table that two threads read differently]."""
 
-    users: int
+    users: set[int]
     original: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         if torch.compiler.is_compiling():
             return super().__getitem__(name)
-        found = _overrides.get().get((id(self), name), _MISSING)
-        return super().__getitem__(name) if found is _MISSING else found
+        found = _overrides.get().get((id(self), name))
+        # what an interrupt left open ends with its session
+        return super().__getitem__(name) if found is None or found[0].ended else found[1]
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
@@ -44,27 +45,27 @@ class Table(dict[str, Any]):
         return (type(self.original), (), None, None, iter(list(self.items())))
 
 
-def stand_in(module: nn.Module) -> None:
-    """Puts tables in the place of the module's own, for one more user."""
-    with LOCK:
+def stand_in(module: nn.Module, session: Session) -> None:
+    """Puts tables in the place of the module's own, while `session` or another one uses them."""
+    with Exclusive():
         for kind in ("_parameters", "_buffers"):
             own = module.__dict__[kind]
             if not isinstance(own, Table):
                 table = Table(own)
-                table.users, table.original = 0, own
+                table.users, table.original = set(), own
                 module.__dict__[kind] = own = table
-            own.users += 1
+            own.users.add(session.number)
 
 
-def step_back(module: nn.Module) -> None:
-    """Undoes one `stand_in`; the last one puts the module's own tables back, with what was changed meanwhile."""
-    with LOCK:
+def step_back(module: nn.Module, session: Session) -> None:
+    """Undoes `stand_in`; the last one puts the module's own tables back, with what was changed meanwhile."""
+    with Exclusive():
         for kind in ("_parameters", "_buffers"):
             table = module.__dict__[kind]
             if not isinstance(table, Table):
                 continue
-            table.users -= 1
-            if table.users == 0:
+            table.users.discard(session.number)
+            if not table.users:
                 own = table.original
                 if not _same(own, table):
                     own.clear()
@@ -93,7 +94,9 @@ class Override(AbstractContextManager[None]):
     @staticmethod
     def is_open(owner: Any) -> bool:
         """Whether `owner` has an override open around this line."""
-        return owner.is_swapped if torch.compiler.is_dynamo_compiling() else id(owner) in _open_owners.get()
+        if torch.compiler.is_dynamo_compiling():
+            return owner.is_swapped
+        return (owner.session.number, owner.index) in _open_owners.get()
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -102,9 +105,10 @@ class Override(AbstractContextManager[None]):
             self.attributes.__enter__()
             return
         self.before = (_overrides.get(), _open_owners.get())
-        entries = {key: self.value for place in self.places for key in _keys(*place)}
+        session = self.owner.session
+        entries = {key: (session, self.value) for place in self.places for key in _keys(*place)}
         _overrides.set({**_overrides.get(), **entries})
-        _open_owners.set(_open_owners.get() | {id(self.owner)})
+        _open_owners.set(_open_owners.get() | {(session.number, self.owner.index)})
 
     def __exit__(self, *_: object) -> None:
         if torch.compiler.is_dynamo_compiling():

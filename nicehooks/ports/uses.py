@@ -23,13 +23,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nicehooks.core.register import Pairs, register_port
 from nicehooks.core.rules import Action
 from nicehooks.core.selection import Census, Site, has_forward
 from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.ports.calls import Call, CallRule, OtherForwardRule, forward_around, others_below
-from nicehooks.ports.gradients import NO_GRADIENT, watched_at
+from nicehooks.paths.grammar import unescape
+from nicehooks.paths.ports import Port, Words
+from nicehooks.paths.subscripts import fault
+from nicehooks.ports.calls import (
+    GRAD_OF_CALL,
+    STEPS,
+    STEPS_OF_CALL,
+    Call,
+    CallRule,
+    OtherForwardRule,
+    forward_around,
+    others_below,
+)
+from nicehooks.ports.gradients import NO_GRADIENT, ComesBack, watched_at
+from nicehooks.ports.weights import ParameterPort, escaped_word
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
 
@@ -82,6 +96,7 @@ class UseGradientRule(UseRule):
     """The gradients of what is differentiated with respect to these results."""
 
     __slots__ = ()
+    companion = ComesBack
     reason = NO_GRADIENT
 
     def on_use(self, frame: Frame, number: int, value: Any) -> Any:
@@ -127,24 +142,6 @@ def parametrizations_of(module: nn.Module) -> dict[str, nn.Module]:
     return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
 
 
-def use_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[tuple[nn.Module, Rule]]:
-    """The rules for a site that is the uses of a parameter; see `ports.rules_for`."""
-    owner = site.module
-    users = list(dict.fromkeys(users_of(owner, root)))
-    if not users:
-        raise UnsupportedModule(
-            f"{str(site)!r}: no module that is ever called itself holds this {type(owner).__name__}."
-        )
-    others = dict.fromkeys([other for user in users for other in others_below(user) if other not in users])
-    rule = (UseRule if site.path.port.kind == "use" else UseGradientRule)(site, action, when)
-    computing = parametrizations_of(owner).get(site.path.port.name)
-    return [
-        *((user, rule) for user in users),
-        *([] if computing is None else [(computing, ComputedRule(rule))]),
-        *((other, OtherForwardRule()) for other in others),
-    ]
-
-
 def users_of(owner: nn.Module, root: nn.Module) -> Iterator[nn.Module]:
     """The modules below `root` in whose own forward the parameters of `owner` are used."""
     if has_forward(owner):
@@ -161,3 +158,65 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
         if not has_forward(child):
             yield child
             yield from _containers(child)
+
+
+class UsePort(ParameterPort):
+    """`@weight.uses()`: the results of the operations that a parameter enters."""
+
+    kind = "use"
+    rank = 2
+    shown = ""
+    rule: type[UseRule] = UseRule
+
+    def read(self, words: Words) -> Port | None:
+        if not words.name.endswith(USES):
+            return None
+        if not words.has_brackets:
+            raise fault(words.text, words.end, BRACKETS_OF_USES)
+        part, grad = words.part.removesuffix("grad").removesuffix("."), words.part.endswith("grad")
+        if part in STEPS:
+            raise fault(words.text, words.part_at, STEPS_OF_CALL)
+        if part and grad:
+            raise fault(words.text, words.end - len("grad"), GRAD_OF_CALL)
+        if part:
+            raise fault(words.text, words.part_at - 1, INPUT_OF_USES)
+        return Port("use.grad" if grad else "use", unescape(words.name.removesuffix(USES)), words.call)
+
+    def written(self, port: Port) -> str:
+        number = "" if port.call is None else f"#{port.call}"
+        return f"@{escaped_word(port.name)}{USES}{number}(){'.grad' if port.is_gradient else ''}"
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        owner = site.module
+        users = list(dict.fromkeys(users_of(owner, root)))
+        if not users:
+            raise UnsupportedModule(NO_USER.format(site=str(site), kind=type(owner).__name__))
+        others = dict.fromkeys([other for user in users for other in others_below(user) if other not in users])
+        rule = self.rule(site, action, when)
+        computing = parametrizations_of(owner).get(site.path.port.name)
+        return [
+            *((user, rule) for user in users),
+            *([] if computing is None else [(computing, ComputedRule(rule))]),
+            *((other, OtherForwardRule()) for other in others),
+        ]
+
+
+class UseGradientPort(UsePort):
+    """`@weight.uses().grad`: the gradients of what is differentiated with respect to these results."""
+
+    kind = "use.grad"
+    is_gradient = True
+    rule = UseGradientRule
+
+    def read(self, words: Words) -> Port | None:
+        return None  # `UsePort` reads both
+
+
+USES = ".uses"
+"""What stands between the name of a parameter and the brackets."""
+NO_USER = "{site!r}: no module that is ever called itself holds this {kind}."
+BRACKETS_OF_USES = "the uses of a parameter are calls, with brackets: @weight.uses()"
+INPUT_OF_USES = "the uses of a parameter are results, which have no input"
+
+register_port(UsePort())
+register_port(UseGradientPort())

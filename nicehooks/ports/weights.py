@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import re
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
 from nicehooks import torch_private
+from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, OutputRule, SiteRule
-from nicehooks.core.selection import Census, Site, has_forward
-from nicehooks.core.tap import Frame, Rule
+from nicehooks.core.selection import Census, Site, has_forward, has_parameter, parameter_names
+from nicehooks.core.sessions import Session
+from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.ports.overrides import Override, StandIn
+from nicehooks.paths.grammar import unescape
+from nicehooks.paths.ports import Port, Words
+from nicehooks.ports.overrides import Override, StandIn, stand_in, step_back
 
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.4 … 2.13)."""
 
 
+class Tables(Companion):
+    """Puts a `Table` in the place of each that holds one of the parameters."""
+
+    def begin(self, session: Session) -> None:
+        for module in self._holders():
+            stand_in(module, session)
+
+    def end(self, session: Session) -> None:
+        for module in self._holders():
+            step_back(module, session)
+
+    def _holders(self) -> list[nn.Module]:
+        return list({id(module): module for rule in self.rules for module in rule.modules()}.values())
+
+
 class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
+    companion = Tables
     __slots__ = ("is_swapped", "places")
 
     def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
@@ -37,7 +59,7 @@ class ParameterRule(SiteRule):
         if not Override.is_open(self):
             self.number(frame)
             old = getattr(self.site.module, self.path.port.name)
-            new = self.through(frame, old)
+            new = self._changed(frame, old)
             places = [(reference(), name) for reference, name in self.places]
             frame.enter(Override(self, places, None if new is old else new))  # pyright: ignore[reportArgumentType]
         if self.action.changes and not torch.compiler.is_compiling():
@@ -48,6 +70,14 @@ class ParameterRule(SiteRule):
                 StandIn(module, {"_flat_weights": torch_private.flat_weights(module)}, FLAT_WEIGHTS)
             )
 
+    def _changed(self, frame: Frame, old: torch.Tensor) -> Any:
+        """`old` after the action; a function that writes in place must not reach the model's own parameter."""
+        if not self.action.may_write or torch.compiler.is_compiling():
+            return self.through(frame, old)
+        copy = old.clone()
+        new = self.through(frame, copy)
+        return old if new is copy and torch.equal(copy, old) else new
+
     def after(self, frame: Frame) -> None:
         pass
 
@@ -56,6 +86,10 @@ class AttributeRule(SiteRule):
     """A tensor that a pre-hook of the module computes and keeps as a plain attribute, as `weight_norm` does."""
 
     __slots__ = ()
+    reason = "the module that owns it was not called, and {name!r} is there only while it runs."
+
+    def why_not_reached(self) -> str:
+        return self.reason.format(name=self.path.port.name)
 
     def before(self, frame: Frame) -> None:
         self.number(frame)
@@ -69,21 +103,54 @@ class AttributeRule(SiteRule):
         pass
 
 
-def parameter_rules(site: Site, action: Action, when: When, root: nn.Module) -> list[tuple[nn.Module, Rule]]:
-    """The rules for a site that is a parameter; see `ports.rules_for`."""
-    owner, name = site.module, site.path.port.name
-    if when.numbers_calls:
-        raise UnsupportedModule(f"{str(site)!r}: a parameter has no calls; choose the steps of the model with steps=.")
-    if name in getattr(owner, "parametrizations", {}):
-        return [(owner.parametrizations[name], OutputRule(site, action, when))]  # type: ignore[index]
-    if name in vars(owner):
-        return [(owner, AttributeRule(site, action, when))]
-    places = _places(owner, name, root)
-    holders = [module for module, _ in places]
-    around = [module for module in root.modules() if any(m is holder for m in module.modules() for holder in holders)]
-    modules = {id(module): module for module in (root, *around, *holders)}
-    rule = ParameterRule(site, action, when, places)
-    return [(module, rule) for module in modules.values() if has_forward(module)]
+class ParameterPort(PortKind):
+    """`@weight`: a parameter or a buffer, for the duration of the context."""
+
+    kind = "parameter"
+    rank = 3
+    shown = "a parameter"
+    needs_forward = False
+
+    def is_on(self, module: nn.Module, port: Port) -> bool:
+        return has_parameter(module, port.name)
+
+    def missing(self, name: str, module: nn.Module, port: Port) -> str:
+        have = ", ".join(parameter_names(module)) or "none of its own"
+        return f"module {name!r} ({type(module).__name__}) has no parameter {port.name!r}; it has: {have}."
+
+    def read(self, words: Words) -> Port | None:
+        return None if words.has_brackets else Port(self.kind, unescape(words.name))
+
+    def written(self, port: Port) -> str:
+        return f"@{escaped_word(port.name)}"
+
+    def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
+        owner, name = site.module, site.path.port.name
+        if when.numbers_calls:
+            raise UnsupportedModule(NO_CALLS.format(site=str(site)))
+        if name in getattr(owner, "parametrizations", {}):
+            return [(owner.parametrizations[name], OutputRule(site, action, when))]  # type: ignore[index]
+        if name in vars(owner):
+            return [(owner, AttributeRule(site, action, when))]
+        places = _places(owner, name, root)
+        holders = [module for module, _ in places]
+        around = [m for m in root.modules() if any(below is holder for below in m.modules() for holder in holders)]
+        modules = {id(module): module for module in (root, *around, *holders)}
+        rule = ParameterRule(site, action, when, places)
+        return [(module, rule) for module in modules.values() if has_forward(module)]
+
+
+NO_CALLS = "{site!r}: a parameter has no calls; choose the steps of the model with steps=."
+
+
+def escaped_word(name: str) -> str:
+    """The name of a parameter as a path has it: with backslashes where it would mean something else."""
+    text = re.sub(r"[^\w.]", r"\\\g<0>", name)
+    return f"\\{text}" if name in RESERVED else text
+
+
+RESERVED = ("input", "grad", "output")
+"""What means another port, where a parameter has this name."""
 
 
 def _places(owner: nn.Module, name: str, root: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -95,3 +162,6 @@ def _places(owner: nn.Module, name: str, root: nn.Module) -> list[tuple[nn.Modul
         for table in (module._parameters, module._buffers):
             places += [(module, n) for n, t in table.items() if t is tensor and not (module is owner and n == name)]
     return places
+
+
+register_port(ParameterPort())

@@ -135,9 +135,10 @@ def test_after_an_error_half_way_through_entering(monkeypatch, error, at):
 
     from nicehooks.contexts import intervention
     from nicehooks.core import sessions, tap
+    from nicehooks.ports import weights
 
     with monkeypatch.context() as patched:
-        patched.setattr(intervention, "stand_in", fail_later(intervention.stand_in))
+        patched.setattr(weights, "stand_in", fail_later(weights.stand_in))
         patched.setattr(intervention, "bind", fail_later(intervention.bind))
         patched.setattr(tap, "tap_of", fail_later(tap.tap_of))
         patched.setattr(sessions, "begin", fail_later(sessions.begin))

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nicehooks import ModulePath, NiceHooksError, PathError, capture, select
-from nicehooks.paths.grammar import EVERY_CALL, FUSED_ATTENTION, Port, escape
+from nicehooks.paths.grammar import escape
+from nicehooks.paths.ports import EVERY_CALL, Port
+from nicehooks.ports.calls import FUSED_ATTENTION
 from nicehooks.values.trees import STAR, Heads
 
 parse = ModulePath.parse

@@ -24,7 +24,8 @@ from nicehooks.compat.transformer_lens.points import HookPoint, Within
 from nicehooks.core.selection import Census, Site, has_forward
 from nicehooks.core.tap import tap_of
 from nicehooks.errors import SiteNotFound
-from nicehooks.paths.grammar import ModulePath, Port, escape
+from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.ports import Port
 from nicehooks.ports.uses import parametrizations_of, users_of
 
 SUFFIX = "hook_point"

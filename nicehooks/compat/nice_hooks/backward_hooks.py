@@ -23,7 +23,8 @@ from nicehooks.core.selection import Site
 from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, Port, with_chain
+from nicehooks.paths.grammar import ModulePath, with_chain
+from nicehooks.paths.ports import Port
 from nicehooks.ports.arguments import InputRule
 from nicehooks.ports.gradient_lines import Gradients, Stations
 from nicehooks.ports.gradients import NO_GRADIENT, made_differentiable, may_have_gradient, own_use, stations_of, used_by

@@ -21,8 +21,10 @@ from nicehooks.core.selection import Site
 from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.paths.grammar import OUTPUT, ModulePath, Port
-from nicehooks.ports.arguments import InputRule
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.ports import OUTPUT, Port
+from nicehooks.ports.arguments import INPUT, InputRule
+from nicehooks.ports.gradients import INPUT_GRADIENT
 from nicehooks.values import trees
 
 Pairs = list[tuple[nn.Module, Rule]]
@@ -49,7 +51,7 @@ class HookAction(Action):
 
     def rules(self, site: Site, when: When) -> Pairs:
         """The rules that bring what happens at `site` to the hook."""
-        if site.path.port.kind != "output":
+        if not site.path.port.is_output:
             raise UnsupportedModule(PORT.format(verb=self.verb, path=site.path, plain=replace(site.path, port=OUTPUT)))
         rule = self.rule(site, when)
         self.paths[rule.key] = site.path
@@ -69,7 +71,7 @@ class HookAction(Action):
 def _shown(key: str) -> ModulePath:
     """The path of the site at `key`, as the user of a hook would write it."""
     path = ModulePath.parse(key)
-    chain = path.chain[1:] if path.port.kind.startswith("input") else path.chain
+    chain = path.chain[1:] if path.port in (INPUT, INPUT_GRADIENT) else path.chain
     return replace(path, port=OUTPUT, chain=chain)
 
 

@@ -53,7 +53,7 @@ class HooksOn(Intervention):
     def _make_plan(self) -> Plan:
         self._scope = GradientScope()
         self._bound = set(places_in_use(self.tree))
-        return super()._make_plan() if self._bound else Plan(repr(self), [], [], [], False, frozenset(), [])
+        return super()._make_plan() if self._bound else Plan.of(repr(self), [])
 
     def _actions(self) -> list[tuple[Where, Action]]:
         found, parts = places_in_use(self.tree), anatomy(self.model, self.at)

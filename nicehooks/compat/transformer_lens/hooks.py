@@ -23,7 +23,7 @@ from nicehooks.contexts.intervention import Intervention
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Census, Group, Site, unwrap
-from nicehooks.core.sessions import LOCK, Session, is_acting
+from nicehooks.core.sessions import Exclusive, Session, is_acting
 from nicehooks.core.tap import HANDLES, Rule, tap_of, unbind
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
@@ -211,20 +211,20 @@ class Hooks(Intervention):
 
     def attach(self) -> Any:
         super().attach()
-        with LOCK:
+        with Exclusive():
             handles = vars(unwrap(self.model)).setdefault(HANDLES, [])
             if self.active and self not in handles:
                 handles.append(self)
         return self
 
-    def _stop(self, holders: int | None = None) -> None:
+    def _stop(self) -> None:
         """See NOTE [Who holds an attached hook]."""
         entries = vars(unwrap(self.model))
-        with LOCK:
+        with Exclusive():
             handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
             if handles:
                 entries[HANDLES] = handles
-        super()._stop(holders)
+        super()._stop()
 
     def drop(self, hook: Hook) -> None:
         """Removes one hook; with the last one, the intervention is over."""
@@ -232,7 +232,7 @@ class Hooks(Intervention):
         if all([hook.removed for hook in self._hooks]):
             self.remove()
         elif self._plan is not None:
-            unbind([pair for pair in self._plan.pairs if getattr(pair[1], "action", None) is hook])
+            unbind([bound for bound in self._plan.taps if getattr(bound[1], "action", None) is hook])
 
 
 class _Items(Action):

@@ -23,7 +23,8 @@ from nicehooks.compat.transformer_lens.hooks import (
 )
 from nicehooks.core.selection import SCRIPTED, Census, Site
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, Port, escape
+from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.ports import Port
 
 Directions = Literal["fwd", "bwd", "both"]
 
