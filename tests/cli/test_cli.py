@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,12 @@ def test_the_grid_is_that_of_hand_written_hooks(make):
     expected = with_hand_written_hooks(model, list(model.transformer.h), pair)
     grid = residual_grid(model, pair, batch=1)
     assert torch.equal(grid.effects, expected)
+    # A batch may round otherwise, each logit in some of its last bits, and the division makes that larger.
+    rounding = 8 * torch.finfo(torch.float32).eps * model(clean).logits.abs().max().item()
+    close = partial(torch.testing.assert_close, rtol=0, atol=rounding / abs(grid.clean - grid.corrupted))
     side_by_side = residual_grid(model, pair, batch=3)
-    assert torch.allclose(side_by_side.effects, expected, atol=1e-5)
-    assert grid.effects[-1, -1] == pytest.approx(1.0)  # the last block at the last position is all that logits see
+    close(side_by_side.effects, expected)
+    close(grid.effects[-1, -1].item(), 1.0)  # the last block at the last position is all that logits see
     part = residual_grid(model, pair, layers=[-1, 0], positions=[2, -1], batch=1)
     assert (part.layers, part.positions, part.tokens) == ([2, 0], [2, 4], ["c", "e"])
     assert torch.equal(part.effects, expected[[2, 0]][:, [2, 4]])

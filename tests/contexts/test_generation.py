@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -522,6 +523,11 @@ def test_a_bare_thread_that_generates_is_not_reached_and_it_is_said(model, block
 # --- loops written by hand --------------------------------------------------------------------------------------------
 
 
+def cache_of(model: Any) -> str:
+    """What this release of transformers calls the cache, as an argument and in the output."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def decode_by_hand(
     model: Any, prompt: dict[str, Tensor], choose: Callable[[Tensor], Tensor], cached: bool = True
 ) -> tuple[Tensor, list[Tensor]]:
@@ -532,9 +538,9 @@ def decode_by_hand(
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": cached}
         if cache is not None:
-            given |= {"input_ids": ids[:, -1:], "position_ids": positions[:, -1:], "past_key_values": cache}
+            given |= {"input_ids": ids[:, -1:], "position_ids": positions[:, -1:], cache_of(model): cache}
         output = model(**given)
-        cache = output.past_key_values if cached else None
+        cache = output[cache_of(model)] if cached else None
         logits.append(output.logits[:, -1])
         ids = torch.cat([ids, choose(logits[-1])[:, None]], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -600,7 +606,7 @@ def test_a_cache_that_was_made_under_a_patch_is_used_after_it(model, blocks):
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=first.past_key_values,
+        **{cache_of(model): first[cache_of(model)]},
         max_new_tokens=NEW - 1,
         min_new_tokens=NEW - 1,
         do_sample=False,

@@ -36,7 +36,11 @@ def leaked(transform, path="embed", make_use=lambda acts: acts, **options):
 
 
 @pytest.mark.parametrize("transform", AROUND)
-@pytest.mark.parametrize("options", [{}, {"clone": True}, {"keep": "all"}, {"map": lambda value: value * 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clone": True}, {"keep": "all"}, {"map": lambda value: value * 2}],
+    ids=["plain", "clone", "keep", "map"],
+)
 def test_a_value_that_outlives_its_transform_raises(transform, options):
     acts = leaked(transform, **options)
     with pytest.raises(StaleActivation, match=f"^{re.escape(OVER)}$"):
