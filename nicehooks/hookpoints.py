@@ -21,6 +21,8 @@ from nicehooks.compat.transformer_lens.hooks import HookFunction, LensHandle
 from nicehooks.compat.transformer_lens.named_points import HookRecord
 from nicehooks.compat.transformer_lens.points import HookPoint, Place
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
+from nicehooks.moved import belong_to
+from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
 __all__ = [
     "CachingHook",
@@ -40,3 +42,5 @@ __all__ = [
     "check_auto_hook",
     "hooked",
 ]
+
+belong_to(__name__, [globals()[name] for name in __all__])

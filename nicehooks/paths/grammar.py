@@ -108,7 +108,7 @@ class ModulePath:
 
     def __reduce__(self) -> Any:
         """A copy is read from the text, so that its `*`s are again the one `STAR`."""
-        return _parse, (self._text,)
+        return ModulePath.parse, (self._text,)
 
     def __repr__(self) -> str:
         return f"ModulePath({self._text!r})"
