@@ -21,6 +21,7 @@ True
 `anatomy` where a transformer has its parts. What is captured is an `ActivationCache`.
 """
 
+# ruff: noqa: F405
 from __future__ import annotations
 
 import importlib
@@ -107,7 +108,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This module: a public function is never hidden by a submodule of its name, which Python would put in its place."""
+    """This module: no submodule takes the place of a public function of its name, as Python would have it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -23,7 +23,7 @@ from nicehooks.compat.transformer_debugger.hook_collections import (
     ResidualStreamHooks,
     ResidualStreamTorsoHooks,
 )
-from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, ConditionalHooks, Hooks, WrapperHooks
+from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, ConditionalHooks, Hooks, WrapperHooks, _IsAt
 from nicehooks.compat.transformer_debugger.places import PLACES, spots
 from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
 from nicehooks.moved import belong_to
@@ -123,4 +123,5 @@ class TransformerHooks(HookCollection):
         """
         return HooksOn(self, model, at)
 
-belong_to(__name__, [globals()[name] for name in __all__])
+
+belong_to(__name__, [_IsAt, *(globals()[name] for name in __all__)])

@@ -21,7 +21,7 @@ HOUSE = Path(__file__).parent
 
 
 def belong_to(module: str, things: Iterable[Any]) -> None:
-    """Makes our classes and functions say that they are of `module`; errors are of `nicehooks.errors` as they always were."""
+    """Makes our classes and functions say that they are of `module`; all errors are of `nicehooks.errors`."""
     for thing in things:
         ours = isinstance(thing, type | FunctionType) and thing.__module__.startswith("nicehooks.")
         if ours and thing.__module__ != "nicehooks.errors":
@@ -54,5 +54,7 @@ def _places(old: str, name: str) -> Iterator[tuple[str, str]]:
                 yield ".".join(("nicehooks", *file.relative_to(HOUSE).with_suffix("").parts)), name
 
 
-RENAMED: dict[tuple[str, str], str] = {}
+RENAMED = {
+    ("nicehooks.listing", "describe"): "nicehooks.contexts.listing.describe",
+}
 """What has another name today, or whose name several files have."""

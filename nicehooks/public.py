@@ -37,11 +37,11 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
+from nicehooks.moved import belong_to
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
-from nicehooks.moved import belong_to
 
 __all__ = [
     "KEEP",

@@ -21,7 +21,6 @@ TOWARDS = "I hate this. It is terrible"
 AWAY_FROM = "I love this. It is wonderful"
 
 
-
 def patch_job(options: argparse.Namespace) -> None:
     """`nicehooks patch`: the effect of the residual stream at every layer and position, as a table and a picture."""
     _check_extras(options)

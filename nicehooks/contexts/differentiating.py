@@ -1,7 +1,7 @@
 """`grad_at`: the gradients of a metric at sites.
 
 NOTE [One backward for all sites]
-Nothing in a model need ask for gradients: parameters may be frozen, and inputs may be tokens. So a zero that does ask is
+Nothing in a model need ask for gradients: parameters may be frozen, inputs may be tokens. So a zero that does ask is
 subtracted at each site, or, where the value has a graph already, it is copied. Each site is then a node of its own, and
 `torch.autograd.grad` gives the gradients at all of them at once. (It is no view: a later in-place layer would take that
 out of the graph.)
@@ -22,8 +22,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
-from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts import second_order
+from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site, Where, select, unwrap

@@ -155,8 +155,8 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_every_error_is_a_nicehooks_error_and_every_warning_a_nicehooks_warning() -> None:
     """But for the one that ends a forward early, which no `except Exception` of a model may catch."""
     strangers: set[str] = set()
-    for info in pkgutil.iter_modules([str(HOUSE)]):
-        for name, thing in vars(importlib.import_module(f"nicehooks.{info.name}")).items():
+    for info in pkgutil.walk_packages([str(HOUSE)], "nicehooks."):
+        for name, thing in vars(importlib.import_module(info.name)).items():
             if (
                 isinstance(thing, type)
                 and issubclass(thing, BaseException)
