@@ -198,7 +198,7 @@ def requires_gradient(value: Tensor) -> bool:
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-next_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # pyright: ignore[reportAttributeAccessIssue]
+next_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # pyright: ignore
 """The number that the next node of autograd's graph in this thread gets (torch 2.4 … 2.13)."""
 
 

@@ -49,7 +49,7 @@ def grad_at(
     Args:
         model: any module.
         where: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
-            of them. The gradient of a tree is a tree like it, with None for what is no floating-point tensor.
+            of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None for what is no floating-point tensor.
         metric: `metric(output)` is a scalar tensor.
 
     Raises:

@@ -35,6 +35,7 @@ def gradients(
     if value.grad_fn is None:
         return value, [None] * len(edges)
     leaves, others = _outside(value.grad_fn, begun, own) if again else ([], False)
+    found: list[Tensor | None]
     *found, _ = torch.autograd.grad(
         value, [*edges, own], create_graph=others, retain_graph=bool(leaves) or others, allow_unused=True
     )
@@ -45,9 +46,11 @@ def gradients(
 
 def _outside(last: Any, begun: int, own: Tensor) -> tuple[list[Tensor], bool]:
     """The leaves of the graph of a forward but `own`, and whether it has anything else that was there before it."""
-    leaf, number = type(get_gradient_edge(own).node), torch_private.sequence_number
+    leaf: Any = type(get_gradient_edge(own).node)
+    number = torch_private.sequence_number
     nodes, found, others = [last], {last}, False
     leaves: list[Tensor] = []
+    before: Any
     for node in nodes:  # which grow meanwhile; this is a large part of what `grad_at` costs a small model
         for before, _ in node.next_functions:
             if before is None or before in found:

@@ -57,10 +57,10 @@ def test_old_pickles_of_public_names_are_those_names() -> None:
 
 
 def test_an_old_module_has_what_its_file_had_and_hides_no_public_function() -> None:
-    import nicehooks.activations
-    import nicehooks.anatomy  # its name is that of a function, too
-    import nicehooks.functional
-    import nicehooks.seen
+    import nicehooks.activations  # pyright: ignore
+    import nicehooks.anatomy  # pyright: ignore # its name is that of a function, too
+    import nicehooks.functional  # pyright: ignore
+    import nicehooks.seen  # pyright: ignore
 
     assert nicehooks.activations.ActivationCache is ActivationCache  # pyright: ignore
     assert nicehooks.seen.Calls(["a"]) == ["a"]  # pyright: ignore
