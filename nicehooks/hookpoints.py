@@ -23,6 +23,8 @@ from nicehooks.compat.transformer_lens.hooks import HookFunction, LensHandle
 from nicehooks.compat.transformer_lens.hooks_by_name import HookIntrospectionMixin
 from nicehooks.compat.transformer_lens.lens_cache import LensCache
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
+from nicehooks.moved import belong_to
+from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
 __all__ = [
     "CachingHook",
@@ -44,3 +46,5 @@ __all__ = [
     "get_act_name",
     "hooked",
 ]
+
+belong_to(__name__, [globals()[name] for name in __all__])

@@ -249,6 +249,14 @@ def each_of_batch(act: OnTensors, gradients: list[Tensor]) -> list[Tensor]:
     return [_as_batch(one, 0, level) for one in new]
 
 
+next_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # pyright: ignore
+"""The number that the next node of autograd's graph in this thread gets (torch 2.4 … 2.13)."""
+
+
+sequence_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
+"""The number of a node of autograd's graph: which was made first, among those of one thread (torch 2.4 … 2.13)."""
+
+
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread (torch 2.4 … 2.13)."""
     return torch._C._current_graph_task_id() != -1

@@ -34,6 +34,7 @@ def logit_lens(
 
     The residual stream goes through the final norm and the unembedding of the model, clean of interventions.
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=100)).eval()
@@ -87,6 +88,7 @@ def direct_logit_attribution(
     logit. The terms add up to it (or to the difference of two logits), from "A Mathematical Framework for Transformer
     Circuits".
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model, ids = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval(), [[3, 1, 4]]
@@ -156,6 +158,7 @@ def direct_logit_attribution(
 def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None = None) -> Tensor:
     """What each head adds to `attn_out`; the bias of the projection is apart.
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval()

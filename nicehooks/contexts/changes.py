@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.calling import has_forward
 from nicehooks.core.census import unwrap
 from nicehooks.core.methods import method_modules
-from nicehooks.core.rules import Action, SuspendRule
-from nicehooks.core.selection import Site, Where
+from nicehooks.core.register import Pairs
+from nicehooks.core.rules import Action, OutputRule, SuspendRule
+from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
 from nicehooks.core.tap import has_rules
 from nicehooks.errors import TreeMismatch
@@ -230,6 +232,8 @@ class patch(Intervention):
         super().__init__(model, steps, calls)
         if (value is ...) != isinstance(where, Mapping) or isinstance(where, Tensor):
             raise TypeError("patch takes a path and a value, patch(model, path, value), or a mapping of them")
+        self._together: dict[int, tuple[Any, list[RegionRule]]] = {}  # while a plan is made: the last rules of a module
+        self._found: dict[Where, Group] = {}  # while a plan is made: what each path selects
         self.values: list[tuple[Where, Any]] = list(where.items()) if value is ... else [(where, value)]
 
     def __repr__(self) -> str:
@@ -237,6 +241,32 @@ class patch(Intervention):
 
     def _actions(self) -> list[tuple[Where, Action]]:
         return [(where, _Patch(value)) for where, value in self.values]
+
+    def _make_plan(self) -> Any:
+        wheres = [where for where, _ in self.values]
+        self._together = {}
+        self._found = {}
+        if len(wheres) > 1 and all([isinstance(where, str) for where in wheres]):
+            self._found = dict(zip(wheres, super()._selected(wheres), strict=True))  # one walk through the model
+        try:
+            return super()._make_plan()
+        finally:
+            self._together = self._found = {}
+
+    def _selected(self, where: Where) -> list[Group]:
+        found = self._found.get(where) if isinstance(where, str) else None
+        return super()._selected(where) if found is None else [found]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        """See NOTE [Regions that are written together]."""
+        pairs, shape, module = super()._rules(site, action), shape_of(site), id(site.module)
+        ((_, rule), *others) = pairs
+        if others or type(rule) is not OutputRule or rule.when.counts or shape is None or _is_traced():
+            self._together.pop(module, None)  # what comes between two regions has to stay there
+            return pairs
+        before, together = self._together.get(module, (None, []))
+        self._together[module] = shape, (together if before == shape else [])
+        return [(pairs[0][0], RegionRule(site, action, rule.when, self._together[module][1]))]
 
 
 class _Patch(Action):
@@ -259,6 +289,10 @@ class _Patch(Action):
             raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
         return old if trees.is_same(new, old) else _copied(new, old)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_dynamo_compiling()
 
 
 def _is_tensor(leaf: Any) -> bool:

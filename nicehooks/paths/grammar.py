@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from operator import methodcaller
 from typing import Any
 
 from nicehooks.paths.names import ESCAPED, RANGE, escape, has_wildcard, unescape
@@ -94,7 +95,7 @@ class ModulePath:
 
     def __reduce__(self) -> Any:
         """A copy is read from the text, so that its `*`s are again the one `STAR`."""
-        return _parse, (self._text,)
+        return methodcaller("parse", self._text), (ModulePath,)
 
     def __repr__(self) -> str:
         return f"ModulePath({self._text!r})"

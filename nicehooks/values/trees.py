@@ -39,7 +39,7 @@ __all__ = [
     "usable",
 ]
 
-KEEP = Constant(__name__, "KEEP", "KEEP")
+KEEP = Constant("nicehooks", "KEEP", "KEEP")
 """In a tree of new values: leave this part as it is."""
 
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from nicehooks import UnsupportedModule, sites
 from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.anatomies.residual import decoder_blocks, residual_stream
-from nicehooks.cli import command, terminal
+from nicehooks.cli import command, jobs, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
 from nicehooks.cli.prompts import PromptPair, encode, encode_pair
@@ -252,7 +252,7 @@ def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"{sites(model, **encode(tokenizer, command.CLEAN))}\n"
 
 
-A_LINE = "import sys; from nicehooks.cli import command; command.sites_job = print; sys.exit(command.main(['sites']))"
+A_LINE = "import sys; from nicehooks.cli import command, jobs; jobs.sites_job = print; exit(command.main(['sites']))"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_shipped_model_knows_the_indirect_object(one: str, other: str):
 
 @pytest.mark.slow
 def test_the_demo(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(command, "load", lambda name, device: shipped())
+    monkeypatch.setattr(jobs, "load", lambda name, device: shipped())
     assert command.main(["demo", "--layers", "0,29", "--positions", "9,13"]) == 0
     out = capsys.readouterr().out
     assert "From layer" not in out
@@ -381,7 +381,7 @@ def test_a_list_of_numbers_that_is_none(numbers: str, capsys: pytest.CaptureFixt
 def test_prompts_between_which_the_model_sees_no_difference(tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch):
     model, tokenizer = load(tiny)
     torch.nn.init.zeros_(model.lm_head.weight)
-    monkeypatch.setattr(command, "load", lambda name, device: (model, tokenizer))
+    monkeypatch.setattr(jobs, "load", lambda name, device: (model, tokenizer))
     assert refusal(capsys, "patch", *WORDS) == (
         "nicehooks: both prompts have the logit difference 0.00: there is no effect to look for.\n"
     )
