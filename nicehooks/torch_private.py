@@ -353,6 +353,28 @@ def pre_hooks(module: nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+def nested_sizes(tensor: Tensor) -> list[int | str]:
+    """The sizes of a nested tensor, `*` for a dimension in which its tensors differ (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.jagged:
+        return [size if type(size) is int else "*" for size in tensor.shape]
+    sizes = tensor._nested_tensor_size()
+    same = [
+        int(sizes[0, dim]) if bool((sizes[:, dim] == sizes[0, dim]).all()) else "*" for dim in range(sizes.shape[1])
+    ]
+    return [sizes.shape[0], *same]
+
+
+def held_by(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse or jagged one consists of (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout is torch.jagged:
+        return [tensor.values(), tensor.offsets()]
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    places = [tensor.crow_indices(), tensor.col_indices()] if by_row else [tensor.ccol_indices(), tensor.row_indices()]
+    return [*places, tensor.values()]
+
+
 def is_scripted(module: object) -> bool:
     """Whether `module` is TorchScript, whose forward Python never sees."""
     return isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction)

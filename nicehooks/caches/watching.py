@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any, TypeVar
 
@@ -41,22 +40,11 @@ def calls_of(link: Link) -> Calls[Any]:
     return Calls([*(before or ()), *reversed(values)])
 
 
-def describe(value: Any) -> str:
-    """The structure of a value; calls that look alike are counted."""
-    if type(value) is not Calls:
-        return trees.describe(value)
-    groups = [(kind, len(list(same))) for kind, same in itertools.groupby(map(trees.describe, value))]
-    shown = [kind if count == 1 else f"{count} × {kind}" for kind, count in groups]
-    if len(shown) > 3:
-        shown = [shown[0], f"… {len(value) - groups[0][1] - groups[-1][1]} more …", shown[-1]]
-    return f"Calls[{', '.join(shown)}]"
-
-
 class Watch(list[tuple[Any, Any]]):
     """The tensors of a captured value, held weakly, each with its version when it was captured.
 
     Attributes:
-        lives: of the transforms that the tensors belong to; see `internals.life_of`.
+        lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
     """
 
     lives: tuple[Any, ...] = ()

@@ -42,6 +42,11 @@ class Port:
         """Whether `name` is that of a parameter."""
         return self.kind in ("parameter", "use", "use.grad")
 
+    @property
+    def is_of_arguments(self) -> bool:
+        """Whether the value is all arguments of the module, whose first subscript is a position or a name."""
+        return self.kind in ("input", "input.grad")
+
     def __str__(self) -> str:
         if self.kind == "output":
             return ""
@@ -144,8 +149,11 @@ class ModulePath:
 
 @evaluated_while_tracing
 def with_chain(text: str, chain: Chain) -> str:
-    """The path `text` with other subscripts."""
-    return str(replace(_parse(text), chain=chain))
+    """The path `text` with other subscripts; where these only fill in its `*`s, the rest stays as it was spelled."""
+    path = _parse(text)
+    if len(path.chain) == len(chain):
+        chain = tuple([new if STAR in _items(own) else own for own, new in zip(path.chain, chain, strict=True)])
+    return str(replace(path, chain=chain))
 
 
 def _items(step: Any) -> tuple[Any, ...]:

@@ -155,7 +155,7 @@ class _Found(NamedTuple):
 
 def _watch_part(found: _Found, part: Any) -> Any:
     if not found.rule.wild and not any(map(_is_differentiable, trees.leaves(part))):
-        raise TreeMismatch(f"{trees.describe(part)} has no tensor in it that could have a gradient")
+        raise TreeMismatch(f"{trees.structure_of(part)} has no tensor in it that could have a gradient")
     return _watch_all(found, part, ())
 
 

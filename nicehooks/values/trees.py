@@ -13,7 +13,20 @@ from torch import Tensor
 
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import regions
-from nicehooks.values.nodes import Node, describe, is_same, leaves, map_tensors, open_node, place_in
+from nicehooks.values.nodes import (
+    Node,
+    as_it_is,
+    bytes_of,
+    is_nested,
+    is_same,
+    leaves,
+    map_children,
+    map_tensors,
+    open_node,
+    place_in,
+    structure_of,
+)
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 from nicehooks.values.regions import STAR, Chain, Constant, Heads, Rows, show_step
 
 __all__ = [
@@ -23,19 +36,24 @@ __all__ = [
     "Heads",
     "Node",
     "Rows",
+    "as_it_is",
     "assign",
-    "describe",
+    "bytes_of",
     "each_index",
     "fits",
     "get",
+    "is_complex",
+    "is_nested",
     "is_same",
     "leaves",
     "length",
+    "map_children",
     "map_tensors",
     "open_node",
     "place_in",
     "rewrite",
     "show_step",
+    "structure_of",
     "usable",
 ]
 
@@ -70,14 +88,14 @@ def length(tree: Any, items: list[Any], position: int) -> int:
     if not isinstance(tree, Tensor):
         node = open_node(tree)
         if node is None:
-            raise TreeMismatch(f"[*] needs a tensor or a container, not {describe(tree)}")
+            raise TreeMismatch(f"[*] needs a tensor or a container, not {structure_of(tree)}")
         return len(node.children)
     before, after = items[:position], items[position:]
     dim = sum(item is not None for item in before)
     if Ellipsis in before:
         dim = tree.ndim - sum(item is not None for item in after)
     if not 0 <= dim < tree.ndim:
-        raise TreeMismatch(f"[*] is at dimension {dim} of {describe(tree)}")
+        raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}")
     return tree.shape[dim]
 
 
@@ -118,17 +136,17 @@ def _replace(tree: Any, step: Any, new: Any) -> Any:
 def _child(tree: Any, step: Any) -> tuple[Node, int]:
     """The node of `tree` and the position in it of what `step` names: a position, a key or a field."""
     if isinstance(step, Heads | Rows | tuple | slice):
-        raise TreeMismatch(f"{show_step(step)} needs a tensor, not {describe(tree)}")
+        raise TreeMismatch(f"{show_step(step)} needs a tensor, not {structure_of(tree)}")
     node = open_node(tree)
     if node is None:
-        raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {describe(tree)}")
+        raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {structure_of(tree)}")
     if step in node.names:
         return node, node.names.index(step)
     count = len(node.children)
     if node.counted and isinstance(step, int) and -count <= step < count:
         return node, step % count
     have = ", ".join(repr(name) for name in node.names) or "nothing"
-    raise TreeMismatch(f"{show_step(step)} is not in {describe(tree)}, which has {have}")
+    raise TreeMismatch(f"{show_step(step)} is not in {structure_of(tree)}, which has {have}")
 
 
 # --- assignment -------------------------------------------------------------------------------------------------------
@@ -177,27 +195,41 @@ def _matching(old: Any, node: Node, new: Any) -> list[Any]:
 
 
 def _came_for(old: Any, new: Any) -> TreeMismatch:
-    return TreeMismatch(f"{describe(new)} came where {describe(old)} stands")
+    return TreeMismatch(f"{structure_of(new)} came where {structure_of(old)} stands")
 
 
 def _fit(old: Tensor, new: Any) -> Tensor:
-    if isinstance(new, complex) and new.imag and not old.is_complex():
-        raise TreeMismatch(f"{new} has an imaginary part, {describe(old)} has none")
+    try:
+        return _fitted(old, new)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{_shown(new)} cannot be written into {structure_of(old)}") from None
+
+
+def _fitted(old: Tensor, new: Any) -> Tensor:
+    if is_complex(new) and not old.is_complex():
+        raise TreeMismatch(f"{_shown(new)} has an imaginary part, {structure_of(old)} has none")
     if isinstance(new, int | float | complex):
-        return torch.full_like(old, new)
+        return torch.full_like(old, new.real if isinstance(new, complex) and not new.imag else new)
     if not isinstance(new, Tensor):
         raise _came_for(old, new)
     value = usable(new)
     while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
         value = value.squeeze(0)
     if not fits(value.shape, old.shape):
-        raise TreeMismatch(f"{describe(new)} does not broadcast to {describe(old)}")
-    if value.is_complex() and not old.is_complex():
-        raise TreeMismatch(f"{describe(new)} has an imaginary part, {describe(old)} has none")
+        raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
     value = value.to(device=old.device, dtype=old.dtype)
     if value.shape == old.shape:
         return value
     return value.expand(old.shape).clone()  # in-place layers need memory of its own
+
+
+def is_complex(value: Any) -> bool:
+    """Whether a number, or a tensor, has an imaginary part that no real tensor could take."""
+    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex) and value.imag != 0
+
+
+def _shown(value: Any) -> str:
+    return structure_of(value) if isinstance(value, Tensor) else repr(value)
 
 
 def fits(shape: Iterable[int], target: Iterable[int]) -> bool:
