@@ -243,7 +243,7 @@ class ActivationCache(Store):
         """Reads what `save` has written, or the tensors of any other safetensors file.
 
         Raises:
-            FileFault: `file` is damaged, or is no safetensors file. If there is none, that is a `FileNotFoundError` too.
+            FileFault: `file` is damaged, or is no safetensors file; where there is none, a `FileNotFoundError` too.
             NiceHooksError: safetensors is not installed.
         """
         return ActivationCache(files.read(file))

@@ -2,9 +2,9 @@
 
 NOTE [What transforms take]
 They want tensors alone as what a function returns, and know few containers. So a cache that is on its way out of one
-hands over its tensors, whatever they are nested in, and the rest stays behind with its keys: it is the same for every
-example. `vmap` with a `chunk_size` takes the caches of all chunks apart once more when it is over, so a cache that has
-come out of a transform stays one whose leaves are tensors alone.
+hands over its tensors, whatever they are nested in, and the rest stays behind: it is the same for every example. What
+is built around other leaves remembers that rest, because it is taken apart once more, and not always inside of the
+transform: `vmap` builds a cache of one number for each tensor, and with `chunk_size` it joins the caches of all chunks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def register_cache(kind: type[Store]) -> None:
     def build(values: Iterable[Any], context: Any) -> Store:
         if not isinstance(context, _Rest):
             return kind(zip(context, values, strict=True))
-        leaves = list(values)
-        cache = kind(zip(context.keys, _filled(context.values, iter(leaves)), strict=True))
-        cache._left_transform = all([isinstance(leaf, Tensor) for leaf in leaves])  # pyright: ignore[reportPrivateUsage]
+        cache = kind(zip(context.keys, _filled(context.values, iter(values)), strict=True))
+        cache._rest = context  # pyright: ignore[reportPrivateUsage]
         return cache
 
     torch_private.register_torch_node(kind, _flatten, build)
@@ -48,23 +47,30 @@ def register_cache(kind: type[Store]) -> None:
 
 
 def _flatten(cache: Store) -> tuple[list[Any], Any]:
-    values = cache.values()
-    if torch.compiler.is_compiling() or not _leaves_transform(cache):
+    values, rest = cache.values(), cache._rest  # pyright: ignore[reportPrivateUsage]
+    if torch.compiler.is_compiling():
+        return values, list(cache)
+    if rest is not None:
+        return list(_picked(rest.values, values)), rest
+    if torch_private.innermost_transform() is None:
         return values, list(cache)
     tensors: list[Tensor] = []
-    rest = trees.map_tensors(lambda tensor: (tensors.append(tensor), Tensor)[1], values)
-    if all(value is Tensor for value in rest) or not (tensors or _was_captured(cache)):
+    templates = trees.map_tensors(lambda tensor: (tensors.append(tensor), Tensor)[1], values)
+    captured = bool(cache._seen)  # pyright: ignore[reportPrivateUsage]
+    if all(template is Tensor for template in templates) or not (tensors or captured):
         return values, list(cache)
-    return tensors, _Rest(list(cache), rest)
+    return tensors, _Rest(list(cache), templates)
 
 
-def _leaves_transform(cache: Store) -> bool:
-    return torch_private.innermost_transform() is not None or cache._left_transform  # pyright: ignore[reportPrivateUsage]
-
-
-def _was_captured(cache: Store) -> bool:
-    """A cache without tensors that was not captured is how `vmap` keeps a number for each output."""
-    return bool(cache._seen) or cache._left_transform  # pyright: ignore[reportPrivateUsage]
+def _picked(template: Any, value: Any) -> Iterator[Any]:
+    """What stands in `value` where `template` has `Tensor`."""
+    if template is Tensor:
+        yield value
+        return
+    outer = trees.open_node(template)
+    node = None if outer is None else trees.open_node(value)
+    for child, own in zip(outer.children, node.children, strict=True) if outer and node else ():
+        yield from _picked(child, own)
 
 
 def _filled(tree: Any, tensors: Iterator[Tensor]) -> Any:

@@ -34,7 +34,7 @@ class Store(dict[str, Any]):
         self._firsts: dict[str, bool] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
         self._other_names: Names = NO_NAMES
-        self._left_transform = False  # its leaves are tensors alone, as they have to be on the way out of one
+        self._rest: Any = None  # see NOTE [What transforms take]; of this very cache, so a new item ends it
         if isinstance(values, Store):
             self._watch_as(values)
 
@@ -101,12 +101,14 @@ class Store(dict[str, Any]):
         if isinstance(value, Link):
             value = calls_of(value)
             dict.__setitem__(self, key, value)
-        if self._seen and not torch.compiler.is_compiling():
-            watch = self._watch(key)
-            if watch is not None and watch.lives and watch.outlived(value):
-                raise StaleActivation(OUTLIVED.format(key=key))
-            if watch is not None and watch.notices(value):
-                raise StaleActivation(STALE.format(key=key))
+        watch = None if not self._seen or torch.compiler.is_compiling() else self._watch(key)
+        if watch is None:
+            return value
+        value = watch.as_captured(value)
+        if watch.lives and watch.outlived(value):
+            raise StaleActivation(OUTLIVED.format(key=key))
+        if watch.notices(value):
+            raise StaleActivation(STALE.format(key=key))
         return value
 
     def _watch(self, key: str) -> Watch | None:
@@ -137,15 +139,19 @@ class Store(dict[str, Any]):
     # writing
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._seen.pop(key, None)
+        self._forget(key)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: Any) -> None:
         text = self._key(key)
         if text is None:
             raise NotCaptured(not_captured(self, key))
-        self._seen.pop(text, None)
+        self._forget(text)
         super().__delitem__(text)
+
+    def _forget(self, key: str) -> None:
+        self._seen.pop(key, None)
+        self._rest = None
 
     def pop(self, key: Any, *default: Any) -> Any:
         text = self._key(key)
@@ -187,6 +193,7 @@ class Store(dict[str, Any]):
     def clear(self) -> None:
         super().clear()
         self._seen.clear()
+        self._rest = None
 
     # capturing
 
@@ -205,12 +212,14 @@ class Store(dict[str, Any]):
             if self._has_first(key):
                 return
             self._firsts[key] = True
-        value = trees.as_it_is(value)
+        if keep == "all" or torch.compiler.is_compiling():
+            value = trees.as_it_is(value)
         if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
             dict.__setitem__(self, key, Link(dict.get(self, key), value) if keep == "all" else value)
             return
         watch = Watch.over(value)
         if keep == "all":
+            watch.kept = None  # the containers are the cache's own already
             before = dict.get(self, key)
             before = calls_of(before) if isinstance(before, Link) else before
             if type(before) is Calls:

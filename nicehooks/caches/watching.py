@@ -45,9 +45,12 @@ class Watch(list[tuple[Any, Any]]):
 
     Attributes:
         lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
+        kept: the value in containers of its own, where its own are such that can change; else None. It goes with the
+            watch: when the value leaves the cache.
     """
 
     lives: tuple[Any, ...] = ()
+    kept: Any = None
 
     @staticmethod
     def over(value: Any) -> Watch:
@@ -57,7 +60,13 @@ class Watch(list[tuple[Any, Any]]):
         if torch_private.innermost_transform() is not None:
             lives = [torch_private.life_of(tensor) for tensor in tensors]
             watch.lives = tuple(life for life in lives if life is not None)
+        kept = trees.as_it_is(value)
+        watch.kept = None if kept is value else kept
         return watch
+
+    def as_captured(self, value: Any) -> Any:
+        """`value` itself, if its containers are what they were; else what they were, around the same tensors."""
+        return value if self.kept is None or trees.has_spine_of(value, self.kept) else self.kept
 
     def joined(self, other: Watch) -> Watch:
         """A watch over what both watch over."""

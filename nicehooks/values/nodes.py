@@ -94,6 +94,16 @@ def as_it_is(tree: Any) -> Any:
     return node.rebuild(children)
 
 
+def has_spine_of(tree: Any, copy: Any) -> bool:
+    """Whether `tree` is still as it was when `as_it_is` made `copy` of it."""
+    if tree is copy:
+        return True
+    node, other = open_node(tree), open_node(copy)
+    if node is None or other is None or type(tree) is not type(copy) or node.entries != other.entries:
+        return False
+    return all(map(has_spine_of, node.children, other.children))
+
+
 def is_nested(value: Any) -> bool:
     """Whether `value` is a tensor of tensors that differ in shape: some of its sizes are no numbers."""
     return isinstance(value, Tensor) and value.is_nested
