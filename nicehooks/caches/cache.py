@@ -118,15 +118,15 @@ class ActivationCache(Store):
 
     def detach(self) -> ActivationCache:
         """A cache of the same values outside of the autograd graph."""
-        return self.map(Tensor.detach)
+        return self._each("detach()", Tensor.detach)
 
     def clone(self) -> ActivationCache:
         """A cache of copies."""
-        return self.map(Tensor.clone)
+        return self._each("clone()", Tensor.clone)
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
         """A cache with every tensor on another device or of another dtype, as `Tensor.to`."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+        return self._each("to(…)", lambda tensor: tensor.to(*args, **kwargs))
 
     def index(self, key: Any) -> ActivationCache:
         """A cache with every tensor indexed by `key`: `cache.index(0)` is the first example of the batch.
@@ -218,7 +218,7 @@ class ActivationCache(Store):
         return self._with(other, lambda a, b: b / a)
 
     def __neg__(self) -> ActivationCache:
-        return self.map(operator.neg)
+        return self._each("-", torch.neg)
 
     # outside
 

@@ -52,12 +52,12 @@ def _flatten(cache: Store) -> tuple[list[Any], Any]:
         return values, list(cache)
     if rest is not None:
         return list(_picked(rest.values, values)), rest
-    if torch_private.innermost_transform() is None:
+    if torch_private.innermost_transform() is None or torch_private.holds_tensors_alone(values):
         return values, list(cache)
     tensors: list[Tensor] = []
     templates = trees.map_tensors(lambda tensor: (tensors.append(tensor), Tensor)[1], values)
-    captured = bool(cache._seen)  # pyright: ignore[reportPrivateUsage]
-    if all(template is Tensor for template in templates) or not (tensors or captured):
+    captured = bool(cache._seen)  # else it may be how `vmap` keeps a number for each output  # pyright: ignore[reportPrivateUsage]
+    if not (tensors or captured):
         return values, list(cache)
     return tensors, _Rest(list(cache), templates)
 

@@ -149,19 +149,26 @@ def steer(
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
     """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
     this, there = trees.structure_of(vector), trees.structure_of(value)
-    if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
-        raise TreeMismatch(f"{this} cannot be added to {there}")
+    try:
+        if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+            raise TreeMismatch(f"{this} cannot be added to {there}")
+        wide = _dtype_of_sum(value, vector, scale)
+        shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
+        return (value.to(wide) + shift).to(value.dtype)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{this} cannot be added to {there}") from None
+
+
+def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
+    """In which dtype to add up: one in which nothing is rounded before the end."""
+    this, there = trees.structure_of(vector), trees.structure_of(value)
     whole = isinstance(scale, int) and not vector.is_floating_point()
     if not (value.is_floating_point() or value.is_complex() or whole):
         raise TreeMismatch(f"{scale} × {this} would be rounded in {there}")
     if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
         raise TreeMismatch(f"{scale} × {this} has an imaginary part, {there} has none")
-    wide = value.dtype if whole else torch.promote_types(value.dtype, torch.float32)
-    try:
-        shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
-        return (value.to(wide) + shift).to(value.dtype)
-    except TORCH_ERRORS as error:
-        raise refused(error, f"{this} cannot be added to {there}") from None
+    floating = value.is_floating_point() or value.is_complex()
+    return torch.promote_types(value.dtype, torch.float32) if floating else value.dtype
 
 
 def splice(

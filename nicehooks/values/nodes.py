@@ -131,6 +131,14 @@ def structure_of(value: Any) -> str:
     return f"{{{named}}}" if type(value) is dict else f"{type(value).__name__}({named})"
 
 
+def one_size(tensor: Tensor, dim: int) -> int | None:
+    """The size of a dimension; None where it is another for each of the tensors that are nested in `tensor`."""
+    if not is_nested(tensor):
+        return tensor.shape[dim]
+    size = torch_private.nested_sizes(tensor)[dim]
+    return None if isinstance(size, str) else size
+
+
 def _kind_of(tensor: Tensor) -> str:
     if is_nested(tensor):
         return "NestedTensor"
@@ -264,7 +272,7 @@ def _open_registered_with_torch(tree: Any) -> Node:
     children, context = flatten(tree)
     named = isinstance(context, list | tuple) and len(context) == len(children)
     named = named and all([isinstance(name, str) for name in context])
-    entries = list(context) if named else list(range(len(children)))
+    entries = list(context) if named else torch_private.torch_names(tree) or list(range(len(children)))
     return Node(list(children), entries, entries, lambda new: unflatten(list(new), context))
 
 

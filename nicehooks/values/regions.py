@@ -82,6 +82,15 @@ def _show_item(item: Any) -> str:
 
 def read(tensor: Tensor, step: Any) -> Tensor:
     """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
+    try:
+        return _read(tensor, step)
+    except (IndexError, OverflowError):
+        raise TreeMismatch(f"{show_step(step)} is out of range for {structure_of(tensor)}") from None
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{show_step(step)} of {structure_of(tensor)} cannot be read") from None
+
+
+def _read(tensor: Tensor, step: Any) -> Tensor:
     if isinstance(step, Heads):
         return _split(tensor, step.count)
     if isinstance(step, Rows):
@@ -91,12 +100,7 @@ def read(tensor: Tensor, step: Any) -> Tensor:
         raise TreeMismatch(f"{show_step(step)} is a key, but the value is {structure_of(tensor)}")
     if any(isinstance(item, slice) and item.step is not None and item.step < 1 for item in items):
         raise TreeMismatch(f"{show_step(step)} steps backwards, which PyTorch does not do")
-    try:
-        return tensor[step]
-    except (IndexError, OverflowError):
-        raise TreeMismatch(f"{show_step(step)} is out of range for {structure_of(tensor)}") from None
-    except TORCH_ERRORS as error:
-        raise refused(error, f"{show_step(step)} of {structure_of(tensor)} cannot be read") from None
+    return tensor[step]
 
 
 def _split(tensor: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nicehooks import torch_private
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import regions
 from nicehooks.values.nodes import (
@@ -23,6 +24,7 @@ from nicehooks.values.nodes import (
     leaves,
     map_children,
     map_tensors,
+    one_size,
     open_node,
     place_in,
     structure_of,
@@ -98,7 +100,10 @@ def length(tree: Any, items: list[Any], position: int) -> int:
         dim = tree.ndim - sum(item is not None for item in after)
     if not 0 <= dim < tree.ndim:
         raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}")
-    return tree.shape[dim]
+    size = one_size(tree, dim)
+    if size is None:
+        raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}, which has no one size there")
+    return size
 
 
 def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
@@ -186,7 +191,7 @@ def _assign_children(old: Any, node: Node, new: Any) -> Any:
 def _matching(old: Any, node: Node, new: Any) -> list[Any]:
     """The new values for the children of `old`, in its order; keys that a mapping does not name stay."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        if set(new) <= set(node.entries):
+        if set(new.keys()) <= set(node.entries):  # a TensorDict goes through its rows, not through its keys
             return [new.get(entry, KEEP) for entry in node.entries]
         raise _came_for(old, new)
     other = open_node(new)
@@ -211,18 +216,41 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
     if is_complex(new) and not old.is_complex():
         raise TreeMismatch(f"{_shown(new)} has an imaginary part, {structure_of(old)} has none")
     if isinstance(new, int | float | complex):
-        return torch.full_like(old, new.real if isinstance(new, complex) and not new.imag else new)
+        return _filled_like(old, new.real if isinstance(new, complex) and not new.imag else new)
     if not isinstance(new, Tensor):
         raise _came_for(old, new)
+    if is_nested(old) or is_nested(new):
+        return _fitted_nested(old, new)
     value = usable(new)
     while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
         value = value.squeeze(0)
     if not fits(value.shape, old.shape):
         raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
-    value = value.to(device=old.device, dtype=old.dtype)
+    value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
     if value.shape == old.shape:
         return value
     return value.expand(old.shape).clone()  # in-place layers need memory of its own
+
+
+def _filled_like(old: Tensor, number: Any) -> Tensor:
+    if is_nested(old):
+        return torch.zeros_like(old).fill_(number)
+    if old.layout is torch.strided:
+        return torch.full_like(old, number)
+    return _in_layout_of(old, torch.full(old.shape, number, dtype=old.dtype, device=old.device))
+
+
+def _in_layout_of(old: Tensor, value: Tensor) -> Tensor:
+    """`value`, made sparse where `old` is, and dense where it is not."""
+    if value.layout is old.layout:
+        return value
+    return value.to_dense() if old.layout is torch.strided else value.to_sparse(layout=old.layout)
+
+
+def _fitted_nested(old: Tensor, new: Tensor) -> Tensor:
+    if not (is_nested(old) and is_nested(new) and torch_private.nests_alike(new, old)):
+        raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
+    return torch_private.nested_as(usable(new).to(device=old.device, dtype=old.dtype), old)
 
 
 def is_complex(value: Any) -> bool:
