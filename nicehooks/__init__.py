@@ -103,11 +103,15 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
+from nicehooks.old_addresses import keep_old_addresses
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.trees import KEEP
 
 __version__ = "0.1.0"
+
+keep_old_addresses()
+del keep_old_addresses
 
 __all__ = [
     "KEEP",

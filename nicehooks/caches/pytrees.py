@@ -56,10 +56,14 @@ def _flatten(cache: Store) -> tuple[list[Any], Any]:
         return values, list(cache)
     tensors: list[Tensor] = []
     templates = trees.map_tensors(lambda tensor: (tensors.append(tensor), Tensor)[1], values)
-    captured = bool(cache._seen)  # else it may be how `vmap` keeps a number for each output  # pyright: ignore[reportPrivateUsage]
-    if not (tensors or captured):
+    if not tensors and not _was_captured(cache):
         return values, list(cache)
     return tensors, _Rest(list(cache), templates)
+
+
+def _was_captured(cache: Store) -> bool:
+    """A cache without tensors that was not captured may be how `vmap` keeps a number for each output."""
+    return bool(cache._seen)  # pyright: ignore[reportPrivateUsage]
 
 
 def _picked(template: Any, value: Any) -> Iterator[Any]:

@@ -219,7 +219,7 @@ class Store(dict[str, Any]):
             return
         watch = Watch.over(value)
         if keep == "all":
-            watch.kept = None  # the containers are the cache's own already
+            watch = watch.over_other(None)  # the containers are the cache's own already
             before = dict.get(self, key)
             before = calls_of(before) if isinstance(before, Link) else before
             if type(before) is Calls:
@@ -243,7 +243,7 @@ class Store(dict[str, Any]):
         for key in other:
             watch = other._watch(key)
             if watch is not None and dict.__contains__(self, key):
-                self._seen[key] = watch
+                self._seen[key] = watch.over_other(dict.__getitem__(self, key))
 
     def _like(self, values: Any) -> Self:
         """A cache of `values` that knows what this one knows."""

@@ -45,11 +45,13 @@ class Watch(list[tuple[Any, Any]]):
 
     Attributes:
         lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
-        kept: the value in containers of its own, where its own are such that can change; else None. It goes with the
-            watch: when the value leaves the cache.
+        container: the value, where it has containers that can change; else None.
+        kept: such a value in containers that nobody changes, as it was. Both go with the watch: when the value leaves
+            the cache.
     """
 
     lives: tuple[Any, ...] = ()
+    container: Any = None
     kept: Any = None
 
     @staticmethod
@@ -61,12 +63,18 @@ class Watch(list[tuple[Any, Any]]):
             lives = [torch_private.life_of(tensor) for tensor in tensors]
             watch.lives = tuple(life for life in lives if life is not None)
         kept = trees.as_it_is(value)
-        watch.kept = None if kept is value else kept
+        if kept is not value:
+            watch.container, watch.kept = value, kept
         return watch
+
+    def over_other(self, value: Any) -> Watch:
+        """The watch over `value` in another cache, which may share tensors with what this one watches over."""
+        return self if self.container is None or value is self.container else self.joined(Watch())
 
     def as_captured(self, value: Any) -> Any:
         """`value` itself, if its containers are what they were; else what they were, around the same tensors."""
-        return value if self.kept is None or trees.has_spine_of(value, self.kept) else self.kept
+        changed = self.container is not None and value is self.container and not trees.has_spine_of(value, self.kept)
+        return self.kept if changed else value
 
     def joined(self, other: Watch) -> Watch:
         """A watch over what both watch over."""

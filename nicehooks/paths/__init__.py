@@ -2,3 +2,5 @@
 
 Knows values; no model, and no port by its name.
 """
+
+from nicehooks.paths.grammar import _parse as _parse  # pyright: ignore[reportPrivateUsage]  # for pickles of before

@@ -122,7 +122,7 @@ def test_one_call_among_all_is_asked_for_by_calls() -> None:
         run("twice", keep="all")["twice#1"]
     assert str(caught.value) == (
         "'twice#1' is one call, but this cache of 1 site holds all calls of that site together.\n"
-        "    acts.calls(\"twice\")[1]  # in the order in which they were made, over all steps"
+        '    acts.calls("twice")[1]  # in the order in which they were made, over all steps'
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from nicehooks import KEEP, NiceHooksError, TreeMismatch, capture, edit, patch
-from nicehooks.values.trees import Heads, assign, structure_of, get, leaves, map_tensors, rewrite
+from nicehooks.values.trees import Heads, assign, get, leaves, map_tensors, rewrite, structure_of
 
 # --- tensors and subscripts -------------------------------------------------------------------------------------------
 
