@@ -369,8 +369,12 @@ def nests_alike(a: Tensor, b: Tensor) -> bool:
     if a.layout is not b.layout or nested_sizes(a) != nested_sizes(b):
         return False
     if a.layout is torch.jagged:
-        return torch.equal(a.offsets(), b.offsets().to(a.device))
+        return torch.equal(_offsets(a), _offsets(b).to(a.device))
     return torch.equal(a._nested_tensor_size(), b._nested_tensor_size())
+
+
+def _offsets(jagged: Any) -> Tensor:
+    return jagged.offsets()
 
 
 def nested_as(value: Tensor, other: Tensor) -> Tensor:
@@ -378,7 +382,7 @@ def nested_as(value: Tensor, other: Tensor) -> Tensor:
     if value.layout is not torch.jagged or value.shape == other.shape:
         return value
     ragged: Any = value
-    return torch.nested.nested_tensor_from_jagged(value.values(), other.offsets(), jagged_dim=ragged._ragged_idx)
+    return torch.nested.nested_tensor_from_jagged(value.values(), _offsets(other), jagged_dim=ragged._ragged_idx)
 
 
 def held_by(tensor: Tensor) -> list[Tensor]:
@@ -386,7 +390,7 @@ def held_by(tensor: Tensor) -> list[Tensor]:
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout is torch.jagged:
-        return [tensor.values(), tensor.offsets()]
+        return [tensor.values(), _offsets(tensor)]
     by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
     places = [tensor.crow_indices(), tensor.col_indices()] if by_row else [tensor.ccol_indices(), tensor.row_indices()]
     return [*places, tensor.values()]
@@ -415,7 +419,7 @@ def torch_names(tree: Any) -> list[Any] | None:
 
 
 def holds_tensors_alone(tree: Any) -> bool:
-    """Whether `torch.utils._pytree` (torch 2.4 … 2.13), and so any transform, finds tensors in `tree` and nothing else."""
+    """Whether `torch.utils._pytree` (torch 2.4 … 2.13), and so any transform, finds nothing else in `tree`."""
     return all([isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(tree)])
 
 

@@ -11,7 +11,7 @@ drops what is in `_seen` under that key. So `__setitem__` is Python (150 ns), an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from nicehooks.errors import NotCaptured, PathError, StaleActivation, TreeMismat
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Store(dict[str, Any]):
