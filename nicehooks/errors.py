@@ -36,6 +36,14 @@ class TreeMismatch(NiceHooksError, TypeError):
     """A value does not fit the place that it was meant for: another structure, shape or index."""
 
 
+class FileFault(NiceHooksError, OSError):
+    """A file of activations cannot be read or written: it is damaged, or something else than it should be."""
+
+
+class FileMissing(FileFault, FileNotFoundError):
+    """A file of activations, or the folder that it should be written into, is not there."""
+
+
 class UnsupportedModule(NiceHooksError):
     """A module (or a port of it) that this library cannot reach."""
 

@@ -398,6 +398,49 @@ def pre_hooks(module: nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+def nested_sizes(tensor: Tensor) -> list[int | str]:
+    """The sizes of a nested tensor, `*` for a dimension in which its tensors differ (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.jagged:
+        return [size if type(size) is int else "*" for size in tensor.shape]
+    sizes = tensor._nested_tensor_size()
+    same = [
+        int(sizes[0, dim]) if bool((sizes[:, dim] == sizes[0, dim]).all()) else "*" for dim in range(sizes.shape[1])
+    ]
+    return [sizes.shape[0], *same]
+
+
+def nests_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the tensors that are nested in `a` have the shapes of those in `b`, one by one."""
+    if a.layout is not b.layout or nested_sizes(a) != nested_sizes(b):
+        return False
+    if a.layout is torch.jagged:
+        return torch.equal(_offsets(a), _offsets(b).to(a.device))
+    return torch.equal(a._nested_tensor_size(), b._nested_tensor_size())
+
+
+def _offsets(jagged: Any) -> Tensor:
+    return jagged.offsets()
+
+
+def nested_as(value: Tensor, other: Tensor) -> Tensor:
+    """`value`, of the very nesting of `other`: torch takes two jagged tensors together only if they share offsets."""
+    if value.layout is not torch.jagged or value.shape == other.shape:
+        return value
+    ragged: Any = value
+    return torch.nested.nested_tensor_from_jagged(value.values(), _offsets(other), jagged_dim=ragged._ragged_idx)
+
+
+def held_by(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse or jagged one consists of (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout is torch.jagged:
+        return [tensor.values(), _offsets(tensor)]
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    places = [tensor.crow_indices(), tensor.col_indices()] if by_row else [tensor.ccol_indices(), tensor.row_indices()]
+    return [*places, tensor.values()]
+
+
 def is_scripted(module: object) -> bool:
     """Whether `module` is TorchScript, whose forward Python never sees."""
     return isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction)
@@ -410,6 +453,19 @@ def torch_node(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]] | No
     """How `torch.utils._pytree` (torch 2.4 … 2.13) takes `kind` apart and puts it together, if it knows it."""
     node = torch_pytree.SUPPORTED_NODES.get(kind)
     return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+def torch_names(tree: Any) -> list[Any] | None:
+    """The keys, fields or positions of the children of `tree`, where they were registered (torch 2.4 … 2.13)."""
+    with_keys = torch_pytree.SUPPORTED_NODES[type(tree)].flatten_with_keys_fn
+    keys: list[Any] = [] if with_keys is None else [key for key, _ in with_keys(tree)[0]]
+    names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in keys]
+    return names if names and all([isinstance(name, str | int) for name in names]) else None
+
+
+def holds_tensors_alone(tree: Any) -> bool:
+    """Whether `torch.utils._pytree` (torch 2.4 … 2.13), and so any transform, finds nothing else in `tree`."""
+    return all([isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(tree)])
 
 
 def register_torch_node(kind: type, flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.changes import suspend
 from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
-from nicehooks.values.trees import describe
+from nicehooks.values.trees import structure_of
 
 Tokens = int | Sequence[int] | Tensor
 Position = int | slice | Tensor | None
@@ -201,7 +201,9 @@ def _reader(body: Anatomy, cache: Mapping[Any, Any], who: str, parts: Sequence[P
     def read(part: Part) -> Tensor:
         value = acts[part]
         if not isinstance(value, Tensor):
-            raise TreeMismatch(f"{who} takes one tensor per part, but {part.what} is {describe(value)} in this cache.")
+            raise TreeMismatch(
+                f"{who} takes one tensor per part, but {part.what} is {structure_of(value)} in this cache."
+            )
         return value
 
     return read
@@ -247,13 +249,13 @@ def _at_position(value: Tensor, position: Position) -> Tensor:
             return value[torch.arange(len(value), device=value.device), position.to(value.device)]
         return value[:, position]
     except (IndexError, TypeError):
-        shown = describe(position) if isinstance(position, Tensor) else repr(position)
-        raise TreeMismatch(f"position={shown} is no position of {describe(value)}, [batch, pos, …].") from None
+        shown = structure_of(position) if isinstance(position, Tensor) else repr(position)
+        raise TreeMismatch(f"position={shown} is no position of {structure_of(value)}, [batch, pos, …].") from None
 
 
 def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
     if value.shape != stream.shape:
-        raise TreeMismatch(f"{part.what} is {describe(value)}, but the stream is {describe(stream)}: two runs?")
+        raise TreeMismatch(f"{part.what} is {structure_of(value)}, but the stream is {structure_of(stream)}: two runs?")
     return value
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nicehooks.anatomies.finding import Anatomy
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.values.trees import describe
+from nicehooks.values.trees import structure_of
 
 
 class LinearPart(NamedTuple):
@@ -118,7 +118,7 @@ def _token_ids(given: object, batch: int, vocabulary: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise TreeMismatch(f"tokens are given by their ids, one or one per example, not {given!r}.") from None
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1:
-        raise TreeMismatch(f"tokens are given by their ids, one or one per example, not as {describe(ids)}.")
+        raise TreeMismatch(f"tokens are given by their ids, one or one per example, not as {structure_of(ids)}.")
     if ids.ndim == 1 and len(ids) not in (1, batch):
         raise TreeMismatch(f"{len(ids)} tokens came for a batch of {batch}.")
     if ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:

@@ -21,6 +21,7 @@ from nicehooks.core.sessions import Session
 from nicehooks.core.tap import has_rules
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
 
@@ -135,12 +136,28 @@ def steer(
 
 
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
-    if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
-        raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
+    """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
+    this, there = trees.structure_of(vector), trees.structure_of(value)
+    try:
+        if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+            raise TreeMismatch(f"{this} cannot be added to {there}")
+        wide = _dtype_of_sum(value, vector, scale)
+        shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
+        return (value.to(wide) + shift).to(value.dtype)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{this} cannot be added to {there}") from None
+
+
+def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
+    """In which dtype to add up: one in which nothing is rounded before the end."""
+    this, there = trees.structure_of(vector), trees.structure_of(value)
     whole = isinstance(scale, int) and not vector.is_floating_point()
     if not (value.is_floating_point() or value.is_complex() or whole):
-        raise TreeMismatch(f"{scale} × {trees.describe(vector)} would be rounded in {trees.describe(value)}")
-    return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
+        raise TreeMismatch(f"{scale} × {this} would be rounded in {there}")
+    if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
+        raise TreeMismatch(f"{scale} × {this} has an imaginary part, {there} has none")
+    floating = value.is_floating_point() or value.is_complex()
+    return torch.promote_types(value.dtype, torch.float32) if floating else value.dtype
 
 
 def splice(
@@ -171,7 +188,8 @@ def splice(
     Args:
         model: any module.
         where: a path, a site, … (see `select`).
-        module: what the value, a tensor, goes through; it returns a tensor of the same shape.
+        module: what the value, a tensor, goes through; it returns a tensor of the same shape. A module of another
+            floating dtype gets the value in that, and what it returns is cast back.
         error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
             go through the reconstruction.
         steps: as for `edit`.
@@ -184,11 +202,21 @@ def splice(
 
 def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TreeMismatch(f"{trees.describe(value)} is no tensor that could go through a module")
-    new = module(value)
+        raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
+    new = _in_dtype_of(module, value)
     if not isinstance(new, Tensor) or new.shape != value.shape:
-        raise TreeMismatch(f"{trees.describe(new)} came out of the module for {trees.describe(value)}")
+        raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + (value - new).detach() if error else new
+
+
+def _in_dtype_of(module: Callable[[Tensor], Any], value: Tensor) -> Any:
+    """What `module` makes of `value`, which goes in in the dtype of its parameters and comes back in its own."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), value.dtype)
+    if dtype is value.dtype or not value.is_floating_point():
+        return module(value)
+    new = module(value.to(dtype))
+    return new.to(value.dtype) if isinstance(new, Tensor) and new.is_floating_point() else new
 
 
 def _named(verb: str, context: edit) -> edit:
@@ -286,7 +314,7 @@ class _Patch(Action):
         """What takes the place of `old`."""
         number = isinstance(self.value, int | float | complex)
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
-            raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
+            raise TreeMismatch(f"{self.value} came where {trees.structure_of(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
         return old if trees.is_same(new, old) else _copied(new, old)
 

@@ -76,7 +76,7 @@ def _scalar(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     raise TreeMismatch(
-        f"the metric of grad_at returned {trees.describe(value)}, and not a scalar tensor.\n"
+        f"the metric of grad_at returned {trees.structure_of(value)}, and not a scalar tensor.\n"
         "    metric = lambda output: output.sum()  # one number to differentiate, for example"
     )
 

@@ -170,7 +170,7 @@ def _run(model: nn.Module, context: type[capture], *args: Any, **kwargs: Any) ->
     """What each site returned, call by call, described."""
     if torch_private.is_scripted(unwrap(model)):
         raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
-    with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.describe) as acts:
+    with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.structure_of) as acts:
         model(*args, **kwargs)
     return dict(acts)
 

@@ -195,7 +195,7 @@ class SiteRule(Rule):
         pairs = [] if node is None else list(zip(node.entries, node.children, strict=True))
         tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
         if not self.chain and tensors:
-            text += f"\n  the value there is {trees.describe(value)}; choose a part of it:"
+            text += f"\n  the value there is {trees.structure_of(value)}; choose a part of it:"
             text += f'\n    {self.action.for_part or verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
         return TreeMismatch(text)
 

@@ -147,8 +147,11 @@ class ModulePath:
 
 @evaluated_while_tracing
 def with_chain(text: str, chain: Chain) -> str:
-    """The path `text` with other subscripts."""
-    return str(replace(_parse(text), chain=chain))
+    """The path `text` with other subscripts; where these only fill in its `*`s, the rest stays as it was spelled."""
+    path = _parse(text)
+    if len(path.chain) == len(chain):
+        chain = tuple([new if STAR in _items(own) else own for own, new in zip(path.chain, chain, strict=True)])
+    return str(replace(path, chain=chain))
 
 
 def _as_step(index: Any) -> Any:

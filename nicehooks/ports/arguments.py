@@ -87,6 +87,7 @@ class InputPort(PortKind):
     """`@input`: the arguments of a module."""
 
     kind = shown = "input"
+    is_of_arguments = True
 
     def read(self, words: Words) -> Port | None:
         return Port(self.kind) if words.name == self.kind and not words.has_brackets else None

@@ -179,7 +179,7 @@ class _Found(NamedTuple):
 
 def _watch_part(found: _Found, part: Any) -> Any:
     if not found.rule.wild and not any(map(is_differentiable, trees.leaves(part))):
-        raise TreeMismatch(f"{trees.describe(part)} has no tensor in it that could have a gradient")
+        raise TreeMismatch(f"{trees.structure_of(part)} has no tensor in it that could have a gradient")
     return _watch_all(found, part, ())
 
 
@@ -245,6 +245,7 @@ class InputGradientPort(GradientPort):
     """`@input.grad`: the same of an argument of a module."""
 
     kind = shown = "input.grad"
+    is_of_arguments = True
     rule = InputGradientRule
 
 

@@ -92,7 +92,7 @@ def _returned(value: Any, gradients: tuple[Any, ...], new: Any) -> Any:
 
 def _fitting(old: Any, new: Any) -> Any:
     if old is None and new is not None:
-        raise TreeMismatch(f"{trees.describe(new)} came where there is no gradient")
+        raise TreeMismatch(f"{trees.structure_of(new)} came where there is no gradient")
     return torch.zeros_like(old) if new is None and old is not None else trees.assign(old, new)
 
 

@@ -150,7 +150,7 @@ class ForwardPreHook(HookAction):
             return value
         if not (isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], tuple) and isinstance(new[1], dict)):
             raise TreeMismatch(
-                f"a hook with keyword arguments returns None or (args, kwargs), not {trees.describe(new)}"
+                f"a hook with keyword arguments returns None or (args, kwargs), not {trees.structure_of(new)}"
             )
         return new
 
@@ -167,7 +167,7 @@ def _only(new: Any) -> Any:
     if not isinstance(new, tuple):
         return new
     if len(new) != 1:
-        raise TreeMismatch(f"the hook was given one value, and returned {trees.describe(new)}")
+        raise TreeMismatch(f"the hook was given one value, and returned {trees.structure_of(new)}")
     return new[0]
 
 

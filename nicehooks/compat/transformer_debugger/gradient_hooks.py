@@ -57,7 +57,7 @@ class GradientHook:
     def __call__(self, act: Any, *args: Any, **kwargs: Any) -> Any:
         """The value itself, with the hook on its gradient; `args` and `kwargs` go to the hook."""
         if not isinstance(act, Tensor):
-            raise TreeMismatch(f"{trees.describe(act)} has no gradient that a hook could see")
+            raise TreeMismatch(f"{trees.structure_of(act)} has no gradient that a hook could see")
         place = None if torch.compiler.is_compiling() else _place.get()
         if place is not None:
             place[0].asked.add(place[1])

@@ -115,7 +115,7 @@ class CachingHook:
 
 def _only_example(tensor: Tensor, key: str) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] != 1:
-        shown = trees.describe(tensor)
+        shown = trees.structure_of(tensor)
         raise TreeMismatch(f"remove_batch_dim=True takes one example, but {key!r} is {shown}; leave it out")
     return tensor[0]
 
@@ -162,7 +162,7 @@ def _at(wanted: list[int], take: Callable[[Tensor, int], Tensor]) -> Callable[[T
 
     def taken(tensor: Tensor, dim: int) -> Tensor:
         if not -tensor.shape[dim] <= lowest <= highest < tensor.shape[dim] and wanted:
-            raise TreeMismatch(f"pos_slice={wanted} is not within the dimension {dim} of {trees.describe(tensor)}")
+            raise TreeMismatch(f"pos_slice={wanted} is not within the dimension {dim} of {trees.structure_of(tensor)}")
         return take(tensor, dim)
 
     return taken

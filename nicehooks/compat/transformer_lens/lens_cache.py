@@ -8,11 +8,8 @@ from typing import Any
 import optree
 
 from nicehooks import torch_private
-from nicehooks.caches.cache import (
-    ActivationCache,
-    _build_cache,  # pyright: ignore[reportPrivateUsage]
-    _flatten_cache,  # pyright: ignore[reportPrivateUsage]
-)
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.caches.pytrees import build_cache, flatten_cache
 from nicehooks.compat.transformer_lens.canonical_names import get_act_name
 from nicehooks.values.trees import Chain
 
@@ -61,12 +58,12 @@ class LensCache(ActivationCache):
 
 
 def _flatten(cache: LensCache) -> tuple[list[Any], Any]:
-    values, context = _flatten_cache(cache)
+    values, context = flatten_cache(cache)
     return values, (context, cache.layers)
 
 
-def _build(values: Iterable[Any], context: Any) -> LensCache:
-    return LensCache(_build_cache(values, context[0]), context[1])
+def _build(values: Iterable[Any], context: Any) -> Any:
+    return build_cache(lambda items: LensCache(items, context[1]), values, context[0])
 
 
 torch_private.register_torch_node(LensCache, _flatten, _build)
