@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import captured
+from nicehooks.contexts.functions import captured
 from nicehooks.errors import UnsupportedModule
 
 

@@ -61,7 +61,7 @@ def grad_at(
 
             def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
                 gradients.zero = zero
-                value = _scalar(metric(model(*args, **kwargs)))
+                value = _only_number(metric(model(*args, **kwargs)))
                 return value, value
 
             _, value = torch.func.grad(valued, has_aux=True)(torch.zeros(()))
@@ -70,7 +70,7 @@ def grad_at(
     return run
 
 
-def _scalar(value: Any) -> Tensor:
+def _only_number(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     raise TreeMismatch(

@@ -173,7 +173,7 @@ class MethodHandle:
             if method.users:
                 return
             del _patched[self.kind, self.name]
-            _put_back(method)
+            _method_put_back(method)
             in_use = any(["forward" in vars(module) for module in method.modules.values()])
         if in_use:
             warnings.warn(IN_USE.format(handle=self), NotReachedWarning, stacklevel=2)
@@ -185,7 +185,7 @@ IN_USE = (
 )
 
 
-def _put_back(method: _MethodAsModule) -> None:
+def _method_put_back(method: _MethodAsModule) -> None:
     """Restores the class, unless somebody else has set the attribute meanwhile."""
     if vars(method.kind).get(method.name) is not method:
         return

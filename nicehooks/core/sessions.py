@@ -251,7 +251,7 @@ active_sessions: Callable[[], frozenset[Session] | None] = _active_or_none
 _taught = False
 
 
-def teach_dynamo() -> bool:
+def teach_who_is_active() -> bool:
     """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
     global _taught, active_sessions
     if _taught:

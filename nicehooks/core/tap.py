@@ -461,7 +461,7 @@ def taps_for(pairs: Pairs) -> list[Bound]:
 
 def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, first: bool = False) -> None:
     """Adds each rule to its tap, for `session`, with other `actions` if there are any; see NOTE [Order]."""
-    sessions.teach_dynamo()
+    sessions.teach_who_is_active()
     contexts_only = not session.attached
     with Exclusive(tracing=True):
         for tap, rule, alone in reversed(taps) if first else taps:

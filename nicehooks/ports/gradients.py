@@ -115,7 +115,7 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
 def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: list[Tensor]) -> Any:
     """As `watched`, at the path `key`; `used` are the tensors that have another use than this one."""
     try:
-        way, rest = _split(value, chain)
+        way, rest = _way_and_rest(value, chain)
         stations = stations_of(frame, rule.path.port.kind)
         found = _Found(rule, key, len(way), rest, used, [], stations)
         return trees.rewrite(value, way, lambda part: _watch_part(found, part))
@@ -137,7 +137,7 @@ def stations_of(frame: Frame, port: str) -> Stations:
     return frame.kept.setdefault(port, Stations())
 
 
-def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
+def _way_and_rest(value: Any, chain: Chain) -> tuple[Chain, Chain]:
     """The steps of `chain` that lead to a tensor, or to the end, and those that lead on in it."""
     for taken in range(len(chain)):
         if isinstance(trees.get(value, chain[:taken]), Tensor):

@@ -106,7 +106,7 @@ class Override(AbstractContextManager[None]):
             return
         self.before = (_overrides.get(), _open_owners.get())
         session = self.owner.session
-        entries = {key: (session, self.value) for place in self.places for key in _keys(*place)}
+        entries = {key: (session, self.value) for place in self.places for key in _entries_of(*place)}
         _overrides.set({**_overrides.get(), **entries})
         _open_owners.set(_open_owners.get() | {(session.number, self.owner.index)})
 
@@ -120,7 +120,7 @@ class Override(AbstractContextManager[None]):
         _open_owners.set(owners)
 
 
-def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:
+def _entries_of(module: nn.Module, name: str) -> list[tuple[int, str]]:
     return [(id(table), name) for kind in ("_parameters", "_buffers") if name in (table := module.__dict__[kind])]
 
 
