@@ -33,7 +33,7 @@ def finder(old: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         if not name.startswith("__") and not (HOUSE / old.rpartition(".")[2] / f"{name}.py").exists():
-            for place, now in _places(old, name):
+            for place, now in _places_of_old(old, name):
                 found = getattr(importlib.import_module(place), now, find)
                 if found is not find:
                     return found
@@ -42,7 +42,7 @@ def finder(old: str) -> Callable[[str], Any]:
     return find
 
 
-def _places(old: str, name: str) -> Iterator[tuple[str, str]]:
+def _places_of_old(old: str, name: str) -> Iterator[tuple[str, str]]:
     """The modules that may have what `old` called `name`, and what it is called there."""
     if (old, name) in RENAMED:
         module, _, now = RENAMED[old, name].rpartition(".")

@@ -84,10 +84,10 @@ def _combine_leaves(op: Callable[[Any, Any], Any], a: Any, b: Any, path: str) ->
     try:
         return op(a, b)
     except TORCH_ERRORS as error:
-        raise refused(error, f"at {path!r}: {_shown(a)} and {_shown(b)} do not go together") from None
+        raise refused(error, f"at {path!r}: {_shown_pair(a)} and {_shown_pair(b)} do not go together") from None
 
 
-def _shown(value: Any) -> str:
+def _shown_pair(value: Any) -> str:
     return trees.structure_of(value) if isinstance(value, Tensor) else repr(value)
 
 

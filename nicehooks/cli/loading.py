@@ -40,7 +40,7 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedMode
         import gguf as gguf  # with which transformers reads .gguf files
         from transformers import AutoModelForCausalLM, AutoTokenizer
     check_device(device)
-    directory, file = find(name)
+    directory, file = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
         model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file)
@@ -49,7 +49,7 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedMode
     return model.to(device).eval(), tokenizer
 
 
-def find(name: str) -> tuple[str, str | None]:
+def locate(name: str) -> tuple[str, str | None]:
     """The directory (or the name on the Hub) of a model, and the file in it where that is a `.gguf` file."""
     path = default_model_file() if name == DEFAULT_MODEL else Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -83,21 +83,19 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: it depends on the device
-        raise LoadError(f"no device {device!r} here.\n  torch says: {_first_line(error)}") from error
+        raise LoadError(f"no device {device!r} here.\n  torch says: {_line_of(error)}") from error
 
 
 def _explain(name: str, error: Exception) -> str:
-    directory, file = find(name)
+    directory, file = locate(name)
     if file is not None:
         tried = f"the file {Path(directory, file)}"
     elif Path(directory).is_dir():
         tried = f"the directory {Path(directory).resolve()}"
     else:
         tried = f"a directory or .gguf file {name!r} in {Path.cwd()}, then {name!r} on the Hugging Face Hub"
-    return (
-        f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {_first_line(error)}"
-    )
+    return f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {_line_of(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -78,9 +78,9 @@ def encode_pair(
     sides = {"clean": encode(tokenizer, clean, device), "corrupted": encode(tokenizer, corrupted, device)}
     words = {side: _texts(tokenizer, inputs["input_ids"][0].tolist()) for side, inputs in sides.items()}
     if len(words["clean"]) != len(words["corrupted"]):
-        raise PromptError(f"{UNEQUAL}\n{_show(words)}")
+        raise PromptError(f"{UNEQUAL}\n{_side_by_side(words)}")
     if words["clean"] == words["corrupted"]:
-        raise PromptError(f"the clean and the corrupted prompt are the same.\n{_show(words)}")
+        raise PromptError(f"the clean and the corrupted prompt are the same.\n{_side_by_side(words)}")
     labels = zip(map(visible, words["clean"]), map(visible, words["corrupted"]), strict=True)
     right, other = _one_token(tokenizer, "answer", answer), _one_token(tokenizer, "wrong answer", wrong)
     if right == other:
@@ -106,7 +106,7 @@ the prompts differ in length, but patching puts each position of one into the sa
 def _one_token(tokenizer: PreTrainedTokenizerBase, what: str, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        shown = _show({what: _texts(tokenizer, ids)})
+        shown = _side_by_side({what: _texts(tokenizer, ids)})
         raise PromptError(f"the {what} {text!r} is not one token of this model but {len(ids)}.\n{shown}")
     return ids[0]
 
@@ -115,7 +115,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     return [str(tokenizer.decode([token])) for token in ids]
 
 
-def _show(words: dict[str, list[str]]) -> str:
+def _side_by_side(words: dict[str, list[str]]) -> str:
     width = max(map(len, words))
     return "\n".join(
         f"  {side:<{width}} ({len(each)} tokens): {' '.join(map(repr, each))}" for side, each in words.items()

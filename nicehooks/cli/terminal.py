@@ -45,18 +45,18 @@ def print_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], cor
     from rich.console import Console
 
     console = Console(highlight=False)
-    for part in _parts(len(columns), (console.width - ROW_WIDTH) // COLUMN_WIDTH):
-        console.print(_table(values[:, part], rows, columns[part], corner))
+    for part in _columns_at_a_time(len(columns), (console.width - ROW_WIDTH) // COLUMN_WIDTH):
+        console.print(_one_table(values[:, part], rows, columns[part], corner))
 
 
-def _parts(count: int, most: int) -> Iterator[slice]:
+def _columns_at_a_time(count: int, most: int) -> Iterator[slice]:
     """`count` columns in as few tables as there must be, of about the same width."""
     tables = -(-count // max(1, most))
     width = -(-count // tables)
     return (slice(start, start + width) for start in range(0, count, width))
 
 
-def _table(values: Tensor, rows: Sequence[str], columns: Sequence[str], corner: str) -> Table:
+def _one_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], corner: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 

@@ -105,7 +105,9 @@ def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None,
     if not where:
         raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
     constant = _Patch(value)  # a copy: a later in-place layer must not reach the user's own mean
-    return _named("ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls))
+    return _with_verb(
+        "ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls)
+    )
 
 
 def steer(
@@ -132,7 +134,9 @@ def steer(
     """
     if not isinstance(vector, Tensor):
         raise TypeError(f"steer(model, where, vector) takes a tensor as vector, not {type(vector).__name__}")
-    return _named("steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls))
+    return _with_verb(
+        "steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls)
+    )
 
 
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
@@ -197,7 +201,9 @@ def splice(
     """
     if not callable(module):
         raise TypeError(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
-    return _named("splice", edit(model, where, lambda value: _spliced(value, module, error), steps=steps, calls=calls))
+    return _with_verb(
+        "splice", edit(model, where, lambda value: _spliced(value, module, error), steps=steps, calls=calls)
+    )
 
 
 def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
@@ -219,7 +225,7 @@ def _in_dtype_of(module: Callable[[Tensor], Any], value: Tensor) -> Any:
     return new.to(value.dtype) if isinstance(new, Tensor) and new.is_floating_point() else new
 
 
-def _named(verb: str, context: edit) -> edit:
+def _with_verb(verb: str, context: edit) -> edit:
     context.verb = context._action.verb = verb  # pyright: ignore
     return context
 
@@ -316,7 +322,7 @@ class _Patch(Action):
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
             raise TreeMismatch(f"{self.value} came where {trees.structure_of(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
-        return old if trees.is_same(new, old) else _copied(new, old)
+        return old if trees.is_same(new, old) else _copied_into(new, old)
 
 
 def _is_traced() -> bool:
@@ -327,7 +333,7 @@ def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)
 
 
-def _copied(new: Any, old: Any) -> Any:
+def _copied_into(new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
         return new.clone()
     kept = [leaf for leaf in trees.leaves(old) if isinstance(leaf, Tensor)]

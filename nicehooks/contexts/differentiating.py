@@ -66,13 +66,13 @@ def grad_at(
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
         with _GradientsAt(model, where) as gradients:
-            value = gradients.differentiate(lambda: _scalar(metric(model(*args, **kwargs))))
+            value = gradients.differentiate(lambda: _only_number(metric(model(*args, **kwargs))))
         return value, gradients.cache()
 
     return run
 
 
-def _scalar(value: Any) -> Tensor:
+def _only_number(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     raise TreeMismatch(

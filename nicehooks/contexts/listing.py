@@ -259,11 +259,11 @@ def describe(model: nn.Module) -> ActiveTable:
     """
     taps = [tap for tap in map(tap_of, dict.fromkeys(Census(model).names.values())) if tap is not None]
     rules = dict.fromkeys(rule for tap in taps for rule in tap.rules if isinstance(rule, SiteRule))
-    acting = {rule for tap in taps for rule in _acting(tap)}
+    acting = {rule for tap in taps for rule in _rules_acting(tap)}
     return ActiveTable(_active_record(rule, rule in acting) for rule in rules)
 
 
-def _acting(tap: Tap) -> list[Rule]:
+def _rules_acting(tap: Tap) -> list[Rule]:
     """The rules of `tap` that act here: the session of each does, and no `suspend` after it silences it."""
     acting: list[Rule] = []
     for rule in tap.rules:

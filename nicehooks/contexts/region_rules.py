@@ -30,7 +30,7 @@ Shape = tuple[bool, ...]
 def shape_of(site: Site) -> Shape | None:
     """The shape of the one subscript of `site`; None where its region is no single index, after whole dimensions."""
     path = site.path
-    if path.port.kind != "output" or path.call is not None or len(path.chain) != 1:
+    if not path.port.is_output or path.call is not None or len(path.chain) != 1:
         return None
     step = path.chain[0]
     items = step if isinstance(step, tuple) else (step,)
@@ -76,9 +76,9 @@ class RegionRule(OutputRule):
             return None
         if torch_private.innermost_transform() is not None:
             return None
-        shape = _items(self)
+        shape = _subscript_items(self)
         dims = [dim for dim, item in enumerate(shape) if type(item) is int]
-        if len(shape) > value.ndim or not (places := _places(self.together, dims, value)):
+        if len(shape) > value.ndim or not (places := _places_in(self.together, dims, value)):
             return None
         try:
             new = [_instead(rule, value) for rule in self.together]
@@ -98,15 +98,15 @@ class RegionRule(OutputRule):
         self.note_checkpoint(first, written)
 
 
-def _items(rule: RegionRule) -> tuple[Any, ...]:
+def _subscript_items(rule: RegionRule) -> tuple[Any, ...]:
     step = rule.chain[0]
     return step if isinstance(step, tuple) else (step,)
 
 
-def _places(rules: list[RegionRule], dims: list[int], value: Tensor) -> list[tuple[int, ...]]:
+def _places_in(rules: list[RegionRule], dims: list[int], value: Tensor) -> list[tuple[int, ...]]:
     """The indices of each rule, counted from the start; empty where one is out of range or two are one place."""
     sizes = [value.shape[dim] for dim in dims]
-    given = [[_items(rule)[dim] for dim in dims] for rule in rules]
+    given = [[_subscript_items(rule)[dim] for dim in dims] for rule in rules]
     if any([not -size <= at < size for each in given for at, size in zip(each, sizes, strict=True)]):
         return []
     places = [tuple([at % size for at, size in zip(each, sizes, strict=True)]) for each in given]

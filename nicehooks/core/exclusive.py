@@ -16,7 +16,7 @@ class _Holding(threading.local):
         self.held: list[Any] = []
 
 
-_here = _Holding()
+_holding = _Holding()
 _lock = threading.RLock()
 
 
@@ -40,17 +40,17 @@ class Exclusive(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         for lock in self.locks:
-            _here.held.append(lock)
+            _holding.held.append(lock)
             lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         for lock in reversed(self.locks):
             lock.release()
-            _here.held.pop()
+            _holding.held.pop()
 
 
 def free_left_over() -> None:
     """Gives free what an interrupt has left this thread holding; see NOTE [Interrupts]."""
-    while _here.held:
+    while _holding.held:
         with suppress(RuntimeError):  # it was not held yet, or no more
-            _here.held.pop().release()
+            _holding.held.pop().release()

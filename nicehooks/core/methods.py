@@ -177,7 +177,7 @@ class MethodHandle:
             if method.users:
                 return
             del _patched[self.kind, self.name]
-            _put_back(method)
+            _method_put_back(method)
             in_use = any(["forward" in vars(module) for module in method.modules.values()])
         if in_use:
             warn_caller(IN_USE.format(handle=self), NotReachedWarning)
@@ -189,7 +189,7 @@ IN_USE = (
 )
 
 
-def _put_back(method: _MethodAsModule) -> None:
+def _method_put_back(method: _MethodAsModule) -> None:
     """Restores the class, unless somebody else has set the attribute meanwhile."""
     if vars(method.kind).get(method.name) is not method:
         return

@@ -27,7 +27,7 @@ TAKES_MORE = ("patch", "edit", "steer")
 RESIDUAL = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm", "logits")
 ATTENTION = ("attn_in", "q", "k", "v", "scores", "pattern", "z", "attn_out")
 MLP = ("mlp_in", "mlp_pre", "mlp_post", "mlp_out")
-PARTS = frozenset((*RESIDUAL, *ATTENTION, *MLP))
+ANATOMY_PARTS = frozenset((*RESIDUAL, *ATTENTION, *MLP))
 """What the field calls the parts of a transformer; `anatomy(model)` finds them."""
 
 HOOK_POINTS = {"attn_scores": "scores", "pre": "mlp_pre", "post": "mlp_post"}
@@ -77,7 +77,7 @@ def _part_of_anatomy(path: ModulePath, verb: str) -> list[str]:
     if hook is not None:
         part = HOOK_POINTS.get(hook[2], hook[2])
         layer = f"[{hook[1]}]" if hook[1] and hook[1] != "*" else ""
-    if part not in PARTS:
+    if part not in ANATOMY_PARTS:
         return []
     more = ", …" if verb in TAKES_MORE else ""
     right = f"anatomy(model).{part}{layer or path.slice}"
@@ -92,11 +92,11 @@ def _part_of_anatomy(path: ModulePath, verb: str) -> list[str]:
 
 def _nearest(census: Census, path: ModulePath, verb: str) -> Iterator[str]:
     """The lines of a message that say which names were probably meant, and what to write."""
-    wanted = _kind_of(path.name)
+    wanted = _pattern_of(path.name)
     kinds: dict[str, list[str]] = {}
     for name, module in census.names.items():
         if name and has_forward(module):
-            kinds.setdefault(_kind_of(name), []).append(name)
+            kinds.setdefault(_pattern_of(name), []).append(name)
     best = max(kinds, key=lambda kind: _closeness(wanted, kind), default=None) if len(wanted) <= LONGEST else None
     if best is None or not _is_alike(wanted, best):
         return
@@ -109,7 +109,7 @@ def _nearest(census: Census, path: ModulePath, verb: str) -> Iterator[str]:
         yield from _lines(*[f'{verb}(model, "{text}"{more})' for text in (path, replace(path, name=right))])
 
 
-def _kind_of(name: str) -> str:
+def _pattern_of(name: str) -> str:
     """`name` with `*` for every number, wildcard and alternative: what all layers have in common."""
     return re.sub(r"(^|(?<=\.))(\d+|\*+|\{[^}]*\})(?=\.|$)", "*", re.sub(r"\\(.)", r"\1", name))
 

@@ -21,12 +21,11 @@ from torch import nn
 from nicehooks import torch_private
 from nicehooks.core.frames import Rule, staged
 from nicehooks.core.methods import method_modules
+from nicehooks.core.register import Pairs
 from nicehooks.core.selection import Group, Site, Where, flat, select_groups
 from nicehooks.core.sessions import HERE
 from nicehooks.core.tap import acting_in_traced_code, is_bound, parameters_of
 from nicehooks.paths.grammar import ModulePath
-
-Pairs = list[tuple[nn.Module, Rule]]
 
 
 class _Place(NamedTuple):
@@ -62,10 +61,12 @@ def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], 
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
     (group,) = select_groups(model, [item], verb)
-    return [_Place(site.name, _keys(names[id(site.module)]), _copied(site.path)) for site in group.sites], group.wild
+    return [
+        _Place(site.name, _way_to(names[id(site.module)]), _unshared(site.path)) for site in group.sites
+    ], group.wild
 
 
-def _copied(path: ModulePath) -> ModulePath:
+def _unshared(path: ModulePath) -> ModulePath:
     """A path that nobody else has: what Dynamo meets in two places it guards, and here it knows no way to the one."""
     own = replace(path, port=replace(path.port))
     str(own)  # is remembered, so that traced code need not find it out
@@ -76,7 +77,7 @@ def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _keys(name: str) -> tuple[str, ...]:
+def _way_to(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")) if name else ()
 
 
@@ -102,7 +103,7 @@ class _TracedTap:
         return type(module).forward(module, *args, **kwargs)
 
 
-def _forward_of(tap: _TracedTap) -> Callable[..., Any]:
+def _traced_forward_of(tap: _TracedTap) -> Callable[..., Any]:
     return lambda *args, **kwargs: staged(tap, acting_in_traced_code(tap), args, kwargs)
 
 
@@ -122,7 +123,7 @@ def bind_traced(pairs: Pairs, first: bool = False) -> None:
         found = HERE.traced.get(id(module))
         forward, rules = (module.__dict__.get("forward"), ()) if found is None else found
         if found is None and not _has_tap(module):
-            module.__dict__["forward"] = _forward_of(_TracedTap(module))
+            module.__dict__["forward"] = _traced_forward_of(_TracedTap(module))
         HERE.traced[id(module)] = (forward, (rule, *rules) if first else (*rules, rule))
 
 

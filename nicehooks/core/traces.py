@@ -49,12 +49,12 @@ class Trace:
     def looked_at(self, module: nn.Module, key: str, child: nn.Module | None) -> None:
         """The child called `key` was looked up."""
         self.met(module)
-        self._one.append((weakref.ref(module), key, _reference(child)))
+        self._one.append((weakref.ref(module), key, _weakly(child)))
 
     def looked_at_all(self, module: nn.Module) -> None:
         """All children were looked at."""
         self.met(module)
-        children = [_reference(child) for child in module._modules.values()]
+        children = [_weakly(child) for child in module._modules.values()]
         self._all.append((weakref.ref(module), tuple(module._modules), children))
 
     def asked(self, module: nn.Module, port: Port, answer: bool) -> None:
@@ -103,7 +103,7 @@ def has_port(module: nn.Module, port: Port) -> bool:
     return (has_forward(module) or not kind.needs_forward) and kind.is_on(module, port)
 
 
-def _reference(module: nn.Module | None) -> Reference:
+def _weakly(module: nn.Module | None) -> Reference:
     return _nothing if module is None else weakref.ref(module)
 
 

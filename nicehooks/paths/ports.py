@@ -119,27 +119,27 @@ class OutputSpelling(Spelling):
         return ""
 
 
-_table: dict[str, Spelling] = {"output": OutputSpelling()}
+_spellings: dict[str, Spelling] = {"output": OutputSpelling()}
 _ROOM = "nicehooks.ports"
 _loaded = False
 
 
 def add_spelling(spelling: Spelling) -> None:
     """Puts a kind of port into the table."""
-    _table[spelling.kind] = spelling
+    _spellings[spelling.kind] = spelling
 
 
 def spelling_of(port: Port) -> Any:
     """The entry of the table for the kind of `port`."""
-    if port.kind not in _table:
+    if port.kind not in _spellings:
         _load()
-    return _table[port.kind]
+    return _spellings[port.kind]
 
 
 def all_spellings() -> list[Any]:
     """Every entry of the table."""
     _load()
-    return list(_table.values())
+    return list(_spellings.values())
 
 
 def _load() -> None:
@@ -157,7 +157,7 @@ OUTPUT = Port()
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-_WORDS = re.compile(
+_AFTER_AT = re.compile(
     r"@(?P<name>(?:\\.|\w)+(?:\.(?:\\.|\w)+)*)(?:#(?P<call>[0-9]{1,18}|\*))?"
     r"(?:(?P<brackets>\(\))(?:\.(?P<part>\w+(?:\.\w+)*))?)?(?![\w.(#\\])",
     re.DOTALL,
@@ -175,8 +175,8 @@ def read_port(text: str, at: int) -> tuple[Port, int]:
     if text[at : at + 1] != "@":
         return OUTPUT, at
     _load()
-    kinds = sorted(_table.values(), key=lambda kind: kind.rank)
-    found = _WORDS.match(text, at)
+    kinds = sorted(_spellings.values(), key=lambda kind: kind.rank)
+    found = _AFTER_AT.match(text, at)
     if found is None:
         raise no_port(text, at)
     if found["call"] and not found["brackets"]:
@@ -192,5 +192,5 @@ def read_port(text: str, at: int) -> tuple[Port, int]:
 
 def no_port(text: str, at: int) -> Exception:
     """The error that says what may stand behind the `@` at `at`."""
-    *first, last = [kind.shown for kind in sorted(_table.values(), key=lambda kind: kind.rank) if kind.shown]
+    *first, last = [kind.shown for kind in sorted(_spellings.values(), key=lambda kind: kind.rank) if kind.shown]
     return fault(text, at + 1, f"a port is expected after @: {', '.join(first)}, or {last}")

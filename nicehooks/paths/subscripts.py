@@ -17,7 +17,7 @@ _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _MARK = re.compile(rf"{_QUOTED.pattern}|[\[\],'\"]", re.DOTALL)
 _HEADS = re.compile(r"/([0-9]{1,18})(?![0-9])")
 _ROWS = re.compile(r"/rows(?!\w)")
-_WORDS = {"*": STAR, "...": Ellipsis, "None": None}
+_BY_NAME = {"*": STAR, "...": Ellipsis, "None": None}
 
 ORDER = "one of # @ [ / is expected here, in this order"
 INDEX = "an index is an integer, a slice, a quoted key, None, ..., * or a list of integers"
@@ -90,8 +90,8 @@ def _commas_and_end(text: str, at: int) -> list[int]:
 def _read_item(text: str, begin: int, stop: int) -> Any:
     item = text[begin:stop].strip()
     at = stop - len(text[begin:stop].lstrip())
-    if item in _WORDS:
-        return _WORDS[item]
+    if item in _BY_NAME:
+        return _BY_NAME[item]
     if ":" in item and item[0] not in "'\"[":
         return _read_slice(text, at, item)
     try:

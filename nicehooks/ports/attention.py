@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 _wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
 
 
-class _Here(threading.local):
+class _RunInSteps(threading.local):
     """The same for traced code, which cannot read a `ContextVar`."""
 
     def __init__(self) -> None:
         self.wanted = 0
 
 
-_here = _Here()
+_here = _RunInSteps()
 
 
 def as_steps_wanted() -> bool:

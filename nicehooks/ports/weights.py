@@ -199,10 +199,10 @@ NO_CALLS = "{site!r}: a parameter has no calls; choose the steps of the model wi
 def escaped_word(name: str) -> str:
     """The name of a parameter as a path has it: with backslashes where it would mean something else."""
     text = re.sub(r"[^\w.]", r"\\\g<0>", name)
-    return f"\\{text}" if name in RESERVED else text
+    return f"\\{text}" if name in RESERVED_WORDS else text
 
 
-RESERVED = ("input", "grad", "output")
+RESERVED_WORDS = ("input", "grad", "output")
 """What means another port, where a parameter has this name."""
 
 

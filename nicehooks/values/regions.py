@@ -80,17 +80,17 @@ def _show_item(item: Any) -> str:
     return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
 
-def read(tensor: Tensor, step: Any) -> Tensor:
+def read_region(tensor: Tensor, step: Any) -> Tensor:
     """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
     try:
-        return _read(tensor, step)
+        return _read_unchecked(tensor, step)
     except (IndexError, OverflowError):
         raise TreeMismatch(f"{show_step(step)} is out of range for {structure_of(tensor)}") from None
     except TORCH_ERRORS as error:
         raise refused(error, f"{show_step(step)} of {structure_of(tensor)} cannot be read") from None
 
 
-def _read(tensor: Tensor, step: Any) -> Tensor:
+def _read_unchecked(tensor: Tensor, step: Any) -> Tensor:
     if isinstance(step, Heads):
         return _split(tensor, step.count)
     if isinstance(step, Rows):

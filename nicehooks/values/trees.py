@@ -128,7 +128,7 @@ def _indices(tree: Any, items: list[Any], position: int) -> list[Any]:
 
 def _step(tree: Any, step: Any) -> Any:
     if isinstance(tree, Tensor):
-        return regions.read(tree, step)
+        return regions.read_region(tree, step)
     node, position = _child(tree, step)
     return node.children[position]
 
@@ -209,12 +209,12 @@ def _fit(old: Tensor, new: Any) -> Tensor:
     try:
         return _fitted(old, new)
     except TORCH_ERRORS as error:
-        raise refused(error, f"{_shown(new)} cannot be written into {structure_of(old)}") from None
+        raise refused(error, f"{_shown_short(new)} cannot be written into {structure_of(old)}") from None
 
 
 def _fitted(old: Tensor, new: Any) -> Tensor:
     if is_complex(new) and not old.is_complex():
-        raise TreeMismatch(f"{_shown(new)} has an imaginary part, {structure_of(old)} has none")
+        raise TreeMismatch(f"{_shown_short(new)} has an imaginary part, {structure_of(old)} has none")
     if isinstance(new, int | float | complex):
         return _filled_like(old, new.real if isinstance(new, complex) and not new.imag else new)
     if not isinstance(new, Tensor):
@@ -258,7 +258,7 @@ def is_complex(value: Any) -> bool:
     return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex) and value.imag != 0
 
 
-def _shown(value: Any) -> str:
+def _shown_short(value: Any) -> str:
     return structure_of(value) if isinstance(value, Tensor) else repr(value)
 
 

@@ -42,12 +42,12 @@ def test_a_directory_loads_as_it_was_saved(tiny: str):
 def test_a_gguf_file_is_found_by_its_path():
     file = loading.default_model_file()
     assert file.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert loading.find(str(file)) == loading.find(loading.DEFAULT_MODEL) == (str(file.parent), file.name)
+    assert loading.locate(str(file)) == loading.locate(loading.DEFAULT_MODEL) == (str(file.parent), file.name)
 
 
 def test_a_name_that_is_no_file_is_one_on_the_hub():
-    assert loading.find("gpt2") == ("gpt2", None)
-    assert loading.find("no-such-file.gguf") == ("no-such-file.gguf", None)
+    assert loading.locate("gpt2") == ("gpt2", None)
+    assert loading.locate("no-such-file.gguf") == ("no-such-file.gguf", None)
 
 
 def message(error: pytest.ExceptionInfo[Exception]) -> list[str]:

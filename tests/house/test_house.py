@@ -1,26 +1,19 @@
-"""The house: its public names, its floors, what it imports and what it leaves alone."""
+"""The house: its public names, what it imports and what it leaves alone."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from rooms import FILES, HOUSE, imports_of
 
 import nicehooks
-
-HOUSE = Path(nicehooks.__file__).parent
-FILES = {path.stem: ast.parse(path.read_text()) for path in sorted(HOUSE.rglob("*.py")) if path.stem != "__init__"}
-FLOORS = re.findall(r"^    (\w+)  ", inspect.cleandoc(nicehooks.__doc__ or ""), re.MULTILINE)
-
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -187,51 +180,6 @@ def test_errors_are_also_what_python_calls_them(ours: type, pythons: type) -> No
     assert issubclass(ours, pythons)
 
 
-# --- floors -----------------------------------------------------------------------------------------------------------
-
-
-def imports_of(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Every import below `tree`, wherever it stands: the module, and the name taken from it, if any."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from ((node.module or "", alias.name) for alias in node.names)
-
-
-def neighbours_of(file: str) -> set[str]:
-    """The files of the house that `file` imports from; "" for names that it takes from the package itself."""
-    found: set[str] = set()
-    for module, name in imports_of(FILES[file]):
-        if module == "nicehooks":
-            found.add(name if name in FILES else "")
-        elif module.startswith("nicehooks."):
-            found.add(module.split(".")[1])
-    return found
-
-
-def test_the_map_shows_floors_that_are_there() -> None:
-    assert len(FLOORS) >= 14
-    assert FLOORS[0] == "errors"
-    assert set(FLOORS) <= set(FILES)
-    assert len(set(FLOORS)) == len(FLOORS)
-
-
-@pytest.mark.parametrize("floor", FLOORS)
-def test_a_floor_imports_only_from_the_floors_below_it(floor: str) -> None:
-    assert neighbours_of(floor) <= set(FLOORS[: FLOORS.index(floor)])
-
-
-def test_what_the_map_does_not_show_stands_on_top_of_it() -> None:
-    """The commands and jobs use the library; they may use each other, but not in a circle."""
-    top = set(FILES) - set(FLOORS)
-    assert {"cli", "loading", "plotting"} <= top | set(FLOORS)
-    assert [floor for floor in FLOORS if neighbours_of(floor) & (top | {""})] == []
-    order = list(TopologicalSorter({file: neighbours_of(file) & top for file in top}).static_order())
-    assert set(order) == top
-
-
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 
@@ -341,14 +289,14 @@ def dotted_names(tree: ast.AST) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "internals"])
-def test_private_apis_of_torch_are_touched_in_internals_alone(file: str) -> None:
+@pytest.mark.parametrize("file", [file for file in FILES if file != "torch_private"])
+def test_private_apis_of_torch_are_touched_in_one_file_alone(file: str) -> None:
     assert sorted({name for name in dotted_names(FILES[file]) if is_private(name)}) == []
 
 
-def test_internals_does_touch_them() -> None:
+def test_that_file_does_touch_them() -> None:
     """So that the test above looks for what there is."""
-    private = {name for name in dotted_names(FILES["internals"]) if is_private(name)}
+    private = {name for name in dotted_names(FILES["torch_private"]) if is_private(name)}
     assert {"torch._C._functorch", "torch.utils._pytree."} <= private
 
 
@@ -372,8 +320,8 @@ TABLES = {"_modules", "_parameters", "_buffers"}
 """The tables of an `nn.Module`, which it has had under these names in every version."""
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "internals"])
-def test_private_attributes_of_others_are_read_in_internals_alone(file: str) -> None:
+@pytest.mark.parametrize("file", [file for file in FILES if file != "torch_private"])
+def test_private_attributes_of_others_are_read_in_that_file_alone(file: str) -> None:
     """Of tensors and modules, that is; what begins so in a named tuple is public."""
     public = {"_asdict", "_fields", "_make", "_replace"} | TABLES
     private = {node.attr for node in ast.walk(FILES[file]) if isinstance(node, ast.Attribute) and is_private(node.attr)}

@@ -129,11 +129,11 @@ class _Checks:
 
     # the checks: each yields the name of a hook point, or "", and what is wrong there
 
-    def repeatable(self) -> Found:
+    def repeatable(self) -> Finding:
         if not _equal(self.run(self.plain).output, self.clean):
             yield "", "the model gives another output each time, also without hooks: nothing can be compared with it."
 
-    def structure(self) -> Found:
+    def structure(self) -> Finding:
         for what, of in STRUCTURE.items():
             if of(self.hooked) != of(self.plain):
                 yield "", f"auto_hook changes {what}: {_difference(of(self.plain), of(self.hooked))}."
@@ -142,7 +142,7 @@ class _Checks:
             if isinstance(point, AutoPoint) and id(point) in modules:
                 yield name, "the hook point is a module of the model."
 
-    def output(self) -> Found:
+    def output(self) -> Finding:
         looks = _Looks()
         ways: dict[str, Any] = {
             "after auto_hook": (),
@@ -153,7 +153,7 @@ class _Checks:
             if not _equal(self.run(self.hooked, fwd).output, self.clean):
                 yield "", f"the output is another one {how}."
 
-    def forward(self) -> Found:
+    def forward(self) -> Finding:
         looks = _Looks()
         self.run(self.hooked, [(_every, looks)])
         self.values = looks.seen
@@ -161,7 +161,7 @@ class _Checks:
             if name not in looks.seen:
                 yield name, UNUSED if getattr(self.hooked.hook_dict[name], "is_of_parameter", False) else UNCALLED
 
-    def backward(self) -> Found:
+    def backward(self) -> Finding:
         if not any(map(self.can_have_gradient, self.names)):
             return
         looks = _Looks()
@@ -170,7 +170,7 @@ class _Checks:
             if self.can_have_gradient(name) and name not in looks.seen:
                 yield name, "no gradient comes by: the output does not depend on the value there, or it is detached."
 
-    def gradients(self) -> Found:
+    def gradients(self) -> Finding:
         clean = self.run(self.plain, backward=True).gradients
         bwd = [(_every, _Looks())] if any(map(self.can_have_gradient, self.names)) else ()
         hooked = self.run(self.hooked, [(_every, _returns)], bwd, backward=True).gradients
@@ -178,23 +178,23 @@ class _Checks:
             if not _equal(gradient, hooked[name]):
                 yield "", f"the gradient of {name} is another one with hooks."
 
-    def edits(self) -> Found:
+    def edits(self) -> Finding:
         for name in [name for name in self.names if self.can_have_gradient(name)]:
             for _, says in _guarded(lambda name=name: self.edit(name)):
                 yield name, says
 
-    def edit(self, name: str) -> Found:
+    def edit(self, name: str) -> Finding:
         if _equal(self.run(self.hooked, [(name, _disturbed)]).output, self.clean):
             yield name, "a changed value there does not change the output."
 
-    def restored(self) -> Found:
+    def restored(self) -> Finding:
         after = _state(self.hooked)
         for name, entries in self.before.items():
             if after.get(name) != entries:
                 changed = sorted(set(entries) ^ set(after.get(name, {}))) or ["forward"]
                 yield "", f"module {name!r} was left with other entries: {', '.join(changed)}."
 
-    def copies(self) -> Found:
+    def copies(self) -> Finding:
         for model in (self.plain, self.hooked):
             self.run(model)  # what it keeps of a run is without a graph now: it can be copied
         for how, copied in COPIES.items():
@@ -219,7 +219,7 @@ class _Checks:
             if not _equal(self.run(other).output, self.clean):
                 yield "", f"what {how} makes gives another output."
 
-    def unwrap(self) -> Found:
+    def unwrap(self) -> Finding:
         model = self.hooked.unwrap()
         left = sorted(set(vars(model)) ^ set(vars(self.plain)))
         if model is not self.hooked or left:
@@ -235,7 +235,7 @@ class _Run(NamedTuple):
     gradients: dict[str, Any]
 
 
-Found = Iterator[tuple[str, str]]
+Finding = Iterator[tuple[str, str]]
 
 UNCALLED = "its hook is never called: the forward does not call this module, with these inputs."
 UNUSED = "its hook is never called: the parameter enters no operation of torch in the forward of its module."
@@ -339,7 +339,7 @@ def _state(model: nn.Module) -> dict[str, dict[str, int]]:
     }
 
 
-def _guarded(check: Callable[[], Found]) -> Found:
+def _guarded(check: Callable[[], Finding]) -> Finding:
     """What `check` yields; an error on the way is one more finding."""
     try:
         yield from check()
