@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
+import warnings
+
+import torch
+
 
 class NiceHooksError(Exception):
     """The base of every error that this library raises."""
@@ -27,6 +34,14 @@ class SiteNotReached(NiceHooksError):
 
 class TreeMismatch(NiceHooksError, TypeError):
     """A value does not fit the place that it was meant for: another structure, shape or index."""
+
+
+class FileFault(NiceHooksError, OSError):
+    """A file of activations cannot be read or written: it is damaged, or something else than it should be."""
+
+
+class FileMissing(FileFault, FileNotFoundError):
+    """A file of activations, or the folder that it should be written into, is not there."""
 
 
 class UnsupportedModule(NiceHooksError):
@@ -71,3 +86,15 @@ class CheckpointWarning(NiceHooksWarning):
 
 class HookCheckWarning(NiceHooksWarning):
     """`check_auto_hook` has found something that hooks do not do as they should on this model."""
+
+
+def warn_caller(text: str, kind: type[Warning]) -> None:
+    """Warns in the line that called this library, however deep in it the reason was found."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_OUR_FILES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, kind, stacklevel=level)
+
+
+_OUR_FILES = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, contextlib.__file__)
+"""Files whose lines are not the caller's: those of this library, and those by way of which it is called."""

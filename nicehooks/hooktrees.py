@@ -23,9 +23,11 @@ from nicehooks.compat.transformer_debugger.hook_collections import (
     ResidualStreamHooks,
     ResidualStreamTorsoHooks,
 )
-from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, ConditionalHooks, Hooks, WrapperHooks
+from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, ConditionalHooks, Hooks, WrapperHooks, _IsAt
 from nicehooks.compat.transformer_debugger.places import PLACES, spots
 from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
+from nicehooks.moved import belong_to
+from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,3 +122,6 @@ class TransformerHooks(HookCollection):
             SiteNotReached: on leaving: a place was reached in no layer, or its gradient did not come.
         """
         return HooksOn(self, model, at)
+
+
+belong_to(__name__, [_IsAt, *(globals()[name] for name in __all__)])

@@ -23,6 +23,8 @@ from torch._functorch.pyfunctorch import (
 from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
+OnTensors = Callable[[list[Tensor]], list[Tensor]]
+PutOn = Callable[[list[Tensor], OnTensors], list[Tensor]]
 
 
 def evaluated_while_tracing(function: Fn) -> Fn:
@@ -71,35 +73,53 @@ def lift(value: Tensor, level: int) -> Tensor:
         return lift(value, level)
 
 
-def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Sets `hook` on the gradient of `tensor` where it is differentiated: here, or outside of the innermost transforms.
+def where_differentiated(tensors: list[Tensor], act: OnTensors, put: PutOn) -> list[Tensor] | None:
+    """`put(tensors, act)` where the tensors are differentiated: here, or outside of the innermost transforms.
 
-    For a backward that is outside of a `vmap`, the hook is mapped over the gradients of all examples. A value that is
+    For a backward that is outside of a `vmap`, `act` is mapped over the gradients of all examples. A value that is
     the same for every example has a gradient for each, so it becomes one value per example.
 
+    Args:
+        tensors: the tensors as they are here.
+        act: what acts on the gradients of all of them.
+        put: sees to it that a function of the gradients is called, and returns what takes the place of the tensors.
+
     Returns:
-        what takes the place of `tensor`; None where nothing differentiates it.
+        what takes the place of `tensors`; None where nothing differentiates them.
     """
     transform = innermost_transform()
     size = None if transform is None else transform_size(transform)
-    if size is None and tensor.requires_grad:
-        tensor.register_hook(hook)
-        return tensor
+    if size is None and any([tensor.requires_grad for tensor in tensors]):
+        return put(tensors, act)
     if transform is None:
         return None
     level = transform.level()
-    own = functorch.is_functorch_wrapped_tensor(tensor) and functorch.maybe_get_level(tensor) == level
-    dim = functorch.maybe_get_bdim(tensor) if own else 0
+    own = [functorch.is_functorch_wrapped_tensor(one) and functorch.maybe_get_level(one) == level for one in tensors]
+    dims = [functorch.maybe_get_bdim(one) if is_own else 0 for one, is_own in zip(tensors, own, strict=True)]
     with temporarily_pop_interpreter_stack():
-        inner = functorch.get_unwrapped(tensor) if own else tensor
-        if size is None:
-            found = hook_gradient(inner, hook)
-        else:
-            each = inner if own else inner.expand(size, *inner.shape)
-            found = hook_gradient(each, torch.vmap(hook, in_dims=dim, out_dims=dim, randomness="different"))
-    if found is None or found is inner:
-        return None if found is None else tensor
-    return functorch._add_batch_dim(found, dim, level) if size is not None else functorch._wrap_for_grad(found, level)
+        inner = [functorch.get_unwrapped(one) if is_own else one for one, is_own in zip(tensors, own, strict=True)]
+        if size is not None:
+            out_dims: Any = dims
+            act = torch.vmap(act, in_dims=(dims,), out_dims=out_dims, randomness="different")
+            inner = [one if is_own else one.expand(size, *one.shape) for one, is_own in zip(inner, own, strict=True)]
+        found = where_differentiated(inner, act, put)
+    if found is None:
+        return None
+    pairs = zip(found, dims, strict=True)
+    if size is not None:
+        return [functorch._add_batch_dim(one, dim, level) for one, dim in pairs]
+    return [functorch._wrap_for_grad(one, level) for one, _ in pairs]
+
+
+def hook_gradient(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Sets `hook` on the gradient of `tensor`; returns what takes its place. See `where_differentiated`."""
+    found = where_differentiated([tensor], lambda gradients: [hook(gradients[0])], _hooked)
+    return None if found is None else found[0]
+
+
+def _hooked(tensors: list[Tensor], act: OnTensors) -> list[Tensor]:
+    tensors[0].register_hook(lambda gradient: act([gradient])[0])
+    return tensors
 
 
 @contextmanager
@@ -202,6 +222,40 @@ def requires_gradient(value: Tensor) -> bool:
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
+_as_batch: Callable[..., Tensor] = torch._add_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+_of_batch: Callable[..., Tensor] = torch._remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+"""Whether autograd knows of another tensor with the memory of this one (torch 2.4 … 2.13)."""
+
+
+def each_of_batch(act: OnTensors, gradients: list[Tensor]) -> list[Tensor]:
+    """`act(gradients)`, by `torch.vmap` where torch runs one backward for a batch of gradients.
+
+    `is_grads_batched=True` and `torch.autograd.functional.jacobian(vectorize=True)` have a mapping of their own, of an
+    older kind than `torch.vmap`, whose values die with it and tell nobody (torch 2.4 … 2.13).
+    """
+    batched = [functorch.is_legacy_batchedtensor(gradient) for gradient in gradients]
+    if not any(batched):
+        return act(gradients)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [
+        _of_batch(gradient, level, 0, 0) if is_batched else gradient
+        for gradient, is_batched in zip(gradients, batched, strict=True)
+    ]
+    dims = [0 if is_batched else None for is_batched in batched]
+    new = torch.vmap(act, in_dims=(dims,), randomness="different")(whole)
+    return [_as_batch(one, 0, level) for one in new]
+
+
+next_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # pyright: ignore
+"""The number that the next node of autograd's graph in this thread gets (torch 2.4 … 2.13)."""
+
+
+sequence_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
+"""The number of a node of autograd's graph: which was made first, among those of one thread (torch 2.4 … 2.13)."""
+
 
 def in_backward() -> bool:
     """Whether a backward pass runs in this thread (torch 2.4 … 2.13)."""
@@ -284,18 +338,6 @@ def _parameter(argument: Any) -> Parameter:
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
 
-def teach_dynamo(function: Callable[[], Any], traced: Callable[[], Any]) -> bool:
-    """Lets Dynamo trace `traced` where it meets `function`; False while Dynamo is not loaded, or too old (< 2.6).
-
-    Importing Dynamo takes about a second, so this library never imports it by itself.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    if not hasattr(dynamo, "substitute_in_graph") or not hasattr(torch.compiler, "substitute_in_graph"):
-        return False  # not loaded, or being loaded by another thread at this moment
-    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(traced)  # pyright: ignore
-    return True
-
-
 def tracing_lock() -> list[Any]:
     """The lock that Dynamo holds while it traces, if it is loaded (torch 2.4 … 2.13)."""
     convert_frame = sys.modules.get("torch._dynamo.convert_frame")
@@ -332,6 +374,9 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 no_forward = nn.Module.forward
 """What `type(module).forward` is for containers that define none (torch 2.4 … 2.13)."""
 
+CALLS_OF_MODULE = ("_call_impl", "_wrapped_call_impl", "_slow_forward")
+"""What `nn.Module.__call__` goes through on the way to `forward` (torch 2.4 … 2.13)."""
+
 WRAPPED_CHILD = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -353,6 +398,49 @@ def pre_hooks(module: nn.Module) -> list[Any]:
     return list(module._forward_pre_hooks.values())
 
 
+def nested_sizes(tensor: Tensor) -> list[int | str]:
+    """The sizes of a nested tensor, `*` for a dimension in which its tensors differ (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.jagged:
+        return [size if type(size) is int else "*" for size in tensor.shape]
+    sizes = tensor._nested_tensor_size()
+    same = [
+        int(sizes[0, dim]) if bool((sizes[:, dim] == sizes[0, dim]).all()) else "*" for dim in range(sizes.shape[1])
+    ]
+    return [sizes.shape[0], *same]
+
+
+def nests_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the tensors that are nested in `a` have the shapes of those in `b`, one by one."""
+    if a.layout is not b.layout or nested_sizes(a) != nested_sizes(b):
+        return False
+    if a.layout is torch.jagged:
+        return torch.equal(_offsets(a), _offsets(b).to(a.device))
+    return torch.equal(a._nested_tensor_size(), b._nested_tensor_size())
+
+
+def _offsets(jagged: Any) -> Tensor:
+    return jagged.offsets()
+
+
+def nested_as(value: Tensor, other: Tensor) -> Tensor:
+    """`value`, of the very nesting of `other`: torch takes two jagged tensors together only if they share offsets."""
+    if value.layout is not torch.jagged or value.shape == other.shape:
+        return value
+    ragged: Any = value
+    return torch.nested.nested_tensor_from_jagged(value.values(), _offsets(other), jagged_dim=ragged._ragged_idx)
+
+
+def held_by(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a sparse or jagged one consists of (torch 2.4 … 2.13)."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout is torch.jagged:
+        return [tensor.values(), _offsets(tensor)]
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    places = [tensor.crow_indices(), tensor.col_indices()] if by_row else [tensor.ccol_indices(), tensor.row_indices()]
+    return [*places, tensor.values()]
+
+
 def is_scripted(module: object) -> bool:
     """Whether `module` is TorchScript, whose forward Python never sees."""
     return isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction)
@@ -365,6 +453,19 @@ def torch_node(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]] | No
     """How `torch.utils._pytree` (torch 2.4 … 2.13) takes `kind` apart and puts it together, if it knows it."""
     node = torch_pytree.SUPPORTED_NODES.get(kind)
     return None if node is None else (node.flatten_fn, node.unflatten_fn)
+
+
+def torch_names(tree: Any) -> list[Any] | None:
+    """The keys, fields or positions of the children of `tree`, where they were registered (torch 2.4 … 2.13)."""
+    with_keys = torch_pytree.SUPPORTED_NODES[type(tree)].flatten_with_keys_fn
+    keys: list[Any] = [] if with_keys is None else [key for key, _ in with_keys(tree)[0]]
+    names = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in keys]
+    return names if names and all([isinstance(name, str | int) for name in names]) else None
+
+
+def holds_tensors_alone(tree: Any) -> bool:
+    """Whether `torch.utils._pytree` (torch 2.4 … 2.13), and so any transform, finds nothing else in `tree`."""
+    return all([isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(tree)])
 
 
 def register_torch_node(kind: type, flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -75,3 +77,22 @@ def toy(**sizes):
 
 def inputs(batch=3, pos=5):
     return torch.randn(batch, pos, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Record(NamedTuple):
+    """One hook of a model, beside the name of its hook point."""
+
+    name: str
+    dir: str
+    hook: object
+    is_permanent: bool
+    level: int | None
+
+
+def records(model, *args, **options):
+    """The hooks of a model, point by point."""
+    return [
+        Record(name, handle.dir, handle.user_hook, handle.is_permanent, handle.context_level)
+        for name, handles in model.list_hooks(*args, **options).items()
+        for handle in handles
+    ]

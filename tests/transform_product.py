@@ -212,6 +212,11 @@ def edit_outside(s: Subject, caller: str) -> Program:
     return Program(run, run, lambda: edit(s.model, s.changed, _bent))
 
 
+def leaving(s: Subject, module: str, way: str) -> AbstractContextManager[Any]:
+    """Makes what leaves a module there a tensor of its own: what the module itself computes from it does not count."""
+    return edit(s.model, module + way, lambda value: value * 1)
+
+
 def gradient_inside(s: Subject, caller: str) -> Program:
     """The gradient at a site, as a function of `z`."""
     run, (module, way, region) = _runner(s, caller), s.seen[0]
@@ -223,7 +228,7 @@ def gradient_inside(s: Subject, caller: str) -> Program:
         return acts[port].reshape(-1)
 
     def by_hand(z: Tensor) -> Tensor:
-        with capture(s.model, module) as acts:
+        with leaving(s, module, way), capture(s.model, module) as acts:
             y = loss(run(z if z.requires_grad else z.clone().requires_grad_()))
         (found,) = torch.autograd.grad(y, acts[module + way], create_graph=True)
         return ActivationCache({"found": found})["found" + region].reshape(-1)

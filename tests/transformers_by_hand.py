@@ -39,14 +39,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, at: At, causal: bool = True) -> T
     """From q, k, v `[batch, pos, head, d_head]` to what goes into the output projection."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    logits = torch.einsum("bqhd,bkhd->bqkh", q, k)
     if causal:
-        logits = logits + torch.full(logits.shape[-2:], -1e30).triu(1)
+        logits = logits + torch.full(logits.shape[1:3], -1e30).triu(1).unsqueeze(-1)
     logits = at("attn.qk_logits", logits)
-    powers = (logits - logits.amax(-1, keepdim=True)).exp()
-    pattern = powers / at("attn.qk_softmax_denominator", powers.sum(-1, keepdim=True))
+    powers = (logits - logits.amax(2, keepdim=True)).exp()
+    pattern = powers / at("attn.qk_softmax_denominator", powers.sum(2, keepdim=True))
     pattern = at("attn.qk_probs", pattern)
-    return at("attn.v_out", torch.einsum("bhqk,bkhd->bqhd", pattern, v)).flatten(2)
+    return at("attn.v_out", torch.einsum("bqkh,bkhd->bqhd", pattern, v)).flatten(2)
+
+
+def projections(q: Tensor, k: Tensor, v: Tensor, at: At) -> list[Tensor]:
+    """Queries and keys with half of the scale of their products each, and values."""
+    half = q.shape[-1] ** -0.25
+    return [at("attn.q", q * half), at("attn.k", k * half), at("attn.v", v)]
 
 
 def in_layer(at: At, layer: int) -> At:
@@ -64,7 +70,7 @@ def gpt2(model: Any, ids: Tensor, at: At = plain) -> Tensor:
         here = in_layer(at, i)
         y = here("resid.torso.post_ln_attn", layer_norm(block.ln_1, x, here, "resid.torso.ln_attn"))
         qkv = (y @ block.attn.c_attn.weight + block.attn.c_attn.bias).chunk(3, -1)
-        q, k, v = [here(f"attn.{name}", heads(part, n)) for name, part in zip("qkv", qkv, strict=True)]
+        q, k, v = projections(*[heads(part, n) for part in qkv], here)
         y = attention(q, k, v, here) @ block.attn.c_proj.weight + block.attn.c_proj.bias
         x = here("resid.torso.post_attn", x + here("resid.torso.delta_attn", y))
         y = here("resid.torso.post_ln_mlp", layer_norm(block.ln_2, x, here, "resid.torso.ln_mlp"))
@@ -83,7 +89,7 @@ def gpt_neox(model: Any, ids: Tensor, at: At = plain) -> Tensor:
         here = in_layer(at, i)
         y = here("resid.torso.post_ln_attn", layer_norm(block.input_layernorm, x, here, "resid.torso.ln_attn"))
         qkv = heads(block.attention.query_key_value(y), n).chunk(3, -1)
-        q, k, v = [here(f"attn.{name}", part) for name, part in zip("qkv", qkv, strict=True)]
+        q, k, v = projections(*qkv, here)
         q, k = rotate_some(q, k, cos, sin, unsqueeze_dim=2)
         delta = here("resid.torso.delta_attn", block.attention.dense(attention(q, k, v, here)))
         before = x if parallel else here("resid.torso.post_attn", x + delta)
@@ -105,9 +111,12 @@ def llama(model: Any, ids: Tensor, at: At = plain, offset: float = 0.0, act: Any
         here, attn, mlp = in_layer(at, i), block.self_attn, block.mlp
         y = rms_norm(block.input_layernorm.weight + offset, eps, x, here, "resid.torso.ln_attn")
         y = here("resid.torso.post_ln_attn", y)
-        q = here("attn.q", heads(attn.q_proj(y), model.config.num_attention_heads))
-        k = here("attn.k", heads(attn.k_proj(y), model.config.num_key_value_heads))
-        v = here("attn.v", heads(attn.v_proj(y), model.config.num_key_value_heads))
+        q, k, v = projections(
+            heads(attn.q_proj(y), model.config.num_attention_heads),
+            heads(attn.k_proj(y), model.config.num_key_value_heads),
+            heads(attn.v_proj(y), model.config.num_key_value_heads),
+            here,
+        )
         q, k = rotate(q, k, cos, sin, unsqueeze_dim=2)
         y = here("resid.torso.delta_attn", attn.o_proj(attention(q, k, v, here)))
         x = here("resid.torso.post_attn", x + y)
@@ -131,9 +140,9 @@ def bert(model: Any, ids: Tensor, at: At = plain) -> Tensor:
     x = at("resid.post_emb", x)
     for i, block in enumerate(core.encoder.layer):
         here, attn = in_layer(at, i), block.attention
-        q = here("attn.q", heads(attn.self.query(x), n))
-        k = here("attn.k", heads(attn.self.key(x), n))
-        v = here("attn.v", heads(attn.self.value(x), n))
+        q, k, v = projections(
+            heads(attn.self.query(x), n), heads(attn.self.key(x), n), heads(attn.self.value(x), n), here
+        )
         y = here("resid.torso.delta_attn", attn.output.dense(attention(q, k, v, here, causal=False)))
         x = here("resid.torso.post_attn", x + y)
         x = here("resid.torso.post_ln_attn", layer_norm(attn.output.LayerNorm, x, here, "resid.torso.ln_attn"))
@@ -152,9 +161,7 @@ def opt(model: Any, ids: Tensor, at: At = plain) -> Tensor:
         here, attn = in_layer(at, i), block.self_attn
         y = layer_norm(block.self_attn_layer_norm, x, here, "resid.torso.ln_attn")
         y = here("resid.torso.post_ln_attn", y)
-        q = here("attn.q", heads(attn.q_proj(y), n))
-        k = here("attn.k", heads(attn.k_proj(y), n))
-        v = here("attn.v", heads(attn.v_proj(y), n))
+        q, k, v = projections(heads(attn.q_proj(y), n), heads(attn.k_proj(y), n), heads(attn.v_proj(y), n), here)
         x = here("resid.torso.post_attn", x + here("resid.torso.delta_attn", attn.out_proj(attention(q, k, v, here))))
         y = here("resid.torso.post_ln_mlp", layer_norm(block.final_layer_norm, x, here, "resid.torso.ln_mlp"))
         y = here("mlp.post_act", here("mlp.pre_act", block.fc1(y)).relu())

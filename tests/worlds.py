@@ -67,7 +67,7 @@ def total(tree: Any) -> Tensor:
 def same(a: Any, b: Any) -> bool:
     """Whether two trees are equal, bit for bit."""
     x, y = trees.leaves(a), trees.leaves(b)
-    if type(a) is not type(b) or trees.describe(a) != trees.describe(b):
+    if type(a) is not type(b) or trees.structure_of(a) != trees.structure_of(b):
         return False
     return all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in zip(x, y, strict=True))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from nicehooks.anatomies.finding import Anatomy, find
+from nicehooks.anatomies.finding import Anatomy, find_anatomy
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.anatomies.tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, Lacks, Table
+from nicehooks.anatomies.tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, FamilyTable, Lacks
 from nicehooks.errors import UnsupportedModule
 
 __all__ = [
@@ -71,10 +71,10 @@ def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
     Raises:
         UnsupportedModule: the model is not known; or, when a part is asked for, it has no such part.
     """
-    return find(model, at)
+    return find_anatomy(model, at)
 
 
-def register_anatomy(kind: str | type[nn.Module], table: Table) -> None:
+def register_anatomy(kind: str | type[nn.Module], table: FamilyTable) -> None:
     """Describes a family of models, for `anatomy`.
 
     >>> from nicehooks.anatomies.anatomy import Family, Lacks

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.anatomies.tables import FAMILIES, HEADS, PARTS, Family, Lacks, Place
-from nicehooks.core.selection import Census
+from nicehooks.anatomies.tables import FAMILIES, PARTS, PARTS_WITH_HEADS, Family, Lacks, PartPlace
+from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 
 
 class Sizes(NamedTuple):
@@ -61,8 +62,8 @@ class Anatomy:
         self.config: Any = getattr(names[base], "config", None)
         self._model = model
         self._names = names
-        blocks = _join(base, family.blocks)
-        self._blocks = tuple(_join(blocks, key) for key in names[blocks]._modules)
+        blocks = _inner_name(base, family.blocks)
+        self._blocks = tuple(_inner_name(blocks, key) for key in names[blocks]._modules)
         self.sizes = _sizes(self.config, family, self.kind)
         self.n_layers = len(self._blocks)
         self.n_heads, self.n_kv_heads, self.d_head, self.d_model = self.sizes
@@ -92,7 +93,7 @@ class Anatomy:
         if not isinstance(wanted, str):
             reason = wanted.reason if isinstance(wanted, Lacks) else "the table of its family names none"
             raise UnsupportedModule(f"{self.kind} has no {role}: {reason}.")
-        name = _join(inside, wanted)
+        name = _inner_name(inside, wanted)
         if name not in self._names:
             raise UnsupportedModule(f"{self.kind} has no {role}: there is no module {name!r} in it.")
         return name
@@ -125,7 +126,7 @@ class Anatomy:
 
     def _head(self, options: tuple[str, ...]) -> tuple[str, str] | None:
         """The nearest module around that has one of `options`, and its name."""
-        found = ((outer, _join(outer, option)) for outer in self._around() for option in options)
+        found = ((outer, _inner_name(outer, option)) for outer in self._around() for option in options)
         return next(((outer, name) for outer, name in found if name in self._names), None)
 
     def _unembed(self) -> str:
@@ -183,7 +184,7 @@ class Anatomy:
         # Attention modules of transformers read this name at each call (5.0 … 5.23); there is no public one.
         return getattr(self.config, "_attn_implementation", None) or "eager"
 
-    def _here(self, what: str, place: Place) -> str | Lacks:
+    def _here(self, what: str, place: PartPlace) -> str | Lacks:
         if isinstance(place, str | Lacks):
             return place
         if self.attention not in place:
@@ -202,7 +203,7 @@ class Anatomy:
         full = ModulePath.parse(block + path if path[:1] in ("", *"@#[/") else f"{block}.{path}")
         if full.plain_name not in self._names and not full.is_wild:
             raise UnsupportedModule(f"{self.kind} has no {what}: there is no module {full.plain_name!r} in it.")
-        size, dim = HEADS.get(what, (None, 2))
+        size, dim = PARTS_WITH_HEADS.get(what, (None, 2))
         return Part.at(full, f"{what}[{layer}]", getattr(self.sizes, size) if size else None, dim)
 
     def __repr__(self) -> str:
@@ -223,7 +224,7 @@ FUSED = (
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find(model: nn.Module, at: str | None = None) -> Anatomy:
+def find_anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
     """The anatomy of the one language model in `model`, or of that in its module `at`."""
     names = dict(Census(model).unwrapped())
     if at is not None and at not in names:
@@ -232,7 +233,7 @@ def find(model: nn.Module, at: str | None = None) -> Anatomy:
     found: dict[int, tuple[str, Family]] = {}
     for name, module in inside.items():
         family = _family_of(module)
-        if family is not None and _has_blocks(names, _join(name, family.blocks)):
+        if family is not None and _has_blocks(names, _inner_name(name, family.blocks)):
             found.setdefault(id(module), (name, family))
     if len(found) != 1:
         raise UnsupportedModule(_several(names, found) if found else _unknown(names, inside))
@@ -275,7 +276,7 @@ def _size(config: Any, given: str | int) -> int | None:
     return given if isinstance(given, int) else getattr(config, given, None)
 
 
-def _join(outer: str, inner: str) -> str:
+def _inner_name(outer: str, inner: str) -> str:
     return f"{outer}.{inner}" if outer and inner else outer or inner
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.anatomies.finding import Anatomy, find
-from nicehooks.anatomies.linear import direction, last_linear_part, results_of_heads, unembedded
+from nicehooks.anatomies.finding import Anatomy, find_anatomy
+from nicehooks.anatomies.linear import last_linear_part, logit_direction, results_of_heads, unembedded
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.changes import suspend
 from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
-from nicehooks.values.trees import describe
+from nicehooks.values.trees import structure_of
 
 Tokens = int | Sequence[int] | Tensor
 Position = int | slice | Tensor | None
@@ -34,6 +34,7 @@ def logit_lens(
 
     The residual stream goes through the final norm and the unembedding of the model, clean of interventions.
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=100)).eval()
@@ -60,7 +61,7 @@ def logit_lens(
         NotCaptured: the cache lacks a layer; the message has the line that captures it.
         UnsupportedModule: the model has no unembedding, or no such part.
     """
-    body = find(model)
+    body = find_anatomy(model)
     if part not in STREAM:
         raise UnsupportedModule(
             f"logit_lens reads the residual stream, {', '.join(STREAM[:-1])} or {STREAM[-1]}, and not {part!r}."
@@ -87,6 +88,7 @@ def direct_logit_attribution(
     logit. The terms add up to it (or to the difference of two logits), from "A Mathematical Framework for Transformer
     Circuits".
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model, ids = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval(), [[3, 1, 4]]
@@ -119,7 +121,7 @@ def direct_logit_attribution(
         NotCaptured: the cache lacks a part; the message has the line that captures it.
         UnsupportedModule: the model has no unembedding, or the norms stand on the stream.
     """
-    body = find(model)
+    body = find_anatomy(model)
     if body.family.post_norm:
         raise UnsupportedModule(POST_NORM.format(kind=body.kind))
     if not isinstance(position, int | Tensor):
@@ -141,7 +143,7 @@ def direct_logit_attribution(
             else:
                 terms[part.what] = _at_position(_like_stream(value, first, part), position).float()
         norm = last_linear_part(body, last)
-        to, bias = direction(body, tokens, against, batch=len(last))
+        to, bias = logit_direction(body, tokens, against, batch=len(last))
     read_by_unembed = _at_position(_like_stream(read(ends[-1]), first, ends[-1]), position)
     rest = read_by_unembed.float() - norm.of(torch.stack(list(terms.values())).sum(0)) - norm.bias
     found = {what: (norm.of(term) * to).sum(-1) for what, term in terms.items()}
@@ -156,6 +158,7 @@ def direct_logit_attribution(
 def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None = None) -> Tensor:
     """What each head adds to `attn_out`; the bias of the projection is apart.
 
+    >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from nicehooks import anatomy, capture
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=100)).eval()
@@ -175,7 +178,7 @@ def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None =
     Raises:
         NotCaptured: the cache lacks `z`; the message has the line that captures it.
     """
-    body = find(model)
+    body = find_anatomy(model)
     layers = range(body.n_layers) if layer is None else [layer]
     sites = [body.z[one] for one in layers]
     read = _reader(body, cache, "head_results", sites)
@@ -198,7 +201,9 @@ def _reader(body: Anatomy, cache: Mapping[Any, Any], who: str, parts: Sequence[P
     def read(part: Part) -> Tensor:
         value = acts[part]
         if not isinstance(value, Tensor):
-            raise TreeMismatch(f"{who} takes one tensor per part, but {part.what} is {describe(value)} in this cache.")
+            raise TreeMismatch(
+                f"{who} takes one tensor per part, but {part.what} is {structure_of(value)} in this cache."
+            )
         return value
 
     return read
@@ -244,13 +249,13 @@ def _at_position(value: Tensor, position: Position) -> Tensor:
             return value[torch.arange(len(value), device=value.device), position.to(value.device)]
         return value[:, position]
     except (IndexError, TypeError):
-        shown = describe(position) if isinstance(position, Tensor) else repr(position)
-        raise TreeMismatch(f"position={shown} is no position of {describe(value)}, [batch, pos, …].") from None
+        shown = structure_of(position) if isinstance(position, Tensor) else repr(position)
+        raise TreeMismatch(f"position={shown} is no position of {structure_of(value)}, [batch, pos, …].") from None
 
 
 def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
     if value.shape != stream.shape:
-        raise TreeMismatch(f"{part.what} is {describe(value)}, but the stream is {describe(stream)}: two runs?")
+        raise TreeMismatch(f"{part.what} is {structure_of(value)}, but the stream is {structure_of(stream)}: two runs?")
     return value
 
 

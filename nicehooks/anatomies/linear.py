@@ -7,6 +7,7 @@ and nothing has to be known of an epsilon.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from nicehooks.anatomies.finding import Anatomy
 from nicehooks.errors import TreeMismatch, UnsupportedModule
-from nicehooks.values.trees import describe
+from nicehooks.values.trees import structure_of
 
 
 class LinearPart(NamedTuple):
@@ -39,35 +40,32 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def linear_part(norm: nn.Module, x: Tensor, gain_offset: float) -> LinearPart:
-    """The norm at the scale that it has on `x`, `[…, d_model]`; the scale is found from what it returns.
+def linear_part(norm: nn.Module, x: Tensor) -> LinearPart:
+    """The norm at the scale that it has on `x`, `[…, d_model]`; scale and gain are found from what it returns.
 
     Raises:
         UnsupportedModule: it is neither a LayerNorm nor an RMSNorm.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     wide = x.float()
-    gain = torch.ones_like(wide[..., :1]) if weight is None else weight.float() + gain_offset
+    gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
     shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
     target = norm(x).float() - shift
     found: list[tuple[Tensor, LinearPart]] = []
-    for centred in (True, False):
+    for centred, gain in product((True, False), gains):
         raw = (_centred(wide) if centred else wide) * gain
         scale = (raw * target).sum(-1, keepdim=True) / (raw * raw).sum(-1, keepdim=True).clamp_min(1e-30)
         found.append(((raw * scale - target).norm(), LinearPart(gain * scale, shift, centred)))
     error, best = min(found, key=lambda pair: pair[0].item())
     if error > 0.02 * target.norm():
-        raise UnsupportedModule(
-            f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm with gain weight + {gain_offset}: its table "
-            "may have to say another gain_offset."
-        )
+        raise UnsupportedModule(f"{type(norm).__name__} is no LayerNorm or RMSNorm with gain weight or 1 + weight.")
     return best
 
 
 def last_linear_part(body: Anatomy, x: Tensor) -> LinearPart:
     """The final norm at the scale that it has on `x`; the identity where the model lacks one."""
     if not body.lacks("final_norm"):
-        return linear_part(body.module("final_norm"), x, body.family.gain_offset)
+        return linear_part(body.module("final_norm"), x)
     return LinearPart(torch.ones_like(x[..., :1], dtype=torch.float32), x.new_zeros(x.shape[-1]).float(), False)
 
 
@@ -79,7 +77,7 @@ def results_of_heads(body: Anatomy, layer: int, z: Tensor) -> tuple[Tensor, Tens
     results = project(alone.flatten(-2)) - bias.unsqueeze(-2)
     if body.family.attn_post_norm is None:
         return results, bias
-    norm = linear_part(body.module("attn_post_norm", layer), project(z.flatten(-2)), body.family.gain_offset)
+    norm = linear_part(body.module("attn_post_norm", layer), project(z.flatten(-2)))
     each = norm._replace(gain=norm.gain.unsqueeze(-2))
     return each.of(results.float()).to(z.dtype), (norm.of(bias.float()) + norm.bias).to(z.dtype)
 
@@ -92,7 +90,7 @@ def unembedded(body: Anatomy, normed: Tensor) -> Tensor:
     return logits if body.softcap is None else body.softcap * torch.tanh(logits / body.softcap)
 
 
-def direction(body: Anatomy, tokens: object, against: object, batch: int) -> tuple[Tensor, Tensor]:
+def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) -> tuple[Tensor, Tensor]:
     """In which direction behind the final norm a logit (or the difference of two) grows, `[batch, d_model]`; its bias.
 
     Raises:
@@ -120,7 +118,7 @@ def _token_ids(given: object, batch: int, vocabulary: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise TreeMismatch(f"tokens are given by their ids, one or one per example, not {given!r}.") from None
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.ndim > 1:
-        raise TreeMismatch(f"tokens are given by their ids, one or one per example, not as {describe(ids)}.")
+        raise TreeMismatch(f"tokens are given by their ids, one or one per example, not as {structure_of(ids)}.")
     if ids.ndim == 1 and len(ids) not in (1, batch):
         raise TreeMismatch(f"{len(ids)} tokens came for a batch of {batch}.")
     if ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:

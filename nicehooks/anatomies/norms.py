@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nicehooks.core.frames import Frame
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.ports.arguments import arguments_of
 
-STEPS = ("post_mean_subtraction", "scale", "post_scale")
+NORM_STEPS = ("post_mean_subtraction", "scale", "post_scale")
 """The steps of a norm, in order: `x - mean`, `sqrt(var + eps)`, and their ratio, before the gain and the bias."""
 
 
@@ -160,12 +160,12 @@ def formula_of(module: nn.Module) -> NormFormula:
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return NormFormula(eps, True, 0.0)
     for formula in [NormFormula(eps, centred, offset) for centred in (True, False) for offset in (0.0, 1.0)]:
-        if _fits(formula, module):
+        if _is_formula_of(formula, module):
             return formula
     raise UnsupportedModule(UNKNOWN_NORM.format(kind=type(module).__name__))
 
 
-def _fits(formula: NormFormula, module: nn.Module) -> bool:
+def _is_formula_of(formula: NormFormula, module: nn.Module) -> bool:
     """Whether `formula` gives what `module` does, on an input whose mean is not zero."""
     example: Any = next(iter(module.parameters(recurse=False)), torch.empty(getattr(module, "normalized_shape", (8,))))
     size = example.shape[-1]

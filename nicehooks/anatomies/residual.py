@@ -1,4 +1,4 @@
-"""Where a language model keeps its residual stream: the output of each decoder block."""
+"""The residual stream of a language model after each layer: by its anatomy, or, of an unknown one, by its blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import captured
+from nicehooks.anatomies.finding import find_anatomy
+from nicehooks.contexts.functions import captured
 from nicehooks.errors import UnsupportedModule
 
 
@@ -32,13 +33,17 @@ def decoder_blocks(model: nn.Module) -> list[str]:
 
 
 def residual_stream(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """One run of `model` without gradients, and the residual stream after each decoder block.
+    """One run of `model` without gradients, and the residual stream after each layer.
 
     Returns:
-        The model's output, and `[batch, pos, d_model]` by the path of its site: `"h.3"`, or `"h.3[0]"` where a block
-        returns a tuple.
+        The model's output, and `[batch, pos, d_model]` by the path of its site, as `"h.3"`: `resid_post` of its
+        anatomy. Where no table knows the model, what its decoder blocks return: `"h.3[0]"`, if that is a tuple.
     """
+    try:
+        where = [str(path) for path in find_anatomy(model).resid_post]
+    except UnsupportedModule:
+        where = decoder_blocks(model)
     with torch.no_grad():
-        output, blocks = captured(model, *decoder_blocks(model))(**inputs)
-    paths = {path: f"{path}[0]" if isinstance(value, tuple) else path for path, value in blocks.items()}
-    return output, {path: blocks[path] for path in paths.values()}
+        output, found = captured(model, *where)(**inputs)
+    paths = {path: f"{path}[0]" if isinstance(value, tuple) else path for path, value in found.items()}
+    return output, {path: found[path] for path in paths.values()}

@@ -31,7 +31,7 @@ class Lacks:
     reason: str
 
 
-Place = str | Lacks | Mapping[str, str | Lacks]
+PartPlace = str | Lacks | Mapping[str, str | Lacks]
 """A path from the block on, a reason why there is none, or one of these per attention implementation."""
 
 PARALLEL = Lacks(
@@ -48,7 +48,7 @@ SEEN_BY: dict[str, tuple[str, str]] = {
 }
 """By attention implementation: where its scores and its pattern are."""
 
-PARTS: dict[str, Place] = {
+PARTS: dict[str, PartPlace] = {
     "resid_pre": "@input[0]",
     "attn_in": "{attn}@input[0]",
     "q": "{attn}.q_proj/{n_heads}",
@@ -67,7 +67,7 @@ PARTS: dict[str, Place] = {
 }
 """Where each part of a layer is, unless the table of a family says something else."""
 
-HEADS: dict[str, tuple[str, int]] = {
+PARTS_WITH_HEADS: dict[str, tuple[str, int]] = {
     "q": ("n_heads", 2),
     "k": ("n_kv_heads", 2),
     "v": ("n_kv_heads", 2),
@@ -100,7 +100,6 @@ class Family:
         classifiers: names that a classifier may have in the place of an unembedding.
         logits: the module whose output the logits are, if that is not the unembedding itself.
         post_norm: whether the norms are on the residual stream, after each addition.
-        gain_offset: what the norms add to their weight; 1 in Gemma.
         softcap: the attribute of the config with the soft cap of the logits.
         n_heads, n_kv_heads, d_head, d_model: a number, or the attribute of the config that has it.
         parts: by the name of a part, its place where that is not the one in `PARTS`; further parts are welcome, under
@@ -126,13 +125,12 @@ class Family:
     before_unembed: str | None = None
     classifiers: tuple[str, ...] = ("score", "classifier")
     post_norm: bool = False
-    gain_offset: float = 0.0
     softcap: str | None = None
     n_heads: str | int = "num_attention_heads"
     n_kv_heads: str | int = "num_key_value_heads"
     d_head: str | int = "head_dim"
     d_model: str | int = "hidden_size"
-    parts: Mapping[str, Place] = field(default_factory=dict[str, Place])
+    parts: Mapping[str, PartPlace] = field(default_factory=dict[str, PartPlace])
 
     def __post_init__(self) -> None:
         for what in self.parts:
@@ -159,10 +157,8 @@ NEARLY = (
 
 LLAMA = Family()
 
-GEMMA = replace(LLAMA, gain_offset=1.0)
-
 GEMMA2 = replace(  # the norm stands on both sides
-    GEMMA,
+    LLAMA,
     mlp_norm="pre_feedforward_layernorm",
     attn_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
@@ -222,11 +218,11 @@ OPT = Family(
     },
 )
 
-POST_NORM = Lacks("each layer ends with a norm of its own, so there is none after the last one")
+NO_LAST_NORM = Lacks("each layer ends with a norm of its own, so there is none after the last one")
 
 OPT_POST_NORM = replace(  # OPT-350M
     OPT,
-    final_norm=POST_NORM,
+    final_norm=NO_LAST_NORM,
     post_norm=True,
     parts={**OPT.parts, "resid_mid": "{attn_norm}@input[0]", "resid_post": "{mlp_norm}@input[0]"},
 )
@@ -241,7 +237,7 @@ BERT = Family(
     mlp_proj="output.dense",
     mlp_norm="output.LayerNorm",
     token_embedding="embeddings.word_embeddings",
-    final_norm=POST_NORM,
+    final_norm=NO_LAST_NORM,
     unembed=("cls.predictions",),
     post_norm=True,
     parts={
@@ -255,17 +251,17 @@ BERT = Family(
     },
 )
 
-Table = Family | Callable[[Any], Family]
+FamilyTable = Family | Callable[[Any], Family]
 """The table of a family, or a function from the config to it."""
 
-FAMILIES: dict[str | type, Table] = {
+FAMILIES: dict[str | type, FamilyTable] = {
     "gpt2": GPT2,
     "gpt_neox": lambda config: GPT_NEOX_PARALLEL if config.use_parallel_residual else GPT_NEOX,
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gemma": GEMMA,
+    "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
     "bert": BERT,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nicehooks.caches.watching import Calls
-from nicehooks.errors import NiceHooksError, TreeMismatch
+from nicehooks.errors import FileFault, FileMissing, NiceHooksError, TreeMismatch
 from nicehooks.values import trees
 
 METADATA = "nicehooks"
@@ -24,23 +26,52 @@ def write(values: Mapping[str, Any], file: Any) -> None:
 
     Raises:
         TreeMismatch: a value has something else in it than tensors, numbers, strings and containers.
+        FileFault: the file cannot be written.
         NiceHooksError: safetensors is not installed.
     """
     save_file, _ = _safetensors()
     encoder = _Encoder()
     structure = {str(key): encoder.encode(value, str(key)) for key, value in values.items()}
-    save_file(encoder.tensors, str(file), metadata={METADATA: json.dumps(structure)})
+    folder = Path(str(file)).parent
+    if not folder.is_dir():
+        raise FileMissing(f"{str(file)!r} cannot be written: there is no folder {str(folder)!r}.")
+    try:
+        save_file(encoder.tensors, str(file), metadata={METADATA: json.dumps(structure)})
+    except (*BROKEN, *_own_errors()) as error:
+        raise FileFault(f"{str(file)!r} cannot be written: {error}") from None
 
 
 def read(file: Any) -> dict[str, Any]:
-    """What `write` has written, or the tensors of any other safetensors file."""
+    """What `write` has written, or the tensors of any other safetensors file.
+
+    Raises:
+        FileFault: the file cannot be read, or does not hold what it says.
+        NiceHooksError: safetensors is not installed.
+    """
+    name = str(file)
+    tensors, metadata = _opened(name)
+    if METADATA not in metadata:
+        return dict(tensors)
+    try:
+        structure = json.loads(metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise FileFault(f"{name!r} is damaged: its entry {METADATA!r} is no JSON ({type(error).__name__}).") from None
+    if not isinstance(structure, dict):
+        raise FileFault(f"{name!r} is damaged: its entry {METADATA!r} is no mapping of paths to values.")
+    return {key: _Decoder(name, key, tensors).decode(code) for key, code in structure.items()}
+
+
+def _opened(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
     _, safe_open = _safetensors()
-    with safe_open(str(file), framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        structure = (opened.metadata() or {}).get(METADATA)
-    if structure is None:
-        return tensors
-    return {key: _decode(code, tensors) for key, code in json.loads(structure).items()}
+    if not Path(name).exists():
+        raise FileMissing(f"{name!r} cannot be read: there is no such file.")
+    try:
+        with safe_open(name, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, opened.metadata() or {}
+    except (*BROKEN, *_own_errors()) as error:
+        raise FileFault(f"{name!r} cannot be read: it is damaged, or is no safetensors file ({error}).") from None
 
 
 def _safetensors() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -50,6 +81,16 @@ def _safetensors() -> tuple[Callable[..., Any], Callable[..., Any]]:
     except ImportError:
         raise NiceHooksError('saving and loading activations needs safetensors: pip install "nicehooks[hf]"') from None
     return save_file, safe_open
+
+
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+"""What may be raised for a file that is not as it should be, beside what safetensors raises itself."""
+
+
+def _own_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (SafetensorError,)
 
 
 class _Encoder:
@@ -77,6 +118,9 @@ class _Encoder:
 
     def _add(self, tensor: Tensor, path: str) -> str:
         """Adds a tensor and says under which name; safetensors refuses two in the same memory."""
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            shown = trees.structure_of(tensor)
+            raise TreeMismatch(f"{path!r} holds a {shown}, which cannot be saved; select or map the rest first.")
         name = path
         while name in self.tensors or name == RESERVED:
             name += "'"
@@ -92,13 +136,45 @@ def _is_plain(entry: Any) -> bool:
     return entry is None or type(entry) in (bool, int, float, str)
 
 
-def _decode(code: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    ((kind, content),) = code.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "value":
-        return content
-    if kind == "dict":
-        return {entry: _decode(child, tensors) for entry, child in content}
-    build = {"list": list, "tuple": tuple, "calls": Calls}[kind]
-    return build(_decode(child, tensors) for child in content)
+class _Decoder:
+    """Builds the value at one path of a file from what the file says of it."""
+
+    def __init__(self, file: str, path: str, tensors: dict[str, Tensor]) -> None:
+        self.file = file
+        self.path = path
+        self.tensors = tensors
+
+    def decode(self, code: Any) -> Any:
+        """The value that `code` stands for.
+
+        Raises:
+            FileFault: `code` is nothing that `write` writes, or names a tensor that is not in the file.
+        """
+        try:
+            return self._decode(code)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = f"its tensor {error} is missing" if isinstance(error, _NoTensor) else "no value is written like this"
+            raise FileFault(f"{self.file!r} is damaged at {self.path!r}: {what}.") from None
+
+    def _decode(self, code: Any) -> Any:
+        ((kind, content),) = code.items()
+        if kind == "tensor":
+            if content not in self.tensors:
+                raise _NoTensor(content)
+            return self.tensors[content]
+        if kind == "value":
+            return _checked(content, _is_plain(content))
+        if kind == "dict":
+            return {entry: self._decode(child) for entry, child in content}
+        build = {"list": list, "tuple": tuple, "calls": Calls}[kind]
+        return build(self._decode(child) for child in _checked(content, isinstance(content, list)))
+
+
+class _NoTensor(KeyError):
+    """A tensor that a file names is not in it."""
+
+
+def _checked(content: Any, right: bool) -> Any:
+    if not right:
+        raise ValueError
+    return content

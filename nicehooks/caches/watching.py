@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from typing import Any, TypeVar
 
@@ -41,25 +40,19 @@ def calls_of(link: Link) -> Calls[Any]:
     return Calls([*(before or ()), *reversed(values)])
 
 
-def describe(value: Any) -> str:
-    """The structure of a value; calls that look alike are counted."""
-    if type(value) is not Calls:
-        return trees.describe(value)
-    groups = [(kind, len(list(same))) for kind, same in itertools.groupby(map(trees.describe, value))]
-    shown = [kind if count == 1 else f"{count} × {kind}" for kind, count in groups]
-    if len(shown) > 3:
-        shown = [shown[0], f"… {len(value) - groups[0][1] - groups[-1][1]} more …", shown[-1]]
-    return f"Calls[{', '.join(shown)}]"
-
-
 class Watch(list[tuple[Any, Any]]):
     """The tensors of a captured value, held weakly, each with its version when it was captured.
 
     Attributes:
-        lives: of the transforms that the tensors belong to; see `internals.life_of`.
+        lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
+        container: the value, where it has containers that can change; else None.
+        kept: such a value in containers that nobody changes, as it was. Both go with the watch: when the value leaves
+            the cache.
     """
 
     lives: tuple[Any, ...] = ()
+    container: Any = None
+    kept: Any = None
 
     @staticmethod
     def over(value: Any) -> Watch:
@@ -69,7 +62,19 @@ class Watch(list[tuple[Any, Any]]):
         if torch_private.innermost_transform() is not None:
             lives = [torch_private.life_of(tensor) for tensor in tensors]
             watch.lives = tuple(life for life in lives if life is not None)
+        kept = trees.as_it_is(value)
+        if kept is not value:
+            watch.container, watch.kept = value, kept
         return watch
+
+    def over_other(self, value: Any) -> Watch:
+        """The watch over `value` in another cache, which may share tensors with what this one watches over."""
+        return self if self.container is None or value is self.container else self.joined(Watch())
+
+    def as_captured(self, value: Any) -> Any:
+        """`value` itself, if its containers are what they were; else what they were, around the same tensors."""
+        changed = self.container is not None and value is self.container and not trees.has_spine_of(value, self.kept)
+        return self.kept if changed else value
 
     def joined(self, other: Watch) -> Watch:
         """A watch over what both watch over."""

@@ -6,8 +6,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from nicehooks.errors import NiceHooksError
 from nicehooks.extras import MissingExtra, needs
 
@@ -80,6 +78,8 @@ the default model, {DEFAULT_MODEL}, is not installed.
 
 def check_device(device: str) -> None:
     """Raises a `LoadError` where PyTorch cannot put a tensor on `device`."""
+    import torch
+
     try:
         torch.empty(0, device=device)
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: it depends on the device

@@ -15,11 +15,12 @@ from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.watching import versions_of
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.census import Census
+from nicehooks.core.frames import Frame, StopForward
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
-from nicehooks.core.selection import Census, Site, Where
+from nicehooks.core.selection import Site, Where
 from nicehooks.core.sessions import Session, note_export
-from nicehooks.core.tap import Frame, StopForward
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.torch_private import innermost_transform, transforms_running, version_counter

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import unwrap
 from nicehooks.core.methods import method_modules
-from nicehooks.core.rules import Action, SuspendRule
-from nicehooks.core.selection import Site, Where, has_forward, unwrap
+from nicehooks.core.register import Pairs
+from nicehooks.core.rules import Action, OutputRule, SuspendRule
+from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
 from nicehooks.core.tap import has_rules
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 
 # --- edit, and what everybody writes with it --------------------------------------------------------------------------
 
@@ -131,12 +136,28 @@ def steer(
 
 
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
-    if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
-        raise TreeMismatch(f"{trees.describe(vector)} cannot be added to {trees.describe(value)}")
+    """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
+    this, there = trees.structure_of(vector), trees.structure_of(value)
+    try:
+        if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+            raise TreeMismatch(f"{this} cannot be added to {there}")
+        wide = _dtype_of_sum(value, vector, scale)
+        shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
+        return (value.to(wide) + shift).to(value.dtype)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{this} cannot be added to {there}") from None
+
+
+def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
+    """In which dtype to add up: one in which nothing is rounded before the end."""
+    this, there = trees.structure_of(vector), trees.structure_of(value)
     whole = isinstance(scale, int) and not vector.is_floating_point()
     if not (value.is_floating_point() or value.is_complex() or whole):
-        raise TreeMismatch(f"{scale} × {trees.describe(vector)} would be rounded in {trees.describe(value)}")
-    return value + scale * trees.usable(vector).to(device=value.device, dtype=value.dtype)
+        raise TreeMismatch(f"{scale} × {this} would be rounded in {there}")
+    if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
+        raise TreeMismatch(f"{scale} × {this} has an imaginary part, {there} has none")
+    floating = value.is_floating_point() or value.is_complex()
+    return torch.promote_types(value.dtype, torch.float32) if floating else value.dtype
 
 
 def splice(
@@ -167,7 +188,8 @@ def splice(
     Args:
         model: any module.
         where: a path, a site, … (see `select`).
-        module: what the value, a tensor, goes through; it returns a tensor of the same shape.
+        module: what the value, a tensor, goes through; it returns a tensor of the same shape. A module of another
+            floating dtype gets the value in that, and what it returns is cast back.
         error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
             go through the reconstruction.
         steps: as for `edit`.
@@ -180,11 +202,21 @@ def splice(
 
 def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TreeMismatch(f"{trees.describe(value)} is no tensor that could go through a module")
-    new = module(value)
+        raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
+    new = _in_dtype_of(module, value)
     if not isinstance(new, Tensor) or new.shape != value.shape:
-        raise TreeMismatch(f"{trees.describe(new)} came out of the module for {trees.describe(value)}")
+        raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + (value - new).detach() if error else new
+
+
+def _in_dtype_of(module: Callable[[Tensor], Any], value: Tensor) -> Any:
+    """What `module` makes of `value`, which goes in in the dtype of its parameters and comes back in its own."""
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), value.dtype)
+    if dtype is value.dtype or not value.is_floating_point():
+        return module(value)
+    new = module(value.to(dtype))
+    return new.to(value.dtype) if isinstance(new, Tensor) and new.is_floating_point() else new
 
 
 def _named(verb: str, context: edit) -> edit:
@@ -228,6 +260,8 @@ class patch(Intervention):
         super().__init__(model, steps, calls)
         if (value is ...) != isinstance(where, Mapping) or isinstance(where, Tensor):
             raise TypeError("patch takes a path and a value, patch(model, path, value), or a mapping of them")
+        self._together: dict[int, tuple[Any, list[RegionRule]]] = {}  # while a plan is made: the last rules of a module
+        self._found: dict[Where, Group] = {}  # while a plan is made: what each path selects
         self.values: list[tuple[Where, Any]] = list(where.items()) if value is ... else [(where, value)]
 
     def __repr__(self) -> str:
@@ -235,6 +269,32 @@ class patch(Intervention):
 
     def _actions(self) -> list[tuple[Where, Action]]:
         return [(where, _Patch(value)) for where, value in self.values]
+
+    def _make_plan(self) -> Any:
+        wheres = [where for where, _ in self.values]
+        self._together = {}
+        self._found = {}
+        if len(wheres) > 1 and all([isinstance(where, str) for where in wheres]):
+            self._found = dict(zip(wheres, super()._selected(wheres), strict=True))  # one walk through the model
+        try:
+            return super()._make_plan()
+        finally:
+            self._together = self._found = {}
+
+    def _selected(self, where: Where) -> list[Group]:
+        found = self._found.get(where) if isinstance(where, str) else None
+        return super()._selected(where) if found is None else [found]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        """See NOTE [Regions that are written together]."""
+        pairs, shape, module = super()._rules(site, action), shape_of(site), id(site.module)
+        ((_, rule), *others) = pairs
+        if others or type(rule) is not OutputRule or rule.when.counts or shape is None or _is_traced():
+            self._together.pop(module, None)  # what comes between two regions has to stay there
+            return pairs
+        before, together = self._together.get(module, (None, []))
+        self._together[module] = shape, (together if before == shape else [])
+        return [(pairs[0][0], RegionRule(site, action, rule.when, self._together[module][1]))]
 
 
 class _Patch(Action):
@@ -254,9 +314,13 @@ class _Patch(Action):
         """What takes the place of `old`."""
         number = isinstance(self.value, int | float | complex)
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
-            raise TreeMismatch(f"{self.value} came where {trees.describe(old)} stands, in which there is no tensor")
+            raise TreeMismatch(f"{self.value} came where {trees.structure_of(old)} stands, in which there is no tensor")
         new = trees.assign(old, self.value)
         return old if trees.is_same(new, old) else _copied(new, old)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_dynamo_compiling()
 
 
 def _is_tensor(leaf: Any) -> bool:

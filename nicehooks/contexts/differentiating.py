@@ -1,9 +1,13 @@
 """`grad_at`: the gradients of a metric at sites.
 
 NOTE [One backward for all sites]
-Nothing in a model need ask for gradients: parameters may be frozen, and inputs may be tokens. So a zero is subtracted
-at each site, and the metric is differentiated with respect to that zero. Each site is then a node of its own in the
-graph, where a hook takes the gradient on its way to the zero.
+Nothing in a model need ask for gradients: parameters may be frozen, inputs may be tokens. So a zero that does ask is
+subtracted at each site, or, where the value has a graph already, it is copied. Each site is then a node of its own, and
+`torch.autograd.grad` gives the gradients at all of them at once. (It is no view: a later in-place layer would take that
+out of the graph.)
+
+Inside of a `torch.func` transform the metric is differentiated with respect to that zero, and a hook takes the gradient
+of each site on its way there: `torch.func.grad` knows no places in the graph.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts import second_order
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import show_where
+from nicehooks.core.census import unwrap
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Site, Where, select, unwrap
+from nicehooks.core.selection import Site, Where, select
 from nicehooks.core.sessions import Session
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.values import trees
@@ -43,7 +50,8 @@ def grad_at(
     Args:
         model: any module.
         where: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
-            of them. The gradient of a tree is a tree like it, with None for what is no floating-point tensor.
+            of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None for
+            what is no floating-point tensor.
         metric: `metric(output)` is a scalar tensor.
 
     Raises:
@@ -58,13 +66,7 @@ def grad_at(
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
         with _GradientsAt(model, where) as gradients:
-
-            def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
-                gradients.zero = zero
-                value = _scalar(metric(model(*args, **kwargs)))
-                return value, value
-
-            _, value = torch.func.grad(valued, has_aux=True)(torch.zeros(()))
+            value = gradients.differentiate(lambda: _scalar(metric(model(*args, **kwargs))))
         return value, gradients.cache()
 
     return run
@@ -74,7 +76,7 @@ def _scalar(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     raise TreeMismatch(
-        f"the metric of grad_at returned {trees.describe(value)}, and not a scalar tensor.\n"
+        f"the metric of grad_at returned {trees.structure_of(value)}, and not a scalar tensor.\n"
         "    metric = lambda output: output.sum()  # one number to differentiate, for example"
     )
 
@@ -121,37 +123,75 @@ class _Differentiate(Action):
     """Makes what comes by a node of the graph; see NOTE [One backward for all sites].
 
     Attributes:
-        zero: what is subtracted everywhere.
+        zero: what is subtracted.
+        by_edges: whether autograd is asked for the gradients, where a site is in no transform of the model's own.
         found: the value at each site, and an entry for each tensor in it, in the order of the forward.
         differentiated: the sites, as they were selected, that a gradient came by.
+        done: whether the forward is over: what comes by later is a checkpointed region that backward runs again.
     """
 
-    __slots__ = ("differentiated", "found", "zero")
+    __slots__ = ("by_edges", "differentiated", "done", "found", "zero")
     verb = "grad_at"
 
     def __init__(self) -> None:
         self.zero: Any = None
+        self.by_edges = False
         self.found: dict[str, tuple[Any, list[_Entry]]] = {}
         self.differentiated: set[str] = set()
+        self.done = False
+
+    def differentiate(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns, a scalar; its gradients at the sites are found on the way."""
+        if torch_private.innermost_transform() is None and not torch.is_inference_mode_enabled():
+            return self._by_autograd(compute)
+
+        def valued(zero: Tensor) -> tuple[Tensor, Tensor]:
+            self.zero = zero
+            value = compute()
+            return value, value
+
+        return torch.func.grad(valued, has_aux=True)(torch.zeros(()))[1]
+
+    def _by_autograd(self, compute: Callable[[], Tensor]) -> Tensor:
+        self.by_edges = True
+        again, begun = torch.is_grad_enabled(), torch_private.next_sequence_number()
+        self.zero = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            value = compute()
+        self.done = True
+        entries = [entry for _, entries in self.found.values() for entry in entries if entry.edge is not None]
+        value, found = second_order.gradients(value, [entry.edge for entry in entries], begun, self.zero, again)
+        for entry, gradient in zip(entries, found, strict=True):
+            if gradient is not None:
+                entry.gradient = gradient
+                self.differentiated.add(entry.site)
+        return value
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         entries: list[_Entry] = []
-        self.found.pop(key, None)  # of several calls the last one counts, and its place in the order
-        self.found[key] = (value, entries)
+        if not self.done:
+            self.found.pop(key, None)  # of several calls the last one counts, and its place in the order
+            self.found[key] = (value, entries)
 
         def watch(tensor: Tensor) -> Tensor:
-            entry = _Entry(tensor, session.level)
+            entry = _Entry(tensor, session.level, str(site))
             entries.append(entry)
-            if entry.value is None:
-                return tensor
-            node = tensor - self.zero.to(tensor)
-            hooked = torch_private.hook_gradient(node, partial(self._on_gradient, entry, session.level, str(site)))
-            return node if hooked is None else hooked
+            return tensor if entry.value is None else self._node(tensor, entry, session.level)
 
         return trees.map_tensors(watch, value)
 
-    def _on_gradient(self, entry: _Entry, level: int, site: str, gradient: Tensor) -> Tensor:
-        self.differentiated.add(site)
+    def _node(self, tensor: Tensor, entry: _Entry, level: int) -> Tensor:
+        """A tensor like `tensor` that only the site has, and that `entry` gets the gradient of."""
+        node = tensor.clone() if self.by_edges and tensor.requires_grad else tensor - self.zero.to(tensor)
+        if not self.by_edges or torch_private.innermost_transform() is not None:
+            hooked = torch_private.hook_gradient(node, partial(self._on_gradient, entry, level))
+            return node if hooked is None else hooked
+        if node.requires_grad:
+            entry.edge = get_gradient_edge(node)  # now: a later in-place layer gives the tensor another one
+        return node
+
+    def _on_gradient(self, entry: _Entry, level: int, gradient: Tensor) -> Tensor:
+        self.differentiated.add(entry.site)
         entry.gradient = torch_private.lift(gradient, level)
         return gradient
 
@@ -169,13 +209,17 @@ class _Entry:
 
     Attributes:
         value: None for a tensor that cannot have a gradient.
+        site: the site, as it was selected.
+        edge: the place of the site's own node in the graph, where autograd can be asked for the gradient.
     """
 
-    __slots__ = ("gradient", "value")
+    __slots__ = ("edge", "gradient", "site", "value")
 
-    def __init__(self, tensor: Tensor, level: int) -> None:
+    def __init__(self, tensor: Tensor, level: int, site: str) -> None:
         differentiable = tensor.is_floating_point() or tensor.is_complex()
         self.value = torch_private.lift(tensor, level) if differentiable else None
+        self.site = site
+        self.edge: Any = None
         self.gradient: Tensor | None = None
 
     def or_zeros(self) -> Tensor | None:

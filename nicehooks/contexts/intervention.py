@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.not_reached import ACTIVE_ALREADY, CHECKPOINTED, EMPTY, not_called, not_reached
+from nicehooks.contexts.plans import PLANS, Plan, RuleGroup
 from nicehooks.core import sessions
+from nicehooks.core.binding import bind, unbind
+from nicehooks.core.census import unwrap
+from nicehooks.core.exclusive import Exclusive, free_left_over
 from nicehooks.core.reaching import rules_for, slow_path_rules
-from nicehooks.core.register import Companion, Pairs
+from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule, StepRule
-from nicehooks.core.selection import Group, Site, Where, select_groups, unwrap
-from nicehooks.core.sessions import Exclusive, Session
-from nicehooks.core.tap import Bound, bind, taps_for, unbind
+from nicehooks.core.selection import Group, Site, Where, select_groups
+from nicehooks.core.sessions import Session
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
 from nicehooks.core.when import When
 from nicehooks.errors import (
@@ -28,100 +29,8 @@ from nicehooks.errors import (
     NotReachedWarning,
     SiteNotFound,
     SiteNotReached,
+    warn_caller,
 )
-
-
-class _Group(NamedTuple):
-    """The rules for one item of a `where`, and whether it was a wildcard."""
-
-    where: Where
-    rules: list[SiteRule]
-    wild: bool
-
-
-class Plan(NamedTuple):
-    """What entering does: made at the first entry, used again by the next ones.
-
-    Attributes:
-        label: how the intervention is shown.
-        pairs: the rules, each with the module whose tap it belongs to; only in code that is being traced.
-        taps: the same with the taps, which know their modules weakly; only in eager code.
-        selected: what each `where` has selected.
-        groups: the rules of the sites of each item of a `where`.
-        companions: what these need for as long as a session lasts.
-        counting: whether steps, calls, or the depth in the root model matter.
-        keys: the keys of the sites.
-        reusable: whether the next context of its kind on the same sites can have it; see NOTE [Plans are used again].
-    """
-
-    label: str
-    pairs: Pairs
-    taps: list[Bound]
-    selected: list[list[Group]]
-    groups: list[_Group]
-    companions: list[Companion]
-    counting: bool
-    keys: frozenset[str]
-    reusable: bool
-
-    @staticmethod
-    def of(
-        label: str,
-        pairs: Pairs,
-        selected: list[list[Group]] | None = None,
-        groups: list[_Group] | None = None,
-        counting: bool = False,
-        keys: frozenset[str] = frozenset(),
-    ) -> Plan:
-        """The plan with these rules."""
-        rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
-        kinds = dict.fromkeys([rule.companion for rule in rules if rule.companion is not None])
-        companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
-        traced = torch.compiler.is_dynamo_compiling()
-        taps = [] if traced else taps_for(pairs)
-        reusable = all([rule.reusable for rule in rules])
-        return Plan(
-            label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, reusable
-        )
-
-
-class _Plans:
-    """Plans that nobody uses now.
-
-    NOTE [Plans are used again]
-    What a plan consists of depends on the model and on the paths alone, and not on the values that a context brings: a
-    rule is given the action of whoever enters (`SiteRule.given`). So a context that is left leaves its plan here, and
-    the next one of its kind on the same paths takes it, as long as the paths still select the very same sites. A plan
-    holds no module and no value.
-    """
-
-    MOST = 4
-    """How many plans for the same paths are kept: as many contexts may be entered at the same time."""
-
-    def __init__(self) -> None:
-        self.of_model: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Plan]]] = weakref.WeakKeyDictionary()
-
-    def take(self, model: nn.Module, key: Any, selected: list[list[Group]]) -> Plan | None:
-        """A plan for what is selected now, if there is one."""
-        kept = self.of_model.get(model, {}).get(key)
-        while kept:
-            plan = kept.pop()
-            same = all([was is now for was, now in zip(plan.selected, selected, strict=True)])
-            if same and all([tap.alive for tap, _, _ in plan.taps]):
-                return plan
-        return None
-
-    def give(self, model: nn.Module, key: Any, plan: Plan, actions: list[Action]) -> None:
-        """Keeps `plan`, without the values that `actions` hold."""
-        nothing: list[Any] = [None] * len(actions)
-        for _, rule, _ in plan.taps:
-            rule.given(nothing)
-        kept = self.of_model.setdefault(model, {}).setdefault(key, [])
-        if len(kept) < self.MOST:
-            kept.append(plan)
-
-
-_plans = _Plans()
 
 
 class Intervention:
@@ -143,6 +52,7 @@ class Intervention:
         self.steps = steps
         self.calls = calls
         self._plan: Plan | None = None
+        self._waits_as: Any = None  # under which key the plan waits for whoever comes first
         self._session: Session | None = None
 
     # what the interventions say
@@ -166,7 +76,7 @@ class Intervention:
         """Lets go of what only an active context needs."""
 
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:
-        return rule.key in session.reached
+        return rule.was_reached(session)
 
     # entering and leaving
 
@@ -199,7 +109,7 @@ class Intervention:
             return
         try:
             for missed in self._unreached(session, plan) if session.called else ():
-                warnings.warn(self._not_reached(session, missed), NotReachedWarning, stacklevel=2)
+                warn_caller(self._not_reached(session, missed), NotReachedWarning)
         finally:
             self._left(session)
 
@@ -211,14 +121,15 @@ class Intervention:
     def _begin(self, attached: bool) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._entered(self._start_traced())
-        sessions.free_left_over()
+        free_left_over()
         actions = [action for _, action in self._actions()] if self.keeps_plans else None
-        plan = self._plan if self._plan is not None and not self.plans_anew else self._make_plan()
+        plan = self._plan if self._has_plan() else self._make_plan()
         session = Session(plan.label, attached)
         with Exclusive():
             if self._session is not None:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
             self._plan, self._session = plan, session
+            self._waits_as = None
         try:
             self._start(session, plan, actions)
             return self._entered(session)
@@ -251,14 +162,14 @@ class Intervention:
         if torch.compiler.is_dynamo_compiling():
             self._stop_traced()
             return
-        sessions.free_left_over()
+        free_left_over()
         session, plan = self._session, self._plan
         if session is None or plan is None:
             return
         try:
             unbind(plan.taps)
         except BaseException:  # interrupted half-way: what is unbound stays so
-            sessions.free_left_over()
+            free_left_over()
             unbind(plan.taps)
             raise
         finally:
@@ -289,18 +200,24 @@ class Intervention:
         """Lets the next context of this kind have the plan; see NOTE [Plans are used again]."""
         key = self._key_of_plan() if plan.reusable and self._plan is plan else None
         if key is not None:
-            self._plan = None
-            _plans.give(self.model, key, plan, [action for _, action in self._actions()])
+            self._waits_as = key
+            PLANS.give(self.model, key, plan, [action for _, action in self._actions()])
+
+    def _has_plan(self) -> bool:
+        """Whether it still has the plan of its last entry."""
+        if self._plan is None or self.plans_anew:
+            return False
+        return self._waits_as is None or PLANS.take_back(self.model, self._waits_as, self._plan)
 
     def _make_plan(self) -> Plan:
         actions = self._actions()
         selected = [self._selected(where) for where, _ in actions]
         key = self._key_of_plan()
-        kept = None if key is None else _plans.take(self.model, key, selected)
+        kept = None if key is None else PLANS.take(self.model, key, selected)
         return self._new_plan(actions, selected) if kept is None else kept._replace(label=repr(self))
 
     def _new_plan(self, actions: list[tuple[Where, Action]], selected: list[list[Group]]) -> Plan:
-        groups: list[_Group] = []
+        groups: list[RuleGroup] = []
         pairs: Pairs = [(unwrap(self.model), self._step_rule())]
         sites: list[Site] = []
         for of, ((_, action), chosen) in enumerate(zip(actions, selected, strict=True)):
@@ -313,7 +230,7 @@ class Intervention:
                         made[key] = self._rules(site, action)
                     first: Any = made[key][0][1]
                     first.wild = group.wild and (new or first.wild)
-                groups.append(_Group(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
+                groups.append(RuleGroup(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
                 sites += group.sites
             if not made and not any([group.where is False for group in chosen]):
                 raise SiteNotFound(EMPTY.format(verb=self.verb))
@@ -342,12 +259,12 @@ class Intervention:
     # never silent
 
     def _all_reached(self, session: Session, plan: Plan) -> bool:
-        return not plan.keys.difference(session.reached)
+        return not session.elsewhere and not plan.keys.difference(session.reached)
 
     def _check(self, session: Session, plan: Plan) -> None:
         missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
         if missed is not None and not session.called and not self._acted(session, plan):
-            warnings.warn(not_called(self, session), NotCalledWarning, stacklevel=3)
+            warn_caller(not_called(self, session), NotCalledWarning)
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
@@ -355,7 +272,7 @@ class Intervention:
         if (
             outlived and session.checkpointed > torch_private.checkpoint_depth()
         ):  # else the region enters the context again
-            warnings.warn(CHECKPOINTED.format(context=self), CheckpointWarning, stacklevel=3)
+            warn_caller(CHECKPOINTED.format(context=self), CheckpointWarning)
 
     def _acted(self, session: Session, plan: Plan) -> bool:
         return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)

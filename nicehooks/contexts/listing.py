@@ -12,13 +12,18 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, unwrap
+from nicehooks.core.frames import Rule
+from nicehooks.core.nearest import SCRIPTED
 from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import SCRIPTED, Census, Site, has_forward, parameter_names, unwrap
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import is_acting
-from nicehooks.core.tap import Rule, Tap, tap_of
+from nicehooks.core.tap import Tap, tap_of
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.values import trees
 
 
@@ -30,7 +35,7 @@ class SiteRecord(NamedTuple):
         type: the name of its class; of a call, "call".
         value: the structure, shapes and dtypes of its output; None without an example.
         calls: how often the example came by; None without an example.
-        parameters: the names of its own parameters and buffers.
+        parameters: the names of its own parameters and buffers, as a path has them behind its `@`.
     """
 
     path: str
@@ -165,7 +170,7 @@ def _run(model: nn.Module, context: type[capture], *args: Any, **kwargs: Any) ->
     """What each site returned, call by call, described."""
     if torch_private.is_scripted(unwrap(model)):
         raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
-    with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.describe) as acts:
+    with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.structure_of) as acts:
         model(*args, **kwargs)
     return dict(acts)
 
@@ -198,7 +203,7 @@ def _runs_in_python(name: str, module: nn.Module) -> bool:
 
 def _record(path: str, module: nn.Module, seen: dict[str, Any], example: bool) -> SiteRecord:
     values: list[str] = seen.get(path, [])
-    names = tuple(parameter_names(module))
+    names = tuple([str(port)[1:] for kind in every_kind() for port in kind.listed(module)])
     return SiteRecord(path, type(module).__name__, _described(values), len(values) if example else None, names)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.core.census import unwrap
 from nicehooks.core.rules import SiteRule
-from nicehooks.core.selection import Site, unwrap
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 
 
@@ -52,6 +53,11 @@ def _reason(rule: SiteRule, session: Session) -> str:
         return (
             "nn.MultiheadAttention hands the weights of its out_proj to a fused function and never calls it. "
             f"What comes out of it is the output of the attention: {name + '[0]'!r}."
+        )
+    if session.elsewhere:
+        return (
+            "its module ran in another thread or task, where this context does not act. Enter it there, carry it along "
+            "with contextvars.copy_context(), or use .attach()."
         )
     if rule.reason:
         return rule.why_not_reached()

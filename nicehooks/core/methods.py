@@ -17,7 +17,6 @@ reach the method of the subclass, patch the subclass.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -26,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nicehooks.core.sessions import Exclusive
-from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule
+from nicehooks.core.exclusive import Exclusive
+from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule, warn_caller
 
 
 class MethodModule(nn.Module):
@@ -136,6 +135,11 @@ def method_modules(module: nn.Module) -> Iterator[tuple[str, MethodModule]]:
             yield method.name, method.module_of(module)
 
 
+def has_method_modules() -> bool:
+    """Whether any method is a module now."""
+    return bool(_patched)
+
+
 # --- the public edge --------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +180,7 @@ class MethodHandle:
             _put_back(method)
             in_use = any(["forward" in vars(module) for module in method.modules.values()])
         if in_use:
-            warnings.warn(IN_USE.format(handle=self), NotReachedWarning, stacklevel=2)
+            warn_caller(IN_USE.format(handle=self), NotReachedWarning)
 
 
 IN_USE = (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from nicehooks.core.calling import has_forward
 from nicehooks.core.register import Pairs, kind_of
 from nicehooks.core.rules import Action, RowsRule, SlowPathRule
-from nicehooks.core.selection import Census, Site, has_forward
+from nicehooks.core.selection import Site
+from nicehooks.core.walking import module_at
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.values.trees import Rows
@@ -23,7 +25,7 @@ def rules_for(site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
 def _around(site: Site, root: nn.Module) -> nn.Module:
     """The module around that of `site`."""
     outer, dot, _ = site.name.rpartition(".")
-    around = Census(root).names.get(outer)
+    around = module_at(root, outer)
     if not site.name or around is None or (dot and not has_forward(around)):
         raise UnsupportedModule(f"{str(site)!r}: /rows needs a module around {site.name!r} that is called.")
     return around

@@ -39,6 +39,10 @@ class PortKind(Spelling):
         """Why the module called `name` does not have the port; None if it is only that nothing calls it."""
         return None
 
+    def listed(self, module: nn.Module) -> list[Port]:
+        """The ports of this kind that a list of what `module` has should name."""
+        return []
+
     def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
         """The rules that bring the values at `site` to `action`."""
         raise NotImplementedError  # abstract: every kind has its own

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
+from nicehooks.core.frames import Frame, Passing, Rule, StopForward
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import Frame, Passing, Rule, StopForward
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain
@@ -32,6 +32,7 @@ class Action:
         changes: whether it may change the value.
         wants_call: whether it is told of the call that the value belongs to.
         may_write: whether it runs a function of the user, which may write into the value.
+        outlives: whether it acts on the gradients of what was computed in its context after that was left, too.
     """
 
     __slots__ = ()
@@ -40,6 +41,7 @@ class Action:
     changes = True
     wants_call = False
     may_write = False
+    outlives = False
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         """What takes the place of `value`, which stands at the path `key`; `value` itself leaves it."""
@@ -85,6 +87,10 @@ class SiteRule(Rule):
 
     def given(self, actions: list[Any]) -> None:
         self.action = actions[self.of]
+
+    def was_reached(self, session: Session) -> bool:
+        """Whether the site was reached in `session`."""
+        return self.key in session.reached
 
     def why_not_reached(self) -> str:
         """Why the site was not reached, if that is always the same."""
@@ -189,7 +195,7 @@ class SiteRule(Rule):
         pairs = [] if node is None else list(zip(node.entries, node.children, strict=True))
         tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
         if not self.chain and tensors:
-            text += f"\n  the value there is {trees.describe(value)}; choose a part of it:"
+            text += f"\n  the value there is {trees.structure_of(value)}; choose a part of it:"
             text += f'\n    {self.action.for_part or verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
         return TreeMismatch(text)
 

@@ -2,8 +2,8 @@
 
 NOTE [Two views of who is active]
 Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
-`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and where
-Dynamo meets the read of the `ContextVar` it is taught to see None, which sends traced code to the `threading.local`.
+`ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and a tap asks
+first whether Dynamo is tracing it, which Dynamo knows by itself, and which sends traced code to the `threading.local`.
 There, sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second
 context of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the
 numbers: a task may still hold a copy of the context in which a number belonged to somebody who has left.
@@ -23,52 +23,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from nicehooks import torch_private
-
-_lock = threading.RLock()
-
-
-class Exclusive(AbstractContextManager[None]):
-    """Held by one thread while a context is entered or left; never while a model, or a function of the user, runs.
-
-    NOTE [Interrupts]
-    An interrupt may come between any two lines, and also behind the body of a `with`, where Python no longer calls
-    `__exit__`. So a thread writes down what it is about to hold, and gives free what is left over when it next enters
-    or leaves a context. Everything else that is undone is undone by whose it is, and not by counting: to undo it twice
-    does no harm.
-
-    Args:
-        tracing: whether Dynamo must trace nothing meanwhile: what comes or goes would be half there for it.
-    """
-
-    __slots__ = ("locks",)
-
-    def __init__(self, tracing: bool = False) -> None:
-        self.locks: list[Any] = [*torch_private.tracing_lock(), _lock] if tracing else [_lock]
-
-    def __enter__(self) -> None:
-        for lock in self.locks:
-            HERE.held.append(lock)
-            lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        for lock in reversed(self.locks):
-            lock.release()
-            HERE.held.pop()
-
-
-def free_left_over() -> None:
-    """Gives free what an interrupt has left this thread holding; see NOTE [Interrupts]."""
-    while HERE.held:
-        with suppress(RuntimeError):  # it was not held yet, or no more
-            HERE.held.pop().release()
-
+from nicehooks.core.exclusive import Exclusive
 
 _rounds = itertools.count(1)
 
@@ -203,7 +164,8 @@ class Session:
 
 
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
-_get_active = _active.get  # one object: Dynamo knows what it was taught by identity
+active_sessions: Callable[[], frozenset[Session]] = _active.get
+"""The sessions that act here; not in traced code. See NOTE [Two views of who is active]."""
 _used_slots: dict[int, int] = {}
 """The number of the session that has each slot."""
 _session_numbers = itertools.count(1)
@@ -221,7 +183,6 @@ class _Here(threading.local):
             before, and the rules. Empty whenever no such code is being traced.
         progress: how far each session is, by its slot.
         entered: the sessions that were entered in it, and not left in it.
-        held: the locks that it holds, or is about to; see NOTE [Interrupts].
         number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
@@ -230,38 +191,10 @@ class _Here(threading.local):
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self.progress: dict[int, Progress] = {}
         self.entered: list[Session] = []
-        self.held: list[Any] = []
         self.number = next(_thread_numbers)
 
 
 HERE = _Here()
-
-
-def _active_or_none() -> frozenset[Session] | None:
-    return None if torch.compiler.is_compiling() else _active.get()
-
-
-def _none() -> None:
-    return None
-
-
-active_sessions: Callable[[], frozenset[Session] | None] = _active_or_none
-"""The sessions that act here; None in traced code. See NOTE [Two views of who is active]."""
-
-_taught = False
-
-
-def teach_dynamo() -> bool:
-    """Lets Dynamo trace `active_sessions`, which becomes a bare C function; whether this was the moment."""
-    global _taught, active_sessions
-    if _taught:
-        return False
-    with Exclusive():
-        if _taught or not torch_private.teach_dynamo(_get_active, _none):
-            return False
-        _taught = True
-        active_sessions = _get_active
-        return True
 
 
 def number(session: Session) -> None:

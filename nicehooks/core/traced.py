@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core import sessions
+from nicehooks.core.frames import Rule, staged
 from nicehooks.core.methods import method_modules
 from nicehooks.core.selection import Group, Site, Where, flat, select_groups
 from nicehooks.core.sessions import HERE
-from nicehooks.core.tap import Rule, acting_in_traced_code, is_bound, parameters_of, staged
+from nicehooks.core.tap import acting_in_traced_code, is_bound, parameters_of
 from nicehooks.paths.grammar import ModulePath
 
 Pairs = list[tuple[nn.Module, Rule]]
@@ -59,7 +59,6 @@ def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
 
 @torch_private.evaluated_while_tracing
 def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], bool]:
-    sessions.teach_dynamo()
     names = {id(module): name for name, module in model.named_modules()}
     names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
     (group,) = select_groups(model, [item], verb)

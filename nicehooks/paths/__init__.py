@@ -2,3 +2,7 @@
 
 Knows values; no model, and no port by its name.
 """
+
+from nicehooks.moved import finder
+
+__getattr__ = finder(__name__)  # see NOTE [Names in old pickles]

@@ -12,8 +12,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from operator import methodcaller
 from typing import Any
 
+from nicehooks.paths.names import ESCAPED, RANGE, escape, has_wildcard, unescape
+from nicehooks.paths.patterns import Choice, Pattern
 from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
 from nicehooks.torch_private import evaluated_while_tracing
@@ -25,14 +28,18 @@ class ModulePath:
     """A path, taken apart.
 
     >>> path = ModulePath.parse("h.3.attn@input[0]/12[:, :, 7]")
-    >>> path.name, path.port.kind, path.slice
+    >>> path.name, path.port.kind, path.subscripts
     ('h.3.attn', 'input', '[0]/12[:, :, 7]')
     >>> ModulePath.parse(str(path)) == path
     True
+    >>> name, index = ModulePath("h.3", (slice(None), -1))
+    >>> name, index, str(ModulePath(name, index))
+    ('h.3', (slice(None, None, None), -1), 'h.3[:, -1]')
 
     Attributes:
         name: the pattern over module names, before the first of `# @ [ /`.
-        call: which call within one step: a number, `"*"` for one site per call, or None.
+        call: which call within one step: a number, `"*"` for one site per call, or None. A tuple, a slice or a list in
+            its place is a subscript on the value: `ModulePath(name, index)`.
         port: which value of the module.
         chain: the subscripts on the value.
         has_stars: whether a subscript has a `*`, which stands for one site per index.
@@ -45,6 +52,10 @@ class ModulePath:
     has_stars: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        index: Any = self.call
+        if not (index is None or isinstance(index, int | str)):
+            object.__setattr__(self, "chain", (_as_step(index), *self.chain))
+            object.__setattr__(self, "call", None)
         stars = any(item is STAR for step in self.chain for item in _items(step))
         object.__setattr__(self, "has_stars", stars)  # a field: Dynamo reads nothing else of a frozen dataclass
 
@@ -60,19 +71,31 @@ class ModulePath:
     @cached_property
     def _text(self) -> str:
         call = "" if self.call is None else f"#{self.call}"
-        return f"{self.name}{call}{self.port}{self.slice}"
+        return f"{self.name}{call}{self.port}{self.subscripts}"
 
     @property
-    def slice(self) -> str:
+    def subscripts(self) -> str:
         """The subscripts as text."""
         return "".join(show_step(step) for step in self.chain)
+
+    @property
+    def slice(self) -> tuple[Any, ...] | None:
+        """The subscript as Python has it, `value[path.slice]`: a tuple; None without, and of several, each of them."""
+        if len(self.chain) != 1:
+            return self.chain or None
+        (step,) = self.chain
+        return step if isinstance(step, tuple) else (step,)
+
+    def __iter__(self) -> Iterator[Any]:
+        """So that `name, index = path`."""
+        return iter((self.name, self.slice))
 
     def __str__(self) -> str:
         return self._text
 
     def __reduce__(self) -> Any:
         """A copy is read from the text, so that its `*`s are again the one `STAR`."""
-        return _parse, (self._text,)
+        return methodcaller("parse", self._text), (ModulePath,)
 
     def __repr__(self) -> str:
         return f"ModulePath({self._text!r})"
@@ -86,11 +109,27 @@ class ModulePath:
     @cached_property
     def is_wild(self) -> bool:
         """Whether the name has a `*`: then it may select sites that a forward never reaches."""
-        return "*" in _ESCAPED.sub("", self.name)
+        return has_wildcard(self.name)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The name as a pattern over module names."""
+        return Pattern.of(self.name)
 
     def alternatives(self) -> Iterator[ModulePath]:
-        """One path per alternative of the braces in the name, so that each of them has to match."""
-        return (replace(self, name=name) for name in _without_braces(self.name))
+        """One path per alternative of the braces in the name, so that each of them has to match.
+
+        There may be very many: the first that matches nothing is reason enough to stop.
+        """
+        return map(self.chosen, self.pattern.choices())
+
+    def alternatives_of(self, name: str) -> list[ModulePath]:
+        """Those of the alternatives that match the module name `name`."""
+        return list(map(self.chosen, self.pattern.matched(name)))
+
+    def chosen(self, choice: Choice) -> ModulePath:
+        """The path with one option in the place of each of its braces."""
+        return replace(self, name=self.pattern.text(choice)) if self.pattern.options else self
 
     def on(self, name: str) -> ModulePath:
         """The same call, port and subscripts of the module called `name`."""
@@ -98,7 +137,7 @@ class ModulePath:
 
     def matches(self, name: str) -> bool:
         """Whether the name part matches the module name `name`."""
-        return _pattern(self.name).fullmatch(name) is not None
+        return bool(self.pattern.matched(name))
 
     @cached_property
     def plain_name(self) -> str:
@@ -108,74 +147,28 @@ class ModulePath:
 
 @evaluated_while_tracing
 def with_chain(text: str, chain: Chain) -> str:
-    """The path `text` with other subscripts."""
-    return str(replace(_parse(text), chain=chain))
+    """The path `text` with other subscripts; where these only fill in its `*`s, the rest stays as it was spelled."""
+    path = _parse(text)
+    if len(path.chain) == len(chain):
+        chain = tuple([new if STAR in _items(own) else own for own, new in zip(path.chain, chain, strict=True)])
+    return str(replace(path, chain=chain))
+
+
+def _as_step(index: Any) -> Any:
+    """`index` as a step of a chain: a tuple of one is its item, and `"*"` stands for each index."""
+    if not isinstance(index, tuple):
+        return index
+    items: tuple[Any, ...] = tuple([STAR if type(item) is str and item == "*" else item for item in index])
+    return items[0] if len(items) == 1 else items
 
 
 def _items(step: Any) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 
 
-# --- module names -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 LONGEST_RANGE = 10_000
-
-_SPECIAL = re.compile(r"[#@\[\]/{},*\\]|^\s|\s\Z")
-_ESCAPED = re.compile(r"\\(.?)", re.DOTALL)
-_BRACES = re.compile(r"((?:\\.|[^\\{}])*)\{((?:\\.|[^\\{}])*)\}", re.DOTALL)
-_OPTION = re.compile(r"\s*((?:\\.|[^\\,])*?)\s*,", re.DOTALL)
-_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
-
-
-@evaluated_while_tracing
-def escape(name: str) -> str:
-    """`name` with a backslash before each character that the path language gives a meaning."""
-    return _SPECIAL.sub(r"\\\g<0>", name)
-
-
-def unescape(text: str) -> str:
-    """`text` without the backslashes that protect special characters."""
-    return _ESCAPED.sub(r"\1", text)
-
-
-def _without_braces(name: str) -> Iterator[str]:
-    """The names that `name` stands for, one per combination of what is in its braces."""
-    braces = _BRACES.match(name)
-    if braces is None:
-        yield name
-        return
-    for option in _options(braces[2]):
-        yield from (braces[1] + option + rest for rest in _without_braces(name[braces.end() :]))
-
-
-def _options(text: str) -> Iterator[str]:
-    for option in _OPTION.findall(f"{text},"):
-        numbers = _RANGE.fullmatch(option)
-        yield from [option] if numbers is None else map(str, range(int(numbers[1]), int(numbers[2]) + 1))
-
-
-@lru_cache(maxsize=4096)
-def _pattern(name: str) -> re.Pattern[str]:
-    """The regular expression over module names for a name."""
-    return re.compile("|".join(map(_regex, _without_braces(name))), re.DOTALL)
-
-
-def _regex(name: str) -> str:
-    if name == "**":
-        return r".*"
-    *parents, last = name.split(".")
-    before = [r"(?:[^.]+\.)*" if parent == "**" else _segment(parent) + r"\." for parent in parents]
-    return "".join(before) + (r".+" if last == "**" else _segment(last))
-
-
-def _segment(segment: str) -> str:
-    if segment == "*":
-        return r"[^.]+"
-    parts = re.findall(r"\\.?|\*|[^\\*]+", segment, re.DOTALL)
-    return "".join([r"[^.]*" if part == "*" else re.escape(unescape(part)) for part in parts])
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"(?:\\.|[^#@\[\]/\\])*", re.DOTALL)
 _CALL = re.compile(r"#([0-9]{1,18}(?![0-9])|\*)")
@@ -200,7 +193,7 @@ def _read_name(text: str) -> tuple[str, int]:
     at = 0 if found is None else found.end()
     if text[at : at + 1] == "\\":
         raise fault(text, at + 1, "a character is expected after \\")
-    for place, what in _faults(_ESCAPED.sub("__", text[:at])):
+    for place, what in _faults(ESCAPED.sub("__", text[:at])):
         raise fault(text, place, what)
     return text[:at], at
 
@@ -218,7 +211,7 @@ def _faults(name: str) -> Iterator[tuple[int, str]]:
 
 
 def _range_faults(options: str) -> Iterator[str]:
-    for numbers in filter(None, map(_RANGE.fullmatch, map(str.strip, options.split(",")))):
+    for numbers in filter(None, map(RANGE.fullmatch, map(str.strip, options.split(",")))):
         first, last = int(numbers[1]), int(numbers[2])
         if first > last:
             yield "this range is empty: its first number is the larger one"

@@ -29,6 +29,7 @@ class Port:
         part: which value of the call, where it has several.
         is_gradient: whether the value is a gradient.
         is_output: whether it is the output of the module.
+        is_of_arguments: whether it is all arguments of the module, whose first subscript is a position or a name.
     """
 
     kind: str = "output"
@@ -37,11 +38,13 @@ class Port:
     part: str = ""
     is_gradient: bool = field(init=False, repr=False, compare=False)
     is_output: bool = field(init=False, repr=False, compare=False)
+    is_of_arguments: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         spelling = spelling_of(self)  # as fields: Dynamo reads nothing else of a frozen dataclass
         object.__setattr__(self, "is_gradient", spelling.is_gradient)
         object.__setattr__(self, "is_output", spelling.is_output)
+        object.__setattr__(self, "is_of_arguments", spelling.is_of_arguments)
 
     def __str__(self) -> str:
         return spelling_of(self).written(self)
@@ -78,6 +81,7 @@ class Spelling:
         kind: the key in the table, which is the `kind` of its ports.
         is_gradient: whether the values of its ports are gradients.
         is_output: whether they are outputs of modules.
+        is_of_arguments: whether they are all arguments of modules.
         rank: when it is asked whether some words are its own: before the kinds that take what nobody else wants.
         shown: how a message says what may be written, if anything.
     """
@@ -85,6 +89,7 @@ class Spelling:
     kind = ""
     is_gradient = False
     is_output = False
+    is_of_arguments = False
     rank = 0
     shown = ""
 

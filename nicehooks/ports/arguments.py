@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.paths.ports import Port, Words
 from nicehooks.values.trees import Chain, is_same
@@ -87,6 +87,7 @@ class InputPort(PortKind):
     """`@input`: the arguments of a module."""
 
     kind = shown = "input"
+    is_of_arguments = True
 
     def read(self, words: Words) -> Port | None:
         return Port(self.kind) if words.name == self.kind and not words.has_brackets else None

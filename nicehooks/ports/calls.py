@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.core.calling import has_forward
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Site, has_forward
-from nicehooks.core.tap import Frame, Rule
+from nicehooks.core.selection import Site
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.paths.ports import EVERY_CALL, Port, Words
@@ -194,11 +195,12 @@ class CallWatcher(AbstractContextManager[None]):
             for name in methods:
                 frame.module.__dict__[name] = self._watching(name, _bound(frame.module, name))
         frame.enter(_RunOf(frame))
-        self.mode = _Mode(self)
+        self.mode: Any = _Mode(self)
         self.mode.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.mode.__exit__(kind, error, trace)
+        self.mode = None
         if isinstance(error, _Carried):
             raise error.error from error.error.__cause__
 

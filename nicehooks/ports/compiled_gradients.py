@@ -1,11 +1,11 @@
-"""Tickets: how the backward of compiled code comes back to the context that was around its forward.
+"""How the backward of compiled code comes back to the context that was around its forward.
 
 NOTE [Gradients of compiled code]
 What acts on a gradient acts when backward runs, and by then the forward was compiled, perhaps for another entry of the
-context. So compiled code has an operator in it that Dynamo does not look into. It is given a ticket, which is a tensor:
-Dynamo guards no values of tensors, so the next entry compiles nothing, and brings a ticket of its own. Whoever has left
-has no ticket any more. Compilers drop operators whose result nobody asks for; this one has a second result, which is
-the gradient of the ticket.
+context. So compiled code has an operator in it that Dynamo does not look into. It is given a token, which is a tensor:
+Dynamo guards no values of tensors, so the next entry compiles nothing, and brings a token of its own. Whoever has left
+has no token any more. Compilers drop operators whose result nobody asks for; this one has a second result, which is
+the gradient of the token.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from torch import Tensor
 from nicehooks import torch_private
 from nicehooks.core.sessions import Session
 
-_numbers = itertools.count(1)
-_holders: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
-"""The sessions that hold a ticket; a forgotten handle ends with its model."""
+_token_numbers = itertools.count(1)
+_sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+"""The sessions that have a token; a forgotten handle ends with its model."""
 
 
-def give_ticket(session: Session, rules: dict[int, Any]) -> None:
+def give_token(session: Session, rules: dict[int, Any]) -> None:
     """From here on compiled code can come back to `rules`."""
-    number = next(_numbers)
+    number = next(_token_numbers)
     session.ticket = torch.tensor(float(number), dtype=torch.float64, device="cpu", requires_grad=True)
     session.rules = rules
-    _holders[number] = session
+    _sessions[number] = session
 
 
-def take_ticket(session: Session) -> None:
-    """Undoes `give_ticket`."""
+def take_token(session: Session) -> None:
+    """Undoes `give_token`."""
     if session.ticket is not None:
-        _holders.pop(int(session.ticket.item()), None)
+        _sessions.pop(int(session.ticket.item()), None)
         session.ticket = None
         session.rules = {}
 
 
-def passed(gradient: Tensor, ticket: Tensor, rule: int, key: str, steps: int, order: int) -> tuple[Tensor, Tensor]:
-    """The gradient after a rule has acted on it, and what the ticket gets for its own; in traced code alone.
+def passed(gradient: Tensor, token: Tensor, rule: int, key: str, steps: int, order: int) -> tuple[Tensor, Tensor]:
+    """The gradient after a rule has acted on it, and what the token gets for its own; in traced code alone.
 
     Args:
         gradient: of a tensor at the site.
-        ticket: that of the rule's session.
+        token: that of the rule's session.
         rule: which of the session's rules.
         key: the path of the tensor.
         steps: how many steps of the rule's path lead on in the tensor.
         order: when the tensor was made.
     """
     define_operator()
-    return torch.ops.nicehooks.gradient(gradient, ticket, rule, key, steps, order, 0)
+    return torch.ops.nicehooks.gradient(gradient, token, rule, key, steps, order, 0)
 
 
 def _pass(
-    gradient: Tensor, ticket: Tensor, rule: int, key: str, steps: int, order: int, mapped: int
+    gradient: Tensor, token: Tensor, rule: int, key: str, steps: int, order: int, mapped: int
 ) -> tuple[Tensor, Tensor]:
-    session = _holders.get(int(ticket.item()))
+    session = _sessions.get(int(token.item()))
     # Compiled code writes to its buffers again: to what it has handed in, and to what it gets back.
     changed = gradient if session is None else session.rules[rule](gradient.clone(), key, steps, order, mapped)
-    return torch.empty_like(gradient).copy_(changed), torch.zeros_like(ticket)
+    return torch.empty_like(gradient).copy_(changed), torch.zeros_like(token)
 
 
 def _pass_mapped(info: Any, dims: Any, gradient: Tensor, *rest: Any) -> Any:
@@ -82,6 +82,6 @@ def define_operator() -> bool:
 @cache
 def _define_operator() -> bool:
     operator = torch.library.custom_op("nicehooks::gradient", _pass, mutates_args=())
-    operator.register_fake(lambda gradient, ticket, *_: (torch.empty_like(gradient), torch.empty_like(ticket)))
+    operator.register_fake(lambda gradient, token, *_: (torch.empty_like(gradient), torch.empty_like(token)))
     operator.register_vmap(_pass_mapped)
     return True

@@ -1,15 +1,14 @@
 """The gradient ports: `@grad` of a module's output, `@input.grad` of its arguments.
 
 NOTE [How a gradient is reached]
-A hook on the tensor itself sees its gradient wherever autograd runs: in plain backward, under `torch.func.grad` and
-`vmap(grad)`, in double backward, behind in-place layers. What acts on one tensor acts in the order of the
-interventions: see NOTE [One line for each tensor]. A tensor that nothing has made differentiable (frozen parameters,
-inputs without gradients) is made so at the site: what comes behind is differentiated with respect to it, as asked.
+What passes the site gets a node of its own in the graph, where its gradient comes by: see NOTE [A node of its own]. It
+does wherever autograd runs: in plain backward, under `torch.func.grad` and `vmap(grad)`, in double backward, behind
+in-place layers. What acts on one tensor acts in the order of the interventions: see NOTE [One line for each tensor]. A
+tensor that nothing has made differentiable (frozen parameters, inputs without gradients) is made so at the site: what
+comes behind is differentiated with respect to it, as asked.
 
-A tensor that comes out of a module as it went in, or that goes in, may be used elsewhere too. Its use at the site gets
-a node of its own in the graph (a view), or the hook would see the gradients of all uses.
-
-A hook outlives its context, with the graph it is in. It does nothing once the session is over: backward belongs inside.
+A node outlives its context, with the graph it is in. It does nothing once the session is over, for backward belongs
+inside; unless its action says that it `outlives` the context: then it is gone when the graph is.
 """
 
 from __future__ import annotations
@@ -22,18 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import torch_private
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch
 from nicehooks.paths.grammar import with_chain
 from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.compiled_gradients import give_ticket, passed, take_ticket
-from nicehooks.ports.gradient_lines import Gradients, Stations
+from nicehooks.ports.compiled_gradients import give_token, passed, take_token
+from nicehooks.ports.gradient_lines import (
+    GradientLines,
+    Gradients,
+    is_differentiable,
+    made_differentiable,
+    may_have_gradient,
+)
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, place_in
 
@@ -63,10 +68,10 @@ class ComesBack(Companion):
 
     def begin(self, session: Session) -> None:
         if torch_private.innermost_transform() is None:
-            give_ticket(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
+            give_token(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
 
     def end(self, session: Session) -> None:
-        take_ticket(session)
+        take_token(session)
 
 
 class GradientRule(SiteRule):
@@ -115,9 +120,9 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
 def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: list[Tensor]) -> Any:
     """As `watched`, at the path `key`; `used` are the tensors that have another use than this one."""
     try:
-        way, rest = _split(value, chain)
-        stations = stations_of(frame, rule.path.port.kind)
-        found = _Found(rule, key, len(way), rest, used, [], stations)
+        way, rest = _split_at_tensor(value, chain)
+        lines = lines_of(frame, rule.path.port.kind)
+        found = _Found(rule, key, len(way), rest, used, [], lines)
         return trees.rewrite(value, way, lambda part: _watch_part(found, part))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
@@ -132,12 +137,12 @@ def used_by(frame: Frame, value: Any) -> list[Tensor]:
     return used + [one for at, one in enumerate(here) if place_in(here[:at], one) is not None]
 
 
-def stations_of(frame: Frame, port: str) -> Stations:
-    """The stations of the tensors that go into the call, or of those that come out of it: at the port `port`."""
-    return frame.kept.setdefault(port, Stations())
+def lines_of(frame: Frame, port: str) -> GradientLines:
+    """The lines of the tensors that go into the call, or of those that come out of it: at the port `port`."""
+    return frame.kept.setdefault(port, GradientLines())
 
 
-def _split(value: Any, chain: Chain) -> tuple[Chain, Chain]:
+def _split_at_tensor(value: Any, chain: Chain) -> tuple[Chain, Chain]:
     """The steps of `chain` that lead to a tensor, or to the end, and those that lead on in it."""
     for taken in range(len(chain)):
         if isinstance(trees.get(value, chain[:taken]), Tensor):
@@ -155,7 +160,7 @@ class _Found(NamedTuple):
         rest: the steps that lead on in them.
         used: the tensors that have another use than this one.
         passed: the tensors that this rule has come by already.
-        stations: where gradients of this call are acted on already.
+        lines: the lines of the gradients of this call.
     """
 
     rule: SiteRule
@@ -164,7 +169,7 @@ class _Found(NamedTuple):
     rest: Chain
     used: list[Tensor]
     passed: list[Tensor]
-    stations: Stations
+    lines: GradientLines
 
     def key(self, more: Chain) -> str:
         """The path of the tensor at the end of `more`."""
@@ -173,13 +178,9 @@ class _Found(NamedTuple):
 
 
 def _watch_part(found: _Found, part: Any) -> Any:
-    if not found.rule.wild and not any(map(_is_differentiable, trees.leaves(part))):
-        raise TreeMismatch(f"{trees.describe(part)} has no tensor in it that could have a gradient")
+    if not found.rule.wild and not any(map(is_differentiable, trees.leaves(part))):
+        raise TreeMismatch(f"{trees.structure_of(part)} has no tensor in it that could have a gradient")
     return _watch_all(found, part, ())
-
-
-def _is_differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
@@ -197,43 +198,31 @@ def _watch_all(found: _Found, part: Any, more: Chain) -> Any:
 
 def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
     rule, rest = found.rule, found.rest
-    if tensor not in found.stations or place_in(found.passed, tensor) is not None:
+    if tensor not in found.lines or place_in(found.passed, tensor) is not None:
         if not may_have_gradient(tensor):
             return tensor
-        tensor = own_use(tensor, found.used + found.passed)
-        if torch_private.innermost_transform() is None:
-            tensor = made_differentiable(tensor)
+        tensor = made_differentiable(own_use(tensor, found.used + found.passed))
     found.passed.append(tensor)
+    if rule.action.outlives and not torch.compiler.is_compiling():
+        rule.session.reached[rule.key] = True  # backward may come later than anybody can ask
     session, order = rule.session, next_order()
     if torch.compiler.is_dynamo_compiling() and session.ticket is not None:
-        ticket, index, steps = session.ticket, rule.index, len(rest)
-        return found.stations.watch(
-            [tensor], lambda gradients: list(passed(gradients[0], ticket, index, key, steps, order)), ticket=ticket
+        token, index, steps = session.ticket, rule.index, len(rest)
+        return found.lines.watch(
+            [tensor], lambda gradients: list(passed(gradients[0], token, index, key, steps, order)), token=token
         )[0]
 
     def on_gradient(gradients: Gradients) -> Gradients:
-        if session.ended:
+        if session.ended and not rule.action.outlives:
             return gradients
         return [act_on_gradient(rule, gradients[0], key, len(rest), order)]
 
-    return found.stations.watch([tensor], on_gradient)[0]
-
-
-def may_have_gradient(value: Any) -> bool:
-    """Whether `value` is a tensor that can have a gradient, here and now."""
-    return torch.is_grad_enabled() and _is_differentiable(value)
+    return found.lines.watch([tensor], on_gradient)[0]
 
 
 def own_use(tensor: Tensor, used: list[Tensor]) -> Tensor:
     """`tensor`, or a view if it is in `used`: with other uses come other gradients."""
     return tensor if place_in(used, tensor) is None else tensor.view_as(tensor)
-
-
-def made_differentiable(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy that requires a gradient: a clone, because an in-place layer may not write to a leaf."""
-    if tensor.requires_grad or torch.compiler.is_dynamo_compiling():  # there, the ticket does it
-        return tensor
-    return tensor.detach().requires_grad_().clone()
 
 
 class GradientPort(PortKind):
@@ -256,6 +245,7 @@ class InputGradientPort(GradientPort):
     """`@input.grad`: the same of an argument of a module."""
 
     kind = shown = "input.grad"
+    is_of_arguments = True
     rule = InputGradientRule
 
 

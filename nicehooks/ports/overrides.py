@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.core.sessions import Exclusive, Session
+from nicehooks.core.exclusive import Exclusive
+from nicehooks.core.sessions import Session
 
 _MISSING: Any = object()
 _overrides: ContextVar[dict[tuple[int, str], tuple[Session, Any]]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
@@ -40,6 +41,15 @@ class Table(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """What a forward assigns where another value stands goes with that: the model's own is not touched."""
+        overrides = {} if torch.compiler.is_compiling() else _overrides.get()
+        found = overrides.get((id(self), name))
+        if found is None or found[0].ended:
+            super().__setitem__(name, value)
+        else:
+            _overrides.set({**overrides, (id(self), name): (found[0], value)})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return (type(self.original), (), None, None, iter(list(self.items())))
@@ -118,6 +128,11 @@ class Override(AbstractContextManager[None]):
         overrides, owners = self.before
         _overrides.set(overrides)
         _open_owners.set(owners)
+
+
+def is_held(module: nn.Module, name: str) -> bool:
+    """Whether `module` has a parameter or buffer called `name` now."""
+    return bool(_keys(module, name))
 
 
 def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:

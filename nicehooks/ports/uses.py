@@ -23,13 +23,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Pairs, register_port
 from nicehooks.core.rules import Action
-from nicehooks.core.selection import Census, Site, has_forward
-from nicehooks.core.tap import Frame, Rule
+from nicehooks.core.selection import Site
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.grammar import unescape
+from nicehooks.paths.names import unescape
 from nicehooks.paths.ports import Port, Words
 from nicehooks.paths.subscripts import fault
 from nicehooks.ports.calls import (
@@ -167,6 +169,9 @@ class UsePort(ParameterPort):
     rank = 2
     shown = ""
     rule: type[UseRule] = UseRule
+
+    def listed(self, module: nn.Module) -> list[Port]:
+        return []
 
     def read(self, words: Words) -> Port | None:
         if not words.name.endswith(USES):

@@ -7,19 +7,21 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nicehooks import torch_private
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, has_parameter, parameter_names
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, OutputRule, SiteRule
-from nicehooks.core.selection import Census, Site, has_forward, has_parameter, parameter_names
+from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.paths.grammar import unescape
+from nicehooks.paths.names import unescape
 from nicehooks.paths.ports import Port, Words
-from nicehooks.ports.overrides import Override, StandIn, stand_in, step_back
+from nicehooks.ports.overrides import Override, StandIn, is_held, stand_in, step_back
 
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.4 … 2.13)."""
@@ -29,6 +31,8 @@ class Tables(Companion):
     """Puts a `Table` in the place of each that holds one of the parameters."""
 
     def begin(self, session: Session) -> None:
+        for rule in self.rules:
+            rule.was_read = False
         for module in self._holders():
             stand_in(module, session)
 
@@ -44,31 +48,53 @@ class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
     companion = Tables
-    __slots__ = ("is_swapped", "places")
+    __slots__ = ("is_swapped", "places", "was_read")
 
     def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
         super().__init__(site, action, when)
         self.is_swapped = False
+        self.was_read = False  # in the forward of a module that holds it
         self.places = [(weakref.ref(module), name) for module, name in places]
 
     def modules(self) -> list[nn.Module]:
         """The modules that hold the tensor."""
         return [reference() for reference, _ in self.places]  # pyright: ignore[reportReturnType] (they hold each other)
 
+    def was_reached(self, session: Session) -> bool:
+        """A module that holds it may have run in another thread, where nothing acted."""
+        return super().was_reached(session) and (self.was_read or not session.elsewhere)
+
     def before(self, frame: Frame) -> None:
         if not Override.is_open(self):
             self.number(frame)
-            old = getattr(self.site.module, self.path.port.name)
+            old = self._value()
             new = self._changed(frame, old)
-            places = [(reference(), name) for reference, name in self.places]
-            frame.enter(Override(self, places, None if new is old else new))  # pyright: ignore[reportArgumentType]
+            frame.enter(Override(self, self._places(), None if new is old else new))
         if self.action.changes and not torch.compiler.is_compiling():
             self.note_checkpoint(search=not self.session.checkpointed)
         module = frame.tap.module()
-        if isinstance(module, nn.RNNBase) and any([module is holder for holder in self.modules()]):
+        is_holder = any([module is holder for holder in self.modules()])
+        if is_holder and not torch.compiler.is_compiling():
+            self.was_read = True
+        if isinstance(module, nn.RNNBase) and is_holder:
             frame.module = frame.enter(
                 StandIn(module, {"_flat_weights": torch_private.flat_weights(module)}, FLAT_WEIGHTS)
             )
+
+    def _value(self) -> Any:
+        """The tensor as the forward will read it."""
+        module, name = self.site.module, self.path.port.name
+        value = getattr(module, name)
+        if torch.compiler.is_compiling():
+            return value
+        if not any([is_held(holder, name_there) for holder, name_there in self._places()]):
+            raise UnsupportedModule(GONE_FROM_TABLES.format(site=self.key, kind=type(module).__name__))
+        if not self.action.changes:
+            return value.clone() if module.training and name in RUNNING else value
+        return value if type(value) in (nn.Parameter, Tensor) else _numbers_of(value, self.key)
+
+    def _places(self) -> list[tuple[Any, str]]:
+        return [(reference(), name) for reference, name in self.places]
 
     def _changed(self, frame: Frame, old: torch.Tensor) -> Any:
         """`old` after the action; a function that writes in place must not reach the model's own parameter."""
@@ -80,6 +106,30 @@ class ParameterRule(SiteRule):
 
     def after(self, frame: Frame) -> None:
         pass
+
+
+RUNNING = ("running_mean", "running_var")
+"""Buffers that a batch norm in training overwrites without a trace: what the forward read is a copy."""
+
+GONE_FROM_TABLES = (
+    "{site!r}: {kind} no longer holds this parameter itself (a parametrization was added, or it was deleted). "
+    "Leave the context, or remove the handle, and enter it again."
+)
+
+PACKED = (
+    "{site!r} is a {kind} of {dtype}: its numbers are packed in a form of its own, which no other tensor can stand in "
+    "for. Change what the module makes of it instead: the output of the module, without a port."
+)
+
+
+def _numbers_of(value: Tensor, site: str) -> Tensor:
+    """The numbers of a parameter, which may be kept in another form (those of quantised layers are)."""
+    kinds = type(value).__mro__[: type(value).__mro__.index(Tensor)]
+    if any(["dequantize" in vars(kind) for kind in kinds]):
+        return value.dequantize()
+    if not (value.is_floating_point() or value.is_complex()):
+        raise UnsupportedModule(PACKED.format(site=site, kind=type(value).__name__, dtype=value.dtype))
+    return value
 
 
 class AttributeRule(SiteRule):
@@ -117,6 +167,9 @@ class ParameterPort(PortKind):
     def missing(self, name: str, module: nn.Module, port: Port) -> str:
         have = ", ".join(parameter_names(module)) or "none of its own"
         return f"module {name!r} ({type(module).__name__}) has no parameter {port.name!r}; it has: {have}."
+
+    def listed(self, module: nn.Module) -> list[Port]:
+        return [Port(self.kind, name) for name in parameter_names(module)]
 
     def read(self, words: Words) -> Port | None:
         return None if words.has_brackets else Port(self.kind, unescape(words.name))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from nicehooks import torch_private
 
@@ -30,6 +31,7 @@ class Node(NamedTuple):
         names: the same, with field names where a tuple has them.
         rebuild: builds one like it around other children; no constructor is called, except where one was registered.
         counted: whether its children have positions beside their names, as fields have and keys have not.
+        settings: the positions of the children that only say how the others lie: they are no values of the model.
     """
 
     children: list[Any]
@@ -37,6 +39,7 @@ class Node(NamedTuple):
     names: list[Any]
     rebuild: Callable[[Iterable[Any]], Any]
     counted: bool = True
+    settings: tuple[int, ...] = ()
 
 
 def open_node(tree: Any) -> Node | None:
@@ -66,25 +69,87 @@ def leaves(tree: Any) -> list[Any]:
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     """`tree` with `fn` applied to each of its tensors."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
+    return fn(tree) if isinstance(tree, Tensor) else map_children(lambda child: map_tensors(fn, child), tree)
+
+
+def map_children(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `fn` applied to each child that is a value of the model; a leaf as it is."""
     node = open_node(tree)
-    return tree if node is None else node.rebuild([map_tensors(fn, child) for child in node.children])
+    if node is None:
+        return tree
+    return node.rebuild([child if at in node.settings else fn(child) for at, child in enumerate(node.children)])
 
 
-def describe(value: Any) -> str:
+def as_it_is(tree: Any) -> Any:
+    """`tree` in containers of its own, around the very same leaves: what happens to `tree` later does not show in it.
+
+    What only a registered constructor could rebuild stays the object that it is.
+    """
+    if tree is None or isinstance(tree, Tensor | bool | int | float | str) or _sort_of(type(tree)) not in _BUILT_HERE:
+        return tree
+    node: Any = open_node(tree)
+    children = [as_it_is(child) for child in node.children]
+    if isinstance(tree, tuple) and all([is_same(new, old) for new, old in zip(children, node.children, strict=True)]):
+        return tree
+    return node.rebuild(children)
+
+
+def has_spine_of(tree: Any, copy: Any) -> bool:
+    """Whether `tree` is still as it was when `as_it_is` made `copy` of it."""
+    if tree is copy:
+        return True
+    node, other = open_node(tree), open_node(copy)
+    if node is None or other is None or type(tree) is not type(copy) or node.entries != other.entries:
+        return False
+    return all(map(has_spine_of, node.children, other.children))
+
+
+def is_nested(value: Any) -> bool:
+    """Whether `value` is a tensor of tensors that differ in shape: some of its sizes are no numbers."""
+    return isinstance(value, Tensor) and value.is_nested
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """The memory of the numbers of `tensor`; of a sparse one, of those that it holds."""
+    if tensor.layout is not torch.strided:
+        return sum(map(bytes_of, torch_private.held_by(tensor)))
+    return tensor.numel() * tensor.element_size()
+
+
+def structure_of(value: Any) -> str:
     """The structure of a value, with shapes and dtypes, never contents."""
     if isinstance(value, Tensor):
-        return f"Tensor{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return f"{_kind_of(value)}{_shape_of(value)} {str(value.dtype).removeprefix('torch.')}"
     node = open_node(value)
     if node is None:
         return "None" if value is None else type(value).__name__
-    inner = [describe(child) for child in node.children]
+    inner = [structure_of(child) for child in node.children]
     if isinstance(value, tuple | list) and node.names is node.entries:
         name = "" if type(value) in (tuple, list) else type(value).__name__
         return f"{name}({', '.join(inner)})" if isinstance(value, tuple) else f"{name}[{', '.join(inner)}]"
     named = ", ".join(f"{name}: {text}" for name, text in zip(node.names, inner, strict=True))
     return f"{{{named}}}" if type(value) is dict else f"{type(value).__name__}({named})"
+
+
+def one_size(tensor: Tensor, dim: int) -> int | None:
+    """The size of a dimension; None where it is another for each of the tensors that are nested in `tensor`."""
+    if not is_nested(tensor):
+        return tensor.shape[dim]
+    size = torch_private.nested_sizes(tensor)[dim]
+    return None if isinstance(size, str) else size
+
+
+def _kind_of(tensor: Tensor) -> str:
+    if is_nested(tensor):
+        return "NestedTensor"
+    return "Tensor" if tensor.layout is torch.strided else "SparseTensor"
+
+
+def _shape_of(tensor: Tensor) -> str:
+    """The sizes of a tensor; `*` where those inside of a nested one differ."""
+    if not is_nested(tensor):
+        return str(list(tensor.shape))
+    return f"[{', '.join(map(str, torch_private.nested_sizes(tensor)))}]"
 
 
 # --- sorts of containers ----------------------------------------------------------------------------------------------
@@ -102,6 +167,8 @@ def _find_sort(kind: type) -> str:
         return "leaf"
     if kind in (tuple, list):
         return "sequence"
+    if kind is PackedSequence:
+        return "packed sequence"
     if optree.is_namedtuple_class(kind):
         return "named tuple"
     if optree.is_structseq_class(kind):
@@ -137,6 +204,19 @@ def _open_sequence(tree: Any) -> Node:
 
 def _open_named_tuple(tree: Any) -> Node:
     return Node(list(tree), list(range(len(tree))), list(tree._fields), lambda new: tuple.__new__(type(tree), new))
+
+
+def _open_packed_sequence(tree: Any) -> Node:
+    """Its numbers are in `data`; the rest says which row is whose, and that is no value of the model."""
+    node = _open_named_tuple(tree)
+
+    def rebuild(children: Iterable[Any]) -> Any:
+        data, sizes, *orders = children
+        if isinstance(data, Tensor):  # the orders lie where the data lie, the sizes always on the CPU
+            orders = [order if order is None else order.to(data.device) for order in orders]
+        return node.rebuild((data, sizes, *orders))
+
+    return node._replace(rebuild=rebuild, settings=(1, 2, 3))
 
 
 def _open_structseq(tree: Any) -> Node:
@@ -192,7 +272,7 @@ def _open_registered_with_torch(tree: Any) -> Node:
     children, context = flatten(tree)
     named = isinstance(context, list | tuple) and len(context) == len(children)
     named = named and all([isinstance(name, str) for name in context])
-    entries = list(context) if named else list(range(len(children)))
+    entries = list(context) if named else torch_private.torch_names(tree) or list(range(len(children)))
     return Node(list(children), entries, entries, lambda new: unflatten(list(new), context))
 
 
@@ -208,6 +288,7 @@ _OPENERS: dict[str, Callable[[Any], Node | None]] = {
     "leaf": lambda tree: None,
     "sequence": _open_sequence,
     "named tuple": _open_named_tuple,
+    "packed sequence": _open_packed_sequence,
     "structseq": _open_structseq,
     "mapping": _open_mapping,
     "counted mapping": _open_counted_mapping,
@@ -215,3 +296,6 @@ _OPENERS: dict[str, Callable[[Any], Node | None]] = {
     "dataclass": _open_dataclass,
     "perhaps known to optree": _open_known_to_optree,
 }
+
+_BUILT_HERE = ("sequence", "named tuple", "packed sequence", "structseq", "mapping", "counted mapping", "dataclass")
+"""The sorts that are rebuilt without a constructor of theirs."""

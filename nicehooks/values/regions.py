@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nicehooks.errors import TreeMismatch
-from nicehooks.values.nodes import describe
+from nicehooks.values.nodes import structure_of
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 
 Chain = tuple[Any, ...]
 """The subscripts that lead from a value to a part of it: Python subscripts (integers, strings, slices, `None`, `...`,
@@ -81,37 +82,65 @@ def _show_item(item: Any) -> str:
 
 def read(tensor: Tensor, step: Any) -> Tensor:
     """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
+    try:
+        return _read(tensor, step)
+    except (IndexError, OverflowError):
+        raise TreeMismatch(f"{show_step(step)} is out of range for {structure_of(tensor)}") from None
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{show_step(step)} of {structure_of(tensor)} cannot be read") from None
+
+
+def _read(tensor: Tensor, step: Any) -> Tensor:
     if isinstance(step, Heads):
         return _split(tensor, step.count)
     if isinstance(step, Rows):
         return _split_rows(tensor, step.sizes)
     items = step if isinstance(step, tuple) else (step,)
     if any(isinstance(item, str) for item in items):
-        raise TreeMismatch(f"{show_step(step)} is a key, but the value is {describe(tensor)}")
+        raise TreeMismatch(f"{show_step(step)} is a key, but the value is {structure_of(tensor)}")
     if any(isinstance(item, slice) and item.step is not None and item.step < 1 for item in items):
         raise TreeMismatch(f"{show_step(step)} steps backwards, which PyTorch does not do")
-    try:
-        return tensor[step]
-    except IndexError:
-        raise TreeMismatch(f"{show_step(step)} is out of range for {describe(tensor)}") from None
+    return tensor[step]
 
 
 def _split(tensor: Tensor, count: int) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[-1] % count:
-        raise TreeMismatch(f"/{count} does not divide the last dimension of {describe(tensor)}")
+        raise TreeMismatch(f"/{count} does not divide the last dimension of {structure_of(tensor)}")
     return tensor.reshape(*tensor.shape[:-1], count, tensor.shape[-1] // count)  # a view; Dynamo may not take unflatten
 
 
 def _split_rows(tensor: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
     if sizes is None:
-        raise TreeMismatch(f"{Rows()} of {describe(tensor)} is known only while the model runs: capture it so")
+        raise TreeMismatch(f"{Rows()} of {structure_of(tensor)} is known only while the model runs: capture it so")
     if tensor.ndim == 0 or tensor.shape[0] != math.prod(sizes):
-        raise TreeMismatch(f"{Rows()} does not split the first dimension of {describe(tensor)} into {list(sizes)}")
+        raise TreeMismatch(f"{Rows()} does not split the first dimension of {structure_of(tensor)} into {list(sizes)}")
     return tensor.reshape(*sizes, *tensor.shape[1:])
 
 
 def replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
     """`base` with the region `step` replaced by `new`, which has the region's shape; out of place, under `vmap` too."""
+    try:
+        if base.is_complex():  # torch 2.13 does not differentiate the writing of a part of them
+            return _with_complex(base, step, new)
+        return _replaced(base, step, new)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{show_step(step)} of {structure_of(base)} cannot be written") from None
+
+
+def _with_complex(base: Tensor, step: Any, new: Tensor) -> Tensor:
+    """`replaced`, in the real numbers that `base` consists of: they are one more dimension, behind all others."""
+    if isinstance(step, Heads | Rows):
+        return _replaced(base, step, new)
+    items = [*step] if isinstance(step, tuple) else [step]
+    whole = (*items, slice(None)) if Ellipsis in items else (*items, Ellipsis)
+    return torch.view_as_complex(_replaced(_as_real(base), whole, _as_real(new)).contiguous())
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj())
+
+
+def _replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
     if isinstance(step, Heads):
         return new.flatten(-2)
     if isinstance(step, Rows):

@@ -11,9 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nicehooks import torch_private
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import regions
-from nicehooks.values.nodes import Node, describe, is_same, leaves, map_tensors, open_node, place_in
+from nicehooks.values.nodes import (
+    Node,
+    as_it_is,
+    bytes_of,
+    has_spine_of,
+    is_nested,
+    is_same,
+    leaves,
+    map_children,
+    map_tensors,
+    one_size,
+    open_node,
+    place_in,
+    structure_of,
+)
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 from nicehooks.values.regions import STAR, Chain, Constant, Heads, Rows, show_step
 
 __all__ = [
@@ -23,23 +39,29 @@ __all__ = [
     "Heads",
     "Node",
     "Rows",
+    "as_it_is",
     "assign",
-    "describe",
+    "bytes_of",
     "each_index",
     "fits",
     "get",
+    "has_spine_of",
+    "is_complex",
+    "is_nested",
     "is_same",
     "leaves",
     "length",
+    "map_children",
     "map_tensors",
     "open_node",
     "place_in",
     "rewrite",
     "show_step",
+    "structure_of",
     "usable",
 ]
 
-KEEP = Constant(__name__, "KEEP", "KEEP")
+KEEP = Constant("nicehooks", "KEEP", "KEEP")
 """In a tree of new values: leave this part as it is."""
 
 
@@ -70,15 +92,18 @@ def length(tree: Any, items: list[Any], position: int) -> int:
     if not isinstance(tree, Tensor):
         node = open_node(tree)
         if node is None:
-            raise TreeMismatch(f"[*] needs a tensor or a container, not {describe(tree)}")
+            raise TreeMismatch(f"[*] needs a tensor or a container, not {structure_of(tree)}")
         return len(node.children)
     before, after = items[:position], items[position:]
     dim = sum(item is not None for item in before)
     if Ellipsis in before:
         dim = tree.ndim - sum(item is not None for item in after)
     if not 0 <= dim < tree.ndim:
-        raise TreeMismatch(f"[*] is at dimension {dim} of {describe(tree)}")
-    return tree.shape[dim]
+        raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}")
+    size = one_size(tree, dim)
+    if size is None:
+        raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}, which has no one size there")
+    return size
 
 
 def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
@@ -118,17 +143,17 @@ def _replace(tree: Any, step: Any, new: Any) -> Any:
 def _child(tree: Any, step: Any) -> tuple[Node, int]:
     """The node of `tree` and the position in it of what `step` names: a position, a key or a field."""
     if isinstance(step, Heads | Rows | tuple | slice):
-        raise TreeMismatch(f"{show_step(step)} needs a tensor, not {describe(tree)}")
+        raise TreeMismatch(f"{show_step(step)} needs a tensor, not {structure_of(tree)}")
     node = open_node(tree)
     if node is None:
-        raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {describe(tree)}")
+        raise TreeMismatch(f"{show_step(step)} needs a tensor or a container, not {structure_of(tree)}")
     if step in node.names:
         return node, node.names.index(step)
     count = len(node.children)
     if node.counted and isinstance(step, int) and -count <= step < count:
         return node, step % count
     have = ", ".join(repr(name) for name in node.names) or "nothing"
-    raise TreeMismatch(f"{show_step(step)} is not in {describe(tree)}, which has {have}")
+    raise TreeMismatch(f"{show_step(step)} is not in {structure_of(tree)}, which has {have}")
 
 
 # --- assignment -------------------------------------------------------------------------------------------------------
@@ -166,7 +191,7 @@ def _assign_children(old: Any, node: Node, new: Any) -> Any:
 def _matching(old: Any, node: Node, new: Any) -> list[Any]:
     """The new values for the children of `old`, in its order; keys that a mapping does not name stay."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        if set(new) <= set(node.entries):
+        if set(new.keys()) <= set(node.entries):  # a TensorDict goes through its rows, not through its keys
             return [new.get(entry, KEEP) for entry in node.entries]
         raise _came_for(old, new)
     other = open_node(new)
@@ -177,27 +202,64 @@ def _matching(old: Any, node: Node, new: Any) -> list[Any]:
 
 
 def _came_for(old: Any, new: Any) -> TreeMismatch:
-    return TreeMismatch(f"{describe(new)} came where {describe(old)} stands")
+    return TreeMismatch(f"{structure_of(new)} came where {structure_of(old)} stands")
 
 
 def _fit(old: Tensor, new: Any) -> Tensor:
-    if isinstance(new, complex) and new.imag and not old.is_complex():
-        raise TreeMismatch(f"{new} has an imaginary part, {describe(old)} has none")
+    try:
+        return _fitted(old, new)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{_shown(new)} cannot be written into {structure_of(old)}") from None
+
+
+def _fitted(old: Tensor, new: Any) -> Tensor:
+    if is_complex(new) and not old.is_complex():
+        raise TreeMismatch(f"{_shown(new)} has an imaginary part, {structure_of(old)} has none")
     if isinstance(new, int | float | complex):
-        return torch.full_like(old, new)
+        return _filled_like(old, new.real if isinstance(new, complex) and not new.imag else new)
     if not isinstance(new, Tensor):
         raise _came_for(old, new)
+    if is_nested(old) or is_nested(new):
+        return _fitted_nested(old, new)
     value = usable(new)
     while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
         value = value.squeeze(0)
     if not fits(value.shape, old.shape):
-        raise TreeMismatch(f"{describe(new)} does not broadcast to {describe(old)}")
-    if value.is_complex() and not old.is_complex():
-        raise TreeMismatch(f"{describe(new)} has an imaginary part, {describe(old)} has none")
-    value = value.to(device=old.device, dtype=old.dtype)
+        raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
+    value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
     if value.shape == old.shape:
         return value
     return value.expand(old.shape).clone()  # in-place layers need memory of its own
+
+
+def _filled_like(old: Tensor, number: Any) -> Tensor:
+    if is_nested(old):
+        return torch.zeros_like(old).fill_(number)
+    if old.layout is torch.strided:
+        return torch.full_like(old, number)
+    return _in_layout_of(old, torch.full(old.shape, number, dtype=old.dtype, device=old.device))
+
+
+def _in_layout_of(old: Tensor, value: Tensor) -> Tensor:
+    """`value`, made sparse where `old` is, and dense where it is not."""
+    if value.layout is old.layout:
+        return value
+    return value.to_dense() if old.layout is torch.strided else value.to_sparse(layout=old.layout)
+
+
+def _fitted_nested(old: Tensor, new: Tensor) -> Tensor:
+    if not (is_nested(old) and is_nested(new) and torch_private.nests_alike(new, old)):
+        raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
+    return torch_private.nested_as(usable(new).to(device=old.device, dtype=old.dtype), old)
+
+
+def is_complex(value: Any) -> bool:
+    """Whether a number, or a tensor, has an imaginary part that no real tensor could take."""
+    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex) and value.imag != 0
+
+
+def _shown(value: Any) -> str:
+    return structure_of(value) if isinstance(value, Tensor) else repr(value)
 
 
 def fits(shape: Iterable[int], target: Iterable[int]) -> bool:

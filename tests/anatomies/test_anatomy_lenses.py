@@ -427,15 +427,23 @@ def test_parts_of_two_runs_or_of_all_calls_are_refused() -> None:
         head_results(model, every)
 
 
+def test_what_the_norms_add_to_their_weights_is_found_and_not_said() -> None:
+    """Gemma's gain is 1 + weight, Llama's the weight; one table describes both."""
+    assert FAMILIES["gemma"] is LLAMA
+    for family in ("gemma", "llama"):
+        model = body(family)
+        nn.init.normal_(anatomy(model).module("final_norm").weight)
+        logits, cache = run(model)
+        terms = direct_logit_attribution(model, cache, 7)
+        assert close(sum(terms.values()), logits[:, -1, 7]) and terms["rest"].abs().max() < 1e-3
+
+
 def test_a_norm_that_is_none_is_refused() -> None:
-    before = FAMILIES["gemma"]
-    register_anatomy("gemma", LLAMA)  # which forgets that the gain is 1 + weight
-    try:
-        model = body("gemma")
-        with pytest.raises(UnsupportedModule, match=r"neither a LayerNorm nor an RMSNorm with gain weight \+ 0\.0"):
-            direct_logit_attribution(model, run(model)[1], 7)
-    finally:
-        FAMILIES["gemma"] = before
+    model = body("gemma")
+    norm = anatomy(model).module("final_norm")
+    norm.forward = lambda x: x.tanh() * norm.weight
+    with pytest.raises(UnsupportedModule, match=r"GemmaRMSNorm is no LayerNorm or RMSNorm with gain weight or 1 \+ w"):
+        direct_logit_attribution(model, run(model)[1], 7)
 
 
 # --- a trained model --------------------------------------------------------------------------------------------------

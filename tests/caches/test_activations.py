@@ -493,8 +493,14 @@ def test_caches_can_be_summed_and_averaged() -> None:
     assert numbers(-one) == numbers({"plus": -PLUS})
 
 
-def test_caches_without_a_common_key_have_nothing_in_common() -> None:
-    assert dict(run("plus") - run("out")) == {}
+@pytest.mark.parametrize(("left", "right"), [("plus", "out"), ("plus", None), (None, "out")])
+def test_arithmetic_of_caches_without_a_common_key_is_refused(left: str | None, right: str | None) -> None:
+    one, other = (ActivationCache() if where is None else run(where) for where in (left, right))
+    shown = [repr(where) if where else "an empty one" for where in (left, right)]
+    with pytest.raises(SiteNotFound) as caught:
+        one - other
+    assert str(caught.value) == f"these caches have no site in common: {shown[0]}, and {shown[1]}."
+    assert ActivationCache() - {} == {}
 
 
 ARITHMETIC_ERRORS: dict[str, tuple[Any, Any, str]] = {
@@ -581,7 +587,8 @@ def test_index_indexes_every_tensor(key: Any) -> None:
 
 SOME = ActivationCache({f"h.{i}{port}": X + i for i in range(11) for port in ("", "@input[0]")} | {"head": X})
 SELECTIONS: dict[str, tuple[Any, list[str]]] = {
-    "a path": ("h.3", ["h.3", "h.3@input[0]"]),
+    "a path": ("h.3", ["h.3"]),
+    "a wildcard": ("h.1*", ["h.1", "h.10"]),
     "a port": ("h.3@input[0]", ["h.3@input[0]"]),
     "a wildcard with a port": ("h.1*@input[0]", ["h.1@input[0]", "h.10@input[0]"]),
     "alternatives": ("h.{2,10}@input[0]", ["h.2@input[0]", "h.10@input[0]"]),

@@ -11,11 +11,12 @@ import pytest
 import torch
 from language_models import save_tiny, shipped
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from nicehooks import UnsupportedModule, sites
-from nicehooks.anatomies.residual import decoder_blocks
-from nicehooks.cli import command, terminal
+from nicehooks.anatomies.anatomy import anatomy
+from nicehooks.anatomies.residual import decoder_blocks, residual_stream
+from nicehooks.cli import command, jobs, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
 from nicehooks.cli.prompts import PromptPair, encode, encode_pair
@@ -124,6 +125,41 @@ def test_the_largest_module_list_holds_the_blocks():
         decoder_blocks(torch.nn.Linear(2, 2))
 
 
+def test_the_residual_stream_is_that_of_the_anatomy_where_a_table_knows_the_model():
+    model, ids = (
+        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10)).eval(),
+        {"input_ids": torch.tensor([[1, 2, 3]])},
+    )
+    _, stream = residual_stream(model, ids)
+    assert list(stream) == [str(path) for path in anatomy(model).resid_post]
+    bert = BertForMaskedLM(BertConfig(**BERT)).eval()
+    _, stream = residual_stream(bert, ids)
+    assert list(stream) == [f"bert.encoder.layer.{layer}.output.LayerNorm@input[0]" for layer in (0, 1)]
+
+
+BERT = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+
+
+def test_the_residual_stream_of_an_unknown_model_is_what_its_blocks_return():
+    class Block(torch.nn.Linear):
+        def forward(self, x):
+            return (super().forward(x), None)
+
+    class Unknown(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(2, 2), Block(2, 2)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)[0]
+            return x
+
+    output, stream = residual_stream(Unknown(), {"x": torch.ones(1, 2)})
+    assert list(stream) == ["blocks.0[0]", "blocks.1[0]"]
+    assert torch.equal(stream["blocks.1[0]"], output)
+
+
 def findings(*rows: list[float]) -> str:
     tokens = ["When", "John/Mary", "to"]
     return ResidualGrid(torch.tensor(rows), list(range(len(rows))), [0, 9, 13], tokens, 6.0, -5.0).findings()
@@ -216,7 +252,7 @@ def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"{sites(model, **encode(tokenizer, command.CLEAN))}\n"
 
 
-A_LINE = "import sys; from nicehooks.cli import command; command.sites_job = print; sys.exit(command.main(['sites']))"
+A_LINE = "import sys; from nicehooks.cli import command, jobs; jobs.sites_job = print; exit(command.main(['sites']))"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +284,7 @@ def test_the_shipped_model_knows_the_indirect_object(one: str, other: str):
 
 @pytest.mark.slow
 def test_the_demo(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(command, "load", lambda name, device: shipped())
+    monkeypatch.setattr(jobs, "load", lambda name, device: shipped())
     assert command.main(["demo", "--layers", "0,29", "--positions", "9,13"]) == 0
     out = capsys.readouterr().out
     assert "From layer" not in out
@@ -345,7 +381,7 @@ def test_a_list_of_numbers_that_is_none(numbers: str, capsys: pytest.CaptureFixt
 def test_prompts_between_which_the_model_sees_no_difference(tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch):
     model, tokenizer = load(tiny)
     torch.nn.init.zeros_(model.lm_head.weight)
-    monkeypatch.setattr(command, "load", lambda name, device: (model, tokenizer))
+    monkeypatch.setattr(jobs, "load", lambda name, device: (model, tokenizer))
     assert refusal(capsys, "patch", *WORDS) == (
         "nicehooks: both prompts have the logit difference 0.00: there is no effect to look for.\n"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,98 @@ def test_layers_in_place_behind_a_hook_on_gradients():
     model[0].register_full_backward_hook(lambda *given: None)
     with pytest.raises(RuntimeError, match="modified inplace"):
         model(inputs().requires_grad_())
+
+
+# --- paths, handles and options as they are there ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("mod1", None),
+        ("mod1[0]", (0,)),
+        ("mod1[:5]", (slice(None, 5),)),
+        ("mod1[:, -1]", (slice(None), -1)),
+        ("mod1[0][:, 1]", (0, (slice(None), 1))),
+    ],
+)
+def test_a_path_is_a_name_and_an_index(text, index):
+    path = nice_hooks.ModulePath.parse(text)
+    name, found = path
+    assert (name, found, path.slice) == ("mod1", index, index)
+    if text.count("[") < 2:
+        assert nice_hooks.ModulePath(name, found) == path and str(nice_hooks.ModulePath(name, found)) == text
+
+
+def test_an_index_may_have_a_star_or_be_no_tuple():
+    path = nice_hooks.ModulePath("mod1", (slice(None), "*"))
+    assert str(path) == "mod1[:, *]" and path.has_stars
+    assert str(nice_hooks.ModulePath("mod1", slice(2))) == "mod1[:2]"
+    assert str(nice_hooks.ModulePath("mod1", [0, 2])) == "mod1[[0, 2]]"
+    assert nice_hooks.ModulePath("mod1", 2) == nice_hooks.ModulePath.parse("mod1#2")  # a number is a call
+
+
+def test_paths_still_select_as_one_item():
+    model, path = make("Mlp"), nice_hooks.ModulePath("embed", (slice(None), 0))
+    _, acts = nice_hooks.run(model, inputs(), return_activations=[path])
+    assert list(acts) == ["embed[:, 0]"] and list(acts.select(path)) == ["embed[:, 0]"]
+    assert torch.equal(acts[path], acts["embed[:,0]"])
+
+
+def test_none_is_a_left_out_option_everywhere():
+    model = Module()
+    options = dict.fromkeys(
+        [
+            "return_activations",
+            "with_activations",
+            "forward_hooks",
+            "forward_pre_hooks",
+            "full_backward_hooks",
+            "full_backward_pre_hooks",
+            "model_kwargs",
+        ]
+    )
+    assert torch.equal(nice_hooks.run(model, inputs(), **options), model(inputs()))
+
+
+def test_a_handle_has_one_handle_for_each_module():
+    model, seen = Module(), []
+    handle = nice_hooks.register_forward_hook(
+        model, "mod1.*", lambda module, path, args, output: seen.append(str(path))
+    )
+    assert isinstance(handle, nice_hooks.RemovableHandleCollection) and len(handle.handles) == 2
+    first, second = handle.handles
+    first.remove()
+    first.remove()
+    model(inputs())
+    assert seen == ["mod1.1"] and handle.active
+    second.remove()
+    model(inputs())
+    assert seen == ["mod1.1"] and not handle.active
+
+
+@pytest.mark.parametrize(
+    "register", [nice_hooks.register_full_backward_hook, nice_hooks.register_full_backward_pre_hook]
+)
+def test_handles_of_hooks_on_gradients(register):
+    model, seen = Module(), []
+    handle = register(model, "mod1.*", lambda module, path, *gradients: seen.append(str(path)))
+    handle.handles[1].remove()
+    model(inputs()).sum().backward()
+    handle.remove()
+    assert seen == ["mod1.0"]
+
+
+def test_the_root_and_its_children():
+    model = Module()
+    assert [str(path) for path, _ in nice_hooks.expand_module_path(model, "*")] == ["path", "mod1", "mod2"][1:]
+    assert [module for _, module in nice_hooks.expand_module_path(model, "")] == [model]
+    _, cache = nice_hooks.run(model, inputs(), return_activations=["", "*"])
+    assert set(cache) == {"", "mod1", "mod2"}
+
+
+def test_the_type_names_are_public():
+    assert nice_hooks.to_paths("a") == ["a"] and nice_hooks.to_paths(["a", "b"]) == ["a", "b"]
+    assert nice_hooks.to_paths(True) == ["**"] and nice_hooks.to_paths(False) == nice_hooks.to_paths(None) == []
+    assert {int, slice, torch.Tensor, type(None)} < set(get_args(nice_hooks.AnySlice))
+    assert get_args(nice_hooks.PathsLike) == (str, list[str], bool, type(None))

@@ -27,7 +27,7 @@ class Around(nn.Module):
 
 
 def agree(found, expected):
-    assert trees.describe(found) == trees.describe(expected)
+    assert trees.structure_of(found) == trees.structure_of(expected)
     pairs = zip(trees.leaves(found), trees.leaves(expected), strict=True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
 

@@ -236,3 +236,54 @@ def test_grad_at_says_what_is_wrong():
     with pytest.raises(TreeMismatch, match="the metric of grad_at returned float, and not a scalar tensor"):
         grad_at(model, "embed", lambda output: output.sum().item())(inputs())
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_places_may_be_the_keys_of_a_mapping():
+    model = make("Mlp")
+    with capture(model, ["embed", "head"]) as acts:
+        model(inputs())
+    assert list(grad_at(model, acts, total)(inputs())[1]) == ["embed", "head"]
+
+
+def second_order(gradients, model, x):
+    """The gradient of a function of gradients, with respect to the parameters and what is around."""
+    return torch.autograd.grad(sum(g.sin().sum() for g in gradients), [x, *model.parameters()], allow_unused=True)
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("times", [1, 2])
+def test_gradients_can_be_differentiated_again(leaf, times):
+    """By plain autograd, as if the graph of the backward had been made: for leaves, and for what has a graph itself."""
+    model, base = make("Mlp").double(), inputs().double().requires_grad_()
+    paths = ["embed", "blocks.1", "head"]
+    x = base if leaf else base * 1.5
+    with capture(model, paths) as acts:
+        value = total(model(x)).sin()
+    expected = torch.autograd.grad(value, list(acts.values()), create_graph=True)
+    _, grads = grad_at(model, paths, lambda output: total(output).sin())(x)
+    for _ in range(times):
+        found = torch.autograd.grad(
+            sum(g.sin().sum() for g in grads.values()),
+            [x, *model.parameters()],
+            allow_unused=True,
+            retain_graph=True,
+        )
+    for a, b in zip(found, second_order(expected, model, x), strict=True):
+        assert (a is None and (b is None or not b.any())) or torch.allclose(a, b)
+    assert not leaf or found[0].any()
+
+
+def test_the_value_can_be_differentiated_and_what_is_frozen_keeps_no_graph():
+    model = make("Mlp")
+    value, _ = grad_at(model, "embed", total)(inputs())
+    value.backward()
+    expected = torch.autograd.grad(total(model(inputs())), list(model.parameters()))
+    assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    for value, grads in (
+        grad_at(model.requires_grad_(False), "embed", total)(inputs()),
+        torch.no_grad()(grad_at(model.requires_grad_(True), "embed", total))(inputs()),
+    ):
+        assert not value.requires_grad and not grads["embed"].requires_grad
+    with torch.inference_mode():
+        _, grads = grad_at(model, "embed", total)(inputs())
+    assert torch.allclose(grads["embed"], grad_at(model, "embed", total)(inputs())[1]["embed"])

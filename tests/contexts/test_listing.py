@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import ablate, capture, describe, edit, fused_attention_as_steps, patch, select, sites, steer, suspend
-from nicehooks.values.trees import describe as describe_value
+from nicehooks.values.trees import structure_of
 
 
 class Block(nn.Module):
@@ -269,7 +269,7 @@ def test_every_listed_call_is_captured_by_its_path_and_looks_as_listed() -> None
     model.add_module("a.b@c".replace(".", "-"), Mixing())
     table = sites(model, torch.ones(3, 2), calls=True)
     calls = [record for record in table if record.type == "call"]
-    with capture(model, [record.path for record in calls], keep="all", map=describe_value) as acts:
+    with capture(model, [record.path for record in calls], keep="all", map=structure_of) as acts:
         model(torch.ones(3, 2))
     assert len(calls) == 3 * 11
     for record in calls:

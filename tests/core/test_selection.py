@@ -425,9 +425,7 @@ NOTHING: dict[str, tuple[nn.Module, Any, str]] = {
         "h.33",
         """\
 no module matches 'h.33' in Transformer.
-  nearest names: h.0 … h.11
-    select(model, "h.33")  # incorrect
-    select(model, "h.11")  # correct""",
+  nearest names: h.0 … h.11""",
     ),
     "another family's name": (
         MODEL,
@@ -465,6 +463,15 @@ no module matches 'transformer.h.3.mpl[:, -1]' in GPT.
     select(model, "transformer.h.3.mpl[:, -1]")  # incorrect
     select(model, "transformer.h.3.mlp[:, -1]")  # correct""",
     ),
+    "a prefix too much": (
+        MODEL.transformer,
+        "model.transformer.h.3.mlp",
+        """\
+no module matches 'model.transformer.h.3.mlp' in Transformer.
+  nearest names: h.0.mlp … h.11.mlp
+    select(model, "model.transformer.h.3.mlp")  # incorrect
+    select(model, "h.3.mlp")                    # correct""",
+    ),
     "another case": (
         MODEL,
         "Transformer.H.3",
@@ -479,18 +486,67 @@ no module matches 'Transformer.H.3' in GPT.
         "transformer.h.{0,3,33}",
         """\
 no module matches 'transformer.h.33' in GPT.
-  nearest names: transformer.h.0 … transformer.h.11
-    select(model, "transformer.h.33")  # incorrect
-    select(model, "transformer.h.11")  # correct""",
+  nearest names: transformer.h.0 … transformer.h.11""",
     ),
     "a range that is too long": (
         MODEL,
         "transformer.h.{10..13}",
         """\
 no module matches 'transformer.h.12' in GPT.
-  nearest names: transformer.h.0 … transformer.h.11
-    select(model, "transformer.h.12")  # incorrect
-    select(model, "transformer.h.11")  # correct""",
+  nearest names: transformer.h.0 … transformer.h.11""",
+    ),
+    "a word that is like no name": (MODEL, "vision_tower", "no module matches 'vision_tower' in GPT."),
+    "a number of another list": (MODEL, "experts.3", "no module matches 'experts.3' in GPT."),
+    "one of many, without its number": (
+        MODEL,
+        "attn",
+        """\
+no module matches 'attn' in GPT.
+  nearest names: transformer.h.0.attn … transformer.h.11.attn""",
+    ),
+    "another word for it": (
+        MODEL,
+        "transformer.h.3.self_attn",
+        """\
+no module matches 'transformer.h.3.self_attn' in GPT.
+  nearest names: transformer.h.0.attn … transformer.h.11.attn""",
+    ),
+    "the opposite word": (
+        nn.ModuleDict({"decoder": nn.Linear(2, 2)}),
+        "encoder",
+        "no module matches 'encoder' in ModuleDict.\n  nearest names: decoder",
+    ),
+    "a layer that is numbered in its name": (
+        nn.ModuleDict({"layer1": nn.Linear(2, 2)}),
+        "layer5",
+        "no module matches 'layer5' in ModuleDict.\n  nearest names: layer1",
+    ),
+    "a part of a transformer": (
+        MODEL,
+        "resid_post[5][:, -1]",
+        """\
+no module matches 'resid_post[5][:, -1]' in GPT.
+  resid_post is a part of a transformer, which anatomy(model) finds:
+    select(model, "resid_post[5][:, -1]")               # incorrect
+    select(model, anatomy(model).resid_post[5][:, -1])  # correct""",
+    ),
+    "a hook point of a transformer": (
+        MODEL,
+        "blocks.5.attn.hook_attn_scores",
+        """\
+no module matches 'blocks.5.attn.hook_attn_scores' in GPT.
+  scores is a part of a transformer, which anatomy(model) finds:
+    select(model, "blocks.5.attn.hook_attn_scores")  # incorrect
+    select(model, anatomy(model).scores[5])          # correct""",
+    ),
+    "the hook points of all layers": (
+        MODEL,
+        "blocks.*.hook_resid_pre",
+        """\
+no module matches 'blocks.*.hook_resid_pre' in GPT.
+  resid_pre is a part of a transformer, which anatomy(model) finds:
+    select(model, "blocks.*.hook_resid_pre")  # incorrect
+    select(model, anatomy(model).resid_pre)   # correct""",
     ),
     "one of two names": (
         MODEL,
@@ -606,3 +662,127 @@ def test_torchscript_is_refused_by_name(where: Any) -> None:
     assert texts(model, "", "0") == ["", "0"]
     with pytest.raises(UnsupportedModule, match=r"^'' is a RecursiveScriptModule"):
         select(model[1], "inside")
+
+
+# --- a __call__ of one's own ------------------------------------------------------------------------------------------
+
+
+class Calls(nn.Module):
+    """Is called, but not as modules are: nothing that stands in for its forward would be asked."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class CallsSuper(nn.Module):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x + 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class CallsForward(CallsSuper):
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def logged(call: Any) -> Any:
+    def log(*args: Any) -> Any:
+        return call(*args)
+
+    return log
+
+
+class CallsDecorated(CallsSuper):
+    __call__ = logged(CallsSuper.__call__)
+
+
+class CallsBound(CallsSuper):
+    """Goes by an attribute of the instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = self.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def test_a_call_that_never_gets_to_forward_is_refused_where_it_is_named() -> None:
+    """As of a list, a wildcard does not insist on it."""
+    model = nn.Sequential(Calls(), nn.ReLU())
+    for where in ("0", "0@input[0]", ["1", "0"]):
+        with pytest.raises(UnsupportedModule, match=r"^'0' is a Calls, and calling it runs Calls\.__call__"):
+            select(model, where)
+    assert texts(model, "1") == ["1"]
+    with capture(model, "*") as acts:
+        assert model(torch.zeros(1)).item() == 5.0
+    assert list(acts) == ["1"]
+
+
+@pytest.mark.parametrize("kind", [CallsSuper, CallsForward, CallsDecorated])
+def test_a_call_that_gets_to_forward_is_not(kind: Any) -> None:
+    model = nn.Sequential(kind())
+    with ablate(model, "0"):
+        assert model(torch.ones(1)).item() == 0.0
+
+
+def test_of_a_call_by_an_attribute_nothing_is_said() -> None:
+    assert texts(nn.Sequential(CallsBound()), "0") == ["0"]
+
+
+# --- what selecting looks at ------------------------------------------------------------------------------------------
+
+
+class Table(dict):  # type: ignore[type-arg]
+    """A table of children that counts how often all of them are asked for."""
+
+    walked = 0
+
+    def items(self) -> Any:
+        Table.walked += 1
+        return super().items()
+
+    def values(self) -> Any:
+        Table.walked += 1
+        return super().values()
+
+    def __iter__(self) -> Any:
+        Table.walked += 1
+        return super().__iter__()
+
+
+def counted(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        module.__dict__["_modules"] = Table(module._modules)
+    Table.walked = 0
+    return model
+
+
+@pytest.mark.parametrize("where", ["", "transformer.h.3.attn", "transformer.h.3[:, -1]", "lm_head@weight", ["lm_head"]])
+def test_a_plain_name_is_looked_up_and_not_searched_for(where: Any) -> None:
+    """No module is asked for all of its children; not by a context that is entered and left either."""
+    model = counted(GPT())
+    for _ in range(2):
+        assert len(select(model, where)) == 1
+    assert Table.walked == 0
+    if where != "lm_head@weight":  # may be tied to any other
+        with ablate(model, where):
+            Table.walked = 0
+            with pytest.warns(UserWarning, match="not called"), ablate(model, where):
+                pass
+            assert Table.walked == 0
+            model(IDS)
+
+
+def test_a_wildcard_goes_only_where_it_may_match() -> None:
+    model = counted(GPT())
+    assert len(select(model, "transformer.h.*")) == 12
+    assert Table.walked == 3  # those of h, once to go on and twice to remember them

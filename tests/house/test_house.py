@@ -30,6 +30,7 @@ def test_these_are_the_public_names() -> None:
         "KEEP",
         "ActivationCache",
         "ActivationCacheLike",
+        "AnySlice",
         "CheckpointWarning",
         "ContextMisuse",
         "ModulePath",
@@ -39,6 +40,8 @@ def test_these_are_the_public_names() -> None:
         "NotCaptured",
         "NotReachedWarning",
         "PathError",
+        "PathsLike",
+        "RemovableHandleCollection",
         "Site",
         "SiteNotFound",
         "SiteNotReached",
@@ -71,14 +74,80 @@ def test_these_are_the_public_names() -> None:
         "splice",
         "steer",
         "suspend",
+        "to_paths",
     ]
 
 
 def test_the_package_shows_the_public_names_and_no_others() -> None:
-    shown = {
-        name for name, thing in vars(nicehooks).items() if not name.startswith("_") and not inspect.ismodule(thing)
-    }
-    assert shown == set(nicehooks.__all__)
+    assert {name for name in dir(nicehooks) if not name.startswith("__")} == set(nicehooks.__all__)
+    shown = in_a_new_python("import nicehooks; print([name for name in dir(nicehooks) if not name.startswith('__')])")
+    assert ast.literal_eval(shown) == sorted(nicehooks.__all__)
+
+
+def test_the_first_public_name_that_is_asked_for_loads_all_of_them() -> None:
+    said = in_a_new_python(
+        """
+import sys, nicehooks
+print("torch" in sys.modules, "capture" in vars(nicehooks))
+nicehooks.KEEP
+print("torch" in sys.modules, set(nicehooks.__all__) <= set(vars(nicehooks)))
+"""
+    )
+    assert said == "False False\nTrue True\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from nicehooks import *; capture, patch, KEEP",
+        "from nicehooks import capture, SiteNotFound",
+        "import nicehooks; nicehooks.errors.SiteNotFound; nicehooks.hookpoints.HookPoint; nicehooks.hooktrees.AtLayers",
+        "import nicehooks.anatomies.anatomy, nicehooks; nicehooks.anatomy(None) if 0 else nicehooks.anatomy.__name__",
+    ],
+)
+def test_ways_to_import(first: str) -> None:
+    assert in_a_new_python(first) == ""
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'nicehooks' has no attribute 'captur'"):
+        _ = nicehooks.captur  # pyright: ignore
+    with pytest.raises(ImportError, match="cannot import name 'captur' from 'nicehooks'"):
+        from nicehooks import captur  # pyright: ignore # noqa: F401
+
+
+def test_a_compiled_function_may_be_the_first_to_ask_for_a_name() -> None:
+    said = in_a_new_python(
+        """
+import torch, nicehooks
+from torch import nn
+model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+@torch.compile(fullgraph=True, backend="eager")
+def run(x):
+    with nicehooks.capture(model, "0") as acts:
+        model(x)
+    return acts["0"]
+
+x = torch.ones(1, 2)
+print(torch.equal(run(x), model[0](x)))
+"""
+    )
+    assert said == "True\n"
+
+
+def test_a_look_at_what_the_command_can_do_does_not_wait_for_torch() -> None:
+    said = in_a_new_python(
+        """
+import sys
+from nicehooks.cli import command
+try:
+    command.main(["--version"])
+except SystemExit as done:
+    print(done.code, "torch" in sys.modules)
+"""
+    )
+    assert said == f"nicehooks {nicehooks.__version__}\n0 False\n"
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -90,8 +159,8 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_every_error_is_a_nicehooks_error_and_every_warning_a_nicehooks_warning() -> None:
     """But for the one that ends a forward early, which no `except Exception` of a model may catch."""
     strangers: set[str] = set()
-    for info in pkgutil.iter_modules([str(HOUSE)]):
-        for name, thing in vars(importlib.import_module(f"nicehooks.{info.name}")).items():
+    for info in pkgutil.walk_packages([str(HOUSE)], "nicehooks."):
+        for name, thing in vars(importlib.import_module(info.name)).items():
             if (
                 isinstance(thing, type)
                 and issubclass(thing, BaseException)
@@ -212,6 +281,7 @@ def test_importing_the_package_loads_no_extra_and_no_compiler() -> None:
 import sys, torch
 before = set(sys.modules)
 import nicehooks
+nicehooks.capture
 print([name for name in {heavy} if name in set(sys.modules) - before])
 """
     )
@@ -245,6 +315,7 @@ def globals_of_others():
 
 before = globals_of_others()
 import nicehooks
+nicehooks.capture
 after = globals_of_others()
 print([name for name in before if before[name] != after[name]])
 """

@@ -94,7 +94,7 @@ def compiled(f):
 
 
 def agree(found, expected):
-    assert trees.describe(found) == trees.describe(expected)
+    assert trees.structure_of(found) == trees.structure_of(expected)
     pairs = zip(trees.leaves(found), trees.leaves(expected), strict=True)
     assert all(torch.allclose(a, b, atol=1e-6) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transform_product import (
     INTERVENTIONS,
     TRANSFORMS,
     combinations,
+    leaving,
     reference,
     subject,
 )
@@ -44,7 +46,10 @@ def by_example(name, caller):
     s = subject(name)
     outputs, values, jacobians = [], {path: [] for path in s.paths}, {path: [] for path in s.paths}
     for z in EXAMPLES:
-        with capture(s.model, *[module for module, _, _ in s.seen]) as acts:
+        with ExitStack() as stack:
+            for module, way, _ in s.seen:
+                stack.enter_context(leaving(s, module, way))
+            acts = stack.enter_context(capture(s.model, *[module for module, _, _ in s.seen]))
             y = s.run(s.caller(caller), s.moved(z.clone().requires_grad_()))
         outputs.append(y.detach())
         for (module, way, region), path in zip(s.seen, s.paths, strict=True):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nicehooks import ModulePath, NiceHooksError, PathError, capture, select
-from nicehooks.paths.grammar import escape
+from nicehooks.paths.names import escape
 from nicehooks.paths.ports import EVERY_CALL, Port
 from nicehooks.ports.calls import FUSED_ATTENTION
 from nicehooks.values.trees import STAR, Heads

@@ -52,7 +52,7 @@ X = torch.randn(2, 3, 4)
 
 def test_it_is_read_and_written_as_any_step() -> None:
     path = ModulePath.parse("layer.mlp@input[0]/rows/2[:, -1]")
-    assert path.slice == "[0]/rows/2[:, -1]" and ModulePath.parse(str(path)) == path
+    assert path.subscripts == "[0]/rows/2[:, -1]" and ModulePath.parse(str(path)) == path
     for text in ("a/row", "a/rowss", "a/"):
         with pytest.raises(PathError, match="the number of heads is expected after /"):
             ModulePath.parse(text)

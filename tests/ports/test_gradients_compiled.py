@@ -68,7 +68,7 @@ CASES = {
 def test_as_in_eager_code_and_compiled_once(case, backend):
     model = make("Mlp")
     run, before = compiled(model, backend), state(model)
-    holders = set(compiled_gradients._holders)
+    holders = set(compiled_gradients._sessions)
     for shift in range(3):
         x = inputs() + shift
         agree(backward(run, x, *CASES[case](model)), backward(model, x, *CASES[case](model)))
@@ -77,7 +77,7 @@ def test_as_in_eager_code_and_compiled_once(case, backend):
     agree(backward(run, inputs()), backward(model, inputs()))
     assert graphs() == 2
     gc.collect()
-    assert set(compiled_gradients._holders) <= holders
+    assert set(compiled_gradients._sessions) <= holders
 
 
 def test_frozen_parameters_and_inputs_without_gradients():

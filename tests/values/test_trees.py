@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from nicehooks import KEEP, NiceHooksError, TreeMismatch, capture, edit, patch
-from nicehooks.values.trees import Heads, assign, describe, get, leaves, map_tensors, rewrite
+from nicehooks.values.trees import Heads, assign, get, leaves, map_tensors, rewrite, structure_of
 
 # --- tensors and subscripts -------------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ def test_the_results_of_torch_functions_are_named_tuples() -> None:
     assert type(changed) is torch.return_types.max
     assert changed.values.tolist() == [0.0, 0.0]
     assert changed.indices is result.indices
-    assert describe(result) == "max(values: Tensor[2] float32, indices: Tensor[2] int64)"
+    assert structure_of(result) == "max(values: Tensor[2] float32, indices: Tensor[2] int64)"
 
 
 def test_a_packed_sequence_is_a_named_tuple() -> None:
@@ -790,4 +790,4 @@ DESCRIPTIONS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("value", "text"), DESCRIPTIONS, ids=[text for _, text in DESCRIPTIONS])
 def test_a_description_has_the_structure_and_never_the_contents(value: Any, text: str) -> None:
-    assert describe(value) == text
+    assert structure_of(value) == text

@@ -19,18 +19,22 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.compat.auto_hookpoint.auto_points import AutoPoint, points_of
+from nicehooks.compat.auto_hookpoint.places_to_hook import points_of
+from nicehooks.compat.transformer_lens.hook_point import HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
-from nicehooks.compat.transformer_lens.hooked_models import unwrapped
-from nicehooks.core.selection import SCRIPTED
+from nicehooks.compat.transformer_lens.hooked_models import first_names
+from nicehooks.core.nearest import SCRIPTED
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 
 M = TypeVar("M", bound=nn.Module)
 K = TypeVar("K", bound="type[nn.Module]")
+P = TypeVar("P", bound=nn.Parameter)
 
 
 @overload
 def auto_hook(model: K) -> K: ...
+@overload
+def auto_hook(model: P) -> P: ...
 @overload
 def auto_hook(model: M) -> M: ...
 def auto_hook(model: Any) -> Any:
@@ -62,7 +66,8 @@ def auto_hook(model: Any) -> Any:
     operation that the parameter enters. Hook points are no modules of the model.
 
     Args:
-        model: a class of modules, which is returned as the same object, or a module, likewise.
+        model: a class of modules, which is returned as the same object, or a module, likewise. A parameter is returned
+            as it is: the module that has it has its hook point, once that is hooked.
 
     Raises:
         UnsupportedModule: the class or the module has attributes of these names already; or it is PyTorch's own class.
@@ -71,7 +76,7 @@ def auto_hook(model: Any) -> Any:
         _decorate(model)
     elif isinstance(model, nn.Module):
         _equip(model)
-    else:
+    elif not isinstance(model, nn.Parameter):
         raise TypeError(f"auto_hook takes a class of torch.nn.Modules, or a torch.nn.Module, not {model!r}")
     return model
 
@@ -83,7 +88,7 @@ class AutoHooks(HookedMethods):
         self.model = model
         known = _known_points(model)
         self.hook_dict: dict[str, Any] = points_of(model, known)
-        self.mod_dict = {name: module for name, module in unwrapped(model) if name} | self.hook_dict
+        self.mod_dict = {name: module for name, module in first_names(model) if name} | self.hook_dict
         _renew(known, self.hook_dict)
         _renew(vars(model).get("mod_dict", {}), self.mod_dict)
 
@@ -107,7 +112,7 @@ class AutoHooks(HookedMethods):
         """
         self.reset_hooks(including_permanent=True)
         for name, value in list(vars(self.model).items()):
-            if isinstance(value, BoundHookMethod | _Reduce) or (name in DICTS and is_hooked(self.model)):
+            if isinstance(value, BoundHookMethod | _ReduceHooked) or (name in DICTS and is_hooked(self.model)):
                 del vars(self.model)[name]
         return self.model
 
@@ -121,14 +126,14 @@ METHODS = (
 NAMES = (*DICTS, *(name for name in METHODS if name != "check_hooks_to_add"), *PROPERTIES)
 """What a hooked class has; a hooked instance has no properties. `check_hooks_to_add` is for users to write."""
 
-ENTRIES = (*NAMES, "__reduce_ex__")
+OWN_ENTRIES = (*NAMES, "__reduce_ex__")
 """What a hooked instance may have in its `__dict__`."""
 
-_points: weakref.WeakKeyDictionary[nn.Module, dict[str, AutoPoint]] = weakref.WeakKeyDictionary()
+_points: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
 """The hook points of the instances of decorated classes."""
 
 
-def _known_points(model: nn.Module) -> dict[str, AutoPoint]:
+def _known_points(model: nn.Module) -> dict[str, HookPoint]:
     own = vars(model).get("hook_dict")
     return _points.setdefault(model, {}) if own is None else own
 
@@ -165,7 +170,7 @@ class BoundHookMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         if model is None:
-            raise SiteNotFound(GONE.format(name=self.__name__))
+            raise SiteNotFound(METHOD_GONE.format(name=self.__name__))
         return getattr(AutoHooks(model), self.__name__)(*args, **kwargs)
 
     def __reduce__(self) -> Any:
@@ -243,10 +248,10 @@ def _equip(model: nn.Module) -> None:
     _points.pop(model, None)
     methods = {name: BoundHookMethod(model, name) for name in NAMES if name in METHODS}
     vars(model).update(hook_dict=view.hook_dict, mod_dict=view.mod_dict, **methods)
-    vars(model).setdefault("__reduce_ex__", _Reduce(model))
+    vars(model).setdefault("__reduce_ex__", _ReduceHooked(model))
 
 
-class _Reduce:
+class _ReduceHooked:
     """Makes a copy of an instance, of whatever kind, one that `auto_hook` is called on when it is complete."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -258,7 +263,7 @@ class _Reduce:
         reduced = of_class(model, protocol)
         if not is_hooked(model) or not isinstance(reduced, tuple) or len(reduced) < 3 or type(reduced[2]) is not dict:
             return reduced
-        state = {name: value for name, value in reduced[2].items() if name not in ENTRIES}
+        state = {name: value for name, value in reduced[2].items() if name not in OWN_ENTRIES}
         return (_started, reduced[:2], state, *reduced[3:])
 
 
@@ -298,7 +303,7 @@ SETS = (
     "  or use hooked(model), which has these methods and leaves the model as it is."
 )
 
-GONE = (
+METHOD_GONE = (
     "the model whose {name}() this is no longer exists: nothing else has it. Give it a name first:\n"
     "    model = auto_hook(Model())\n"
     "    model.{name}(…)"

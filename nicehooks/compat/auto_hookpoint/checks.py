@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks.compat.auto_hookpoint.auto_hook import ENTRIES, auto_hook, is_hooked
-from nicehooks.compat.auto_hookpoint.auto_points import SUFFIX
+from nicehooks.compat.auto_hookpoint.auto_hook import OWN_ENTRIES, auto_hook, is_hooked
+from nicehooks.compat.auto_hookpoint.places_to_hook import SUFFIX, AutoPoint
 from nicehooks.compat.auto_hookpoint.reports import Failure, HookCheckReport
-from nicehooks.errors import HookCheckFailed, HookCheckWarning
+from nicehooks.errors import HookCheckFailed, HookCheckWarning, warn_caller
 from nicehooks.values import trees
 
 
@@ -69,7 +68,7 @@ def check_auto_hook(
     if not report.ok and strict:
         raise HookCheckFailed(str(report))
     if not report.ok:
-        warnings.warn(str(report), HookCheckWarning, stacklevel=2)
+        warn_caller(str(report), HookCheckWarning)
     return report
 
 
@@ -109,7 +108,7 @@ class _Checks:
     def run(self, model: Any, fwd: Any = (), bwd: Any = (), backward: bool = False) -> _Run:
         """One run, from the same random state, buffers and inputs each time."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        leaves, inputs = _copied(self.inputs, backward)
+        leaves, inputs = _copies_of(self.inputs, backward)
         model.zero_grad()
         hooks = model.hooks(fwd_hooks=fwd, bwd_hooks=bwd) if fwd or bwd else nullcontext()
         with torch.random.fork_rng(), torch.set_grad_enabled(backward), hooks:
@@ -131,7 +130,7 @@ class _Checks:
     # the checks: each yields the name of a hook point, or "", and what is wrong there
 
     def repeatable(self) -> Found:
-        if not _same(self.run(self.plain).output, self.clean):
+        if not _equal(self.run(self.plain).output, self.clean):
             yield "", "the model gives another output each time, also without hooks: nothing can be compared with it."
 
     def structure(self) -> Found:
@@ -140,7 +139,7 @@ class _Checks:
                 yield "", f"auto_hook changes {what}: {_difference(of(self.plain), of(self.hooked))}."
         modules = set(map(id, self.hooked.modules()))
         for name, point in self.hooked.hook_dict.items():
-            if id(point) in modules:
+            if isinstance(point, AutoPoint) and id(point) in modules:
                 yield name, "the hook point is a module of the model."
 
     def output(self) -> Found:
@@ -151,7 +150,7 @@ class _Checks:
             "with hooks that return what they are given": [(_every, _returns)],
         }
         for how, fwd in ways.items():
-            if not _same(self.run(self.hooked, fwd).output, self.clean):
+            if not _equal(self.run(self.hooked, fwd).output, self.clean):
                 yield "", f"the output is another one {how}."
 
     def forward(self) -> Found:
@@ -160,7 +159,7 @@ class _Checks:
         self.values = looks.seen
         for name in self.names:
             if name not in looks.seen:
-                yield name, UNUSED if self.hooked.hook_dict[name].is_of_parameter else UNCALLED
+                yield name, UNUSED if getattr(self.hooked.hook_dict[name], "is_of_parameter", False) else UNCALLED
 
     def backward(self) -> Found:
         if not any(map(self.can_have_gradient, self.names)):
@@ -176,7 +175,7 @@ class _Checks:
         bwd = [(_every, _Looks())] if any(map(self.can_have_gradient, self.names)) else ()
         hooked = self.run(self.hooked, [(_every, _returns)], bwd, backward=True).gradients
         for name, gradient in clean.items():
-            if not _same(gradient, hooked[name]):
+            if not _equal(gradient, hooked[name]):
                 yield "", f"the gradient of {name} is another one with hooks."
 
     def edits(self) -> Found:
@@ -185,7 +184,7 @@ class _Checks:
                 yield name, says
 
     def edit(self, name: str) -> Found:
-        if _same(self.run(self.hooked, [(name, _disturbed)]).output, self.clean):
+        if _equal(self.run(self.hooked, [(name, _disturbed)]).output, self.clean):
             yield name, "a changed value there does not change the output."
 
     def restored(self) -> Found:
@@ -202,7 +201,7 @@ class _Checks:
             try:
                 copied(self.plain)
             except Exception as error:  # the model itself cannot be copied so
-                self.notes.append(f"copies by {how}: the model itself has none ({_first_line(error)})")
+                self.notes.append(f"copies by {how}: the model itself has none ({_headline(error)})")
                 continue
             looks = _Looks()
             with self.hooked.hooks(fwd_hooks=[(_every, looks)]):
@@ -217,7 +216,7 @@ class _Checks:
                 continue
             if list(other.hook_dict) != self.names:
                 yield "", f"what {how} makes has other hook points: {', '.join(other.hook_dict)}."
-            if not _same(self.run(other).output, self.clean):
+            if not _equal(self.run(other).output, self.clean):
                 yield "", f"what {how} makes gives another output."
 
     def unwrap(self) -> Found:
@@ -225,7 +224,7 @@ class _Checks:
         left = sorted(set(vars(model)) ^ set(vars(self.plain)))
         if model is not self.hooked or left:
             yield "", f"unwrap() does not give back the plain model: {', '.join(left) or 'it is another object'}."
-        elif not _same(self.run(model).output, self.clean):
+        elif not _equal(self.run(model).output, self.clean):
             yield "", "the output is another one after unwrap()."
 
 
@@ -243,7 +242,7 @@ UNUSED = "its hook is never called: the parameter enters no operation of torch i
 
 STRUCTURE: dict[str, Callable[[Any], Any]] = {
     "the type": type,
-    "attributes": lambda model: [name for name in vars(model) if name not in ENTRIES],
+    "attributes": lambda model: [name for name in vars(model) if name not in OWN_ENTRIES],
     "state_dict": lambda model: list(model.state_dict()),
     "modules": lambda model: [(name, type(module).__name__) for name, module in model.named_modules()],
     "parameters": lambda model: [name for name, _ in model.named_parameters()],
@@ -301,7 +300,7 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _copied(inputs: dict[str, Any], differentiable: bool) -> tuple[list[Tensor], dict[str, Any]]:
+def _copies_of(inputs: dict[str, Any], differentiable: bool) -> tuple[list[Tensor], dict[str, Any]]:
     """The leaves that gradients go to, and the inputs made of them, which a model may overwrite."""
     leaves: list[Tensor] = []
 
@@ -320,13 +319,13 @@ def _differentiate(output: Any) -> None:
         torch.stack([(leaf.double() + leaf.double().sin()).sum() for leaf in floats]).sum().backward()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal(a: Any, b: Any) -> bool:
     """Whether two values are equal, bit by bit; what is no tensor has to be of the same type."""
     x, y = trees.leaves(a), trees.leaves(b)
-    return len(x) == len(y) and all(map(_same_leaf, x, y))
+    return len(x) == len(y) and all(map(_equal_leaf, x, y))
 
 
-def _same_leaf(a: Any, b: Any) -> bool:
+def _equal_leaf(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b)
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
@@ -345,8 +344,8 @@ def _guarded(check: Callable[[], Found]) -> Found:
     try:
         yield from check()
     except Exception as error:
-        yield "", f"{type(error).__name__}: {_first_line(error)}"
+        yield "", f"{type(error).__name__}: {_headline(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def _headline(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from nicehooks import torch_private
 from nicehooks.compat.nice_hooks.forward_hooks import HookAction, on_argument
+from nicehooks.core.frames import Frame
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain
 from nicehooks.paths.ports import Port
 from nicehooks.ports.arguments import InputRule
-from nicehooks.ports.gradient_lines import Gradients, Stations
-from nicehooks.ports.gradients import NO_GRADIENT, made_differentiable, may_have_gradient, own_use, stations_of, used_by
+from nicehooks.ports.gradient_lines import GradientLines, Gradients, made_differentiable, may_have_gradient
+from nicehooks.ports.gradients import NO_GRADIENT, lines_of, own_use, used_by
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
 
@@ -59,7 +59,7 @@ class FullBackwardPreHook(HookAction):
     def rule(self, site: Site, when: When) -> SiteRule:
         return _GradOutputRule(site.at(replace(site.path, port=Port("grad"))), self, when)
 
-    def act_in_call(self, call: _Call, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: _Call, value: Any, key: str, site: Site) -> Any:
         gradients = value if isinstance(value, tuple) else (value,)
         return _returned(value, gradients, self.hook(call.module, self.told(key, site), gradients))
 
@@ -74,7 +74,7 @@ class FullBackwardHook(HookAction):
         path = replace(site.path, port=Port("input.grad"))
         return _GradInputRule(site.at(on_argument(path, "input.grad") if path.chain else path), self, when)
 
-    def act_in_call(self, call: _Call, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: _Call, value: Any, key: str, site: Site) -> Any:
         gradients = value if isinstance(value, tuple) else (value,)
         return _returned(value, gradients, self.hook(call.module, self.told(key, site), gradients, call.grad_output))
 
@@ -86,13 +86,13 @@ def _returned(value: Any, gradients: tuple[Any, ...], new: Any) -> Any:
     given: tuple[Any, ...] = tuple(new) if isinstance(new, tuple | list) else (new,)
     if len(given) != len(gradients):
         raise TreeMismatch(f"the hook was given {_count(gradients)}, and returned {_count(given)}")
-    fitting = tuple([_fit(old, one) for old, one in zip(gradients, given, strict=True)])
+    fitting = tuple([_fitting(old, one) for old, one in zip(gradients, given, strict=True)])
     return fitting if isinstance(value, tuple) else fitting[0]
 
 
-def _fit(old: Any, new: Any) -> Any:
+def _fitting(old: Any, new: Any) -> Any:
     if old is None and new is not None:
-        raise TreeMismatch(f"{trees.describe(new)} came where there is no gradient")
+        raise TreeMismatch(f"{trees.structure_of(new)} came where there is no gradient")
     return torch.zeros_like(old) if new is None and old is not None else trees.assign(old, new)
 
 
@@ -153,10 +153,10 @@ class _GradInputRule(InputRule):
         if self not in frame.kept:
             return
         record, inputs = frame.kept[self]
-        stations, used = stations_of(frame, "grad"), used_by(frame, frame.value)
-        frame.value, found = _watched_part(stations, used, frame.value, record, last=True)
+        lines, used = lines_of(frame, "grad"), used_by(frame, frame.value)
+        frame.value, found = _watched_part(lines, used, frame.value, record, last=True)
         if found and not inputs:
-            _note(self)
+            _note_reached(self)
         if any([torch_private.version(tensor) != version for tensor, version in inputs]):
             raise UnsupportedModule(OVERWRITTEN.format(key=self.path))
 
@@ -184,21 +184,21 @@ def _watched(
 ) -> tuple[Any, bool]:
     """`value` with the hook on the gradients at the end of `chain` in it, and whether it has any."""
     found = False
-    used, stations = used_by(frame, value), stations_of(frame, rule.path.port.kind)
+    used, lines = used_by(frame, value), lines_of(frame, rule.path.port.kind)
     try:
         for way, rest in list(_ways(value, chain)):
             act = partial(_act, rule, call, _key_at(key, chain, (*way, *rest)), rest)
-            new, has_any = _watched_part(stations, used, trees.get(value, way), act, make)
+            new, has_any = _watched_part(lines, used, trees.get(value, way), act, make)
             found = found or has_any
             value = trees.rewrite(value, way, lambda _, new=new: new)
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
     if found:
-        _note(rule)
+        _note_reached(rule)
     return value, found
 
 
-def _note(rule: Any) -> None:
+def _note_reached(rule: Any) -> None:
     """Says that the site was reached where backward cannot: it may come later, and a compiled one keeps no notes."""
     if rule.action.outlives or torch.compiler.is_compiling():
         rule.session.reached[rule.key] = True
@@ -236,12 +236,17 @@ def _ways(value: Any, chain: Chain) -> Iterator[tuple[Chain, Chain]]:
 
 
 def _watched_part(
-    stations: Stations, used: list[Tensor], part: Any, act: Callable[[Any], Any], make: bool = False, last: bool = False
+    lines: GradientLines,
+    used: list[Tensor],
+    part: Any,
+    act: Callable[[Any], Any],
+    make: bool = False,
+    last: bool = False,
 ) -> tuple[Any, bool]:
     """`part` with `act` on the gradient of it, or on a tuple of those of its elements, and whether it has any.
 
     Args:
-        stations: those of this side of the call.
+        lines: those of this side of the call.
         used: the tensors that have other uses.
         part: a tensor, or a container of some.
         act: what acts on the gradients, all at once.
@@ -256,11 +261,11 @@ def _watched_part(
         wanted = possible
     if not wanted:
         return part, False
-    tensors = [children[at] if children[at] in stations else own_use(children[at], used) for at in wanted]
-    if make and torch_private.innermost_transform() is None:
+    tensors = [children[at] if children[at] in lines else own_use(children[at], used) for at in wanted]
+    if make:
         tensors = [made_differentiable(tensor) for tensor in tensors]
     on = partial(_on_alone, act) if node is None else partial(_on_elements, act, wanted, len(children))
-    for at, tensor in zip(wanted, stations.watch(tensors, on, last), strict=True):
+    for at, tensor in zip(wanted, lines.watch(tensors, on, last), strict=True):
         children[at] = tensor
     return (children[0] if node is None else node.rebuild(children)), True
 

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from nicehooks import torch_private
+from nicehooks.core.frames import Frame
+from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site
-from nicehooks.core.tap import Frame, Rule
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
@@ -26,8 +25,6 @@ from nicehooks.paths.ports import OUTPUT, Port
 from nicehooks.ports.arguments import INPUT, InputRule
 from nicehooks.ports.gradients import INPUT_GRADIENT
 from nicehooks.values import trees
-
-Pairs = list[tuple[nn.Module, Rule]]
 
 
 class HookAction(Action):
@@ -38,9 +35,10 @@ class HookAction(Action):
         with_kwargs: whether it is given the keyword arguments of the call, too.
         outlives: whether it still acts in backward after its context was left.
         paths: the paths that hooks are told, by key; made before, because compiled code cannot read one.
+        removed: the modules, by `id`, that the hook was taken off again while it stays at others.
     """
 
-    __slots__ = ("hook", "outlives", "paths", "with_kwargs")
+    __slots__ = ("hook", "outlives", "paths", "removed", "with_kwargs")
     wants_call = True
 
     def __init__(self, hook: Callable[..., Any], with_kwargs: bool = False, outlives: bool = False) -> None:
@@ -48,11 +46,13 @@ class HookAction(Action):
         self.with_kwargs = with_kwargs
         self.outlives = outlives
         self.paths: dict[str, ModulePath] = {}
+        self.removed: set[int] = set()
 
     def rules(self, site: Site, when: When) -> Pairs:
         """The rules that bring what happens at `site` to the hook."""
         if not site.path.port.is_output:
-            raise UnsupportedModule(PORT.format(verb=self.verb, path=site.path, plain=replace(site.path, port=OUTPUT)))
+            plain = replace(site.path, port=OUTPUT)
+            raise UnsupportedModule(NO_PORT.format(verb=self.verb, path=site.path, plain=plain))
         rule = self.rule(site, when)
         self.paths[rule.key] = site.path
         return [(site.module, rule)]
@@ -61,21 +61,28 @@ class HookAction(Action):
         """The rule for one site."""
         raise NotImplementedError  # abstract: every kind of hook has its own
 
+    def act_in_call(self, call: Any, value: Any, key: str, site: Site) -> Any:
+        return value if site.key[0] in self.removed else self.call_hook(call, value, key, site)
+
+    def call_hook(self, call: Any, value: Any, key: str, site: Site) -> Any:
+        """What the hook makes of `value`."""
+        raise NotImplementedError  # abstract: every kind of hook has its own
+
     def told(self, key: str, site: Site) -> ModulePath:
         """The path that the hook is told, where the value at the path `key` comes by."""
         found = self.paths.get(key)
-        return _shown(key) if found is None else found
+        return _as_told(key) if found is None else found
 
 
 @torch_private.evaluated_while_tracing
-def _shown(key: str) -> ModulePath:
+def _as_told(key: str) -> ModulePath:
     """The path of the site at `key`, as the user of a hook would write it."""
     path = ModulePath.parse(key)
     chain = path.chain[1:] if path.port in (INPUT, INPUT_GRADIENT) else path.chain
     return replace(path, port=OUTPUT, chain=chain)
 
 
-PORT = (
+NO_PORT = (
     "{verb}(model, '{path}', …): a hook says by itself which value it is about, the path says where.\n"
     "  {verb}(model, '{plain}', hook)    # a hook\n"
     "  edit(model, '{path}', fn)    # any other value"
@@ -99,7 +106,7 @@ class ForwardHook(HookAction):
     def rule(self, site: Site, when: When) -> SiteRule:
         return _ForwardHookRule(site, self, when)
 
-    def act_in_call(self, call: Frame, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: Frame, value: Any, key: str, site: Site) -> Any:
         given = (call.args, call.kwargs) if self.with_kwargs else (call.args,)
         new = self.hook(call.tap.module(), self.told(key, site), *given, value)
         if new is None:
@@ -130,7 +137,7 @@ class ForwardPreHook(HookAction):
             raise UnsupportedModule(KEYWORDS.format(verb=self.verb, path=site.path))
         return InputRule(site.at(on_argument(site.path, "input")), self, when)
 
-    def act_in_call(self, call: Frame, value: Any, key: str, site: Site) -> Any:
+    def call_hook(self, call: Frame, value: Any, key: str, site: Site) -> Any:
         module, path = call.tap.module(), self.told(key, site)
         if site.path.chain:
             new = self.hook(module, path, (value,))
@@ -143,7 +150,7 @@ class ForwardPreHook(HookAction):
             return value
         if not (isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], tuple) and isinstance(new[1], dict)):
             raise TreeMismatch(
-                f"a hook with keyword arguments returns None or (args, kwargs), not {trees.describe(new)}"
+                f"a hook with keyword arguments returns None or (args, kwargs), not {trees.structure_of(new)}"
             )
         return new
 
@@ -160,7 +167,7 @@ def _only(new: Any) -> Any:
     if not isinstance(new, tuple):
         return new
     if len(new) != 1:
-        raise TreeMismatch(f"the hook was given one value, and returned {trees.describe(new)}")
+        raise TreeMismatch(f"the hook was given one value, and returned {trees.structure_of(new)}")
     return new[0]
 
 

@@ -19,8 +19,9 @@ from nicehooks.compat.nice_hooks.forward_hooks import ForwardHook, ForwardPreHoo
 from nicehooks.contexts.intervention import Intervention
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action
+from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site, Where
+from nicehooks.core.sessions import Session
 from nicehooks.core.when import When
 
 
@@ -54,20 +55,64 @@ class Hooked(Intervention):
 NO_HOOK = "{verb}(model, path, hook) takes a function as hook, not {kind}"
 
 
-class HookHandle(Hooked):
-    """A registered hook; see NOTE [Where a registered hook acts]. `remove` ends it, and so does the end of a `with`."""
+class RemovableHandleCollection(Hooked):
+    """A registered hook; see NOTE [Where a registered hook acts]. `remove` ends it, and so does the end of a `with`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from nicehooks import RemovableHandleCollection, register_forward_hook
+    >>> model, seen = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), []
+    >>> handle = register_forward_hook(model, "*", lambda module, path, args, output: seen.append(str(path)))
+    >>> isinstance(handle, RemovableHandleCollection), len(handle.handles)
+    (True, 2)
+    >>> handle.handles[0].remove()
+    >>> _ = model(torch.ones(5, 4)), handle.remove()
+    >>> seen
+    ['1']
+    """
 
     def __init__(self, model: nn.Module, where: Where, action: HookAction, prepend: bool = False) -> None:
         super().__init__(model, where, action)
         self.first = prepend
 
-    def __enter__(self) -> HookHandle:
+    def __enter__(self) -> RemovableHandleCollection:
         return self.attach()
+
+    @property
+    def handles(self) -> list[ModuleHandle]:
+        """One handle for each module that the hook acts at: its `remove` takes the hook off this module alone."""
+        modules = dict.fromkeys([rule.site.key[0] for group in self._groups() for rule in group])
+        return [ModuleHandle(self, module) for module in modules]
+
+    def _groups(self) -> list[list[SiteRule]]:
+        return [] if self._plan is None else [group.rules for group in self._plan.groups]
+
+    def drop(self, module: int) -> None:
+        """Takes the hook off the module with this `id`; with the last one, the handle is over."""
+        removed = self._action.removed
+        removed.add(module)
+        if all([rule.site.key[0] in removed for group in self._groups() for rule in group]):
+            self.remove()
+
+    def _was_reached(self, session: Session, rule: SiteRule) -> bool:
+        return rule.site.key[0] in self._action.removed or super()._was_reached(session, rule)
+
+
+class ModuleHandle:
+    """A registered hook at one of the modules that its path has selected."""
+
+    def __init__(self, of: RemovableHandleCollection, module: int) -> None:
+        self._of = of
+        self._module = module
+
+    def remove(self) -> None:
+        """Takes the hook off this module; once removed, does nothing."""
+        self._of.drop(self._module)
 
 
 def register_forward_hook(
     model: nn.Module, path: Where, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-) -> HookHandle:
+) -> RemovableHandleCollection:
     """Calls `hook(module, path, args, output)` after each selected module, as `nn.Module.register_forward_hook`.
 
     >>> import torch
@@ -98,12 +143,12 @@ def register_forward_hook(
         SiteNotFound: `path` selects nothing.
         SiteNotReached: at the end of a `with`: a site was selected, but the forward did not come by.
     """
-    return HookHandle(model, path, ForwardHook(hook, with_kwargs), prepend).attach()
+    return RemovableHandleCollection(model, path, ForwardHook(hook, with_kwargs), prepend).attach()
 
 
 def register_forward_pre_hook(
     model: nn.Module, path: Where, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-) -> HookHandle:
+) -> RemovableHandleCollection:
     """Calls `hook(module, path, args)` before each selected module, as `nn.Module.register_forward_pre_hook`.
 
     >>> import torch
@@ -125,12 +170,12 @@ def register_forward_pre_hook(
         SiteNotFound: `path` selects nothing.
         UnsupportedModule: `with_kwargs` with a subscript.
     """
-    return HookHandle(model, path, ForwardPreHook(hook, with_kwargs), prepend).attach()
+    return RemovableHandleCollection(model, path, ForwardPreHook(hook, with_kwargs), prepend).attach()
 
 
 def register_full_backward_hook(
     model: nn.Module, path: Where, hook: Callable[..., Any], *, prepend: bool = False
-) -> HookHandle:
+) -> RemovableHandleCollection:
     """Calls `hook(module, path, grad_input, grad_output)` in backward, as `nn.Module.register_full_backward_hook`.
 
     >>> import torch
@@ -158,12 +203,12 @@ def register_full_backward_hook(
         SiteNotFound: `path` selects nothing.
         SiteNotReached: at the end of a `with`: no gradient came by.
     """
-    return HookHandle(model, path, FullBackwardHook(hook), prepend).attach()
+    return RemovableHandleCollection(model, path, FullBackwardHook(hook), prepend).attach()
 
 
 def register_full_backward_pre_hook(
     model: nn.Module, path: Where, hook: Callable[..., Any], *, prepend: bool = False
-) -> HookHandle:
+) -> RemovableHandleCollection:
     """Calls `hook(module, path, grad_output)` in backward, as `nn.Module.register_full_backward_pre_hook`.
 
     >>> import torch
@@ -184,4 +229,4 @@ def register_full_backward_pre_hook(
         SiteNotFound: `path` selects nothing.
         SiteNotReached: at the end of a `with`: no gradient came by.
     """
-    return HookHandle(model, path, FullBackwardPreHook(hook), prepend).attach()
+    return RemovableHandleCollection(model, path, FullBackwardPreHook(hook), prepend).attach()

@@ -23,7 +23,8 @@ from nicehooks.compat.nice_hooks.registering import Hooked
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import patch
 from nicehooks.contexts.user_functions import show_where
-from nicehooks.core.selection import Where, select, unwrap
+from nicehooks.core.census import unwrap
+from nicehooks.core.selection import Where, select
 from nicehooks.core.tap import signature_of
 from nicehooks.errors import ContextMisuse, TreeMismatch
 from nicehooks.paths.grammar import ModulePath
@@ -32,7 +33,7 @@ from nicehooks.values import trees
 ActivationCacheLike: TypeAlias = ActivationCache | Mapping[Any, Any]
 """Values by path: an `ActivationCache`, or any mapping from paths (or sites) to values."""
 
-Hooks: TypeAlias = Mapping[Any, Any]
+HooksByPath: TypeAlias = Mapping[Any, Any]
 """Hooks by path: for each a function, or a list of them."""
 
 
@@ -41,12 +42,12 @@ def run(
     model: nn.Module,
     /,
     *args: Any,
-    return_activations: Literal[False] = False,
+    return_activations: Literal[False] | None = False,
     with_activations: ActivationCacheLike | None = None,
-    forward_hooks: Hooks | None = None,
-    forward_pre_hooks: Hooks | None = None,
-    full_backward_hooks: Hooks | None = None,
-    full_backward_pre_hooks: Hooks | None = None,
+    forward_hooks: HooksByPath | None = None,
+    forward_pre_hooks: HooksByPath | None = None,
+    full_backward_hooks: HooksByPath | None = None,
+    full_backward_pre_hooks: HooksByPath | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any: ...
@@ -57,10 +58,10 @@ def run(
     *args: Any,
     return_activations: Where,
     with_activations: ActivationCacheLike | None = None,
-    forward_hooks: Hooks | None = None,
-    forward_pre_hooks: Hooks | None = None,
-    full_backward_hooks: Hooks | None = None,
-    full_backward_pre_hooks: Hooks | None = None,
+    forward_hooks: HooksByPath | None = None,
+    forward_pre_hooks: HooksByPath | None = None,
+    full_backward_hooks: HooksByPath | None = None,
+    full_backward_pre_hooks: HooksByPath | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ActivationCache]: ...
@@ -70,10 +71,10 @@ def run(
     *args: Any,
     return_activations: Where = False,
     with_activations: ActivationCacheLike | None = None,
-    forward_hooks: Hooks | None = None,
-    forward_pre_hooks: Hooks | None = None,
-    full_backward_hooks: Hooks | None = None,
-    full_backward_pre_hooks: Hooks | None = None,
+    forward_hooks: HooksByPath | None = None,
+    forward_pre_hooks: HooksByPath | None = None,
+    full_backward_hooks: HooksByPath | None = None,
+    full_backward_pre_hooks: HooksByPath | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -97,7 +98,7 @@ def run(
         model: any module.
         args, kwargs: what the model is called with.
         return_activations: True for all modules, or paths, sites, … (see `select`): then the result is
-            `(result, activations)`.
+            `(result, activations)`. Here and below, None is what leaving the option out is.
         with_activations: values by path that take the place of the model's own, as for `patch`.
         forward_hooks: by path, a hook or a list of hooks, as for `register_forward_hook`.
         forward_pre_hooks: as for `register_forward_pre_hook`.
@@ -118,13 +119,14 @@ def run(
         "full_backward_hooks": full_backward_hooks,
     }
     options = {"with_activations": with_activations, **hooks, "model_kwargs": model_kwargs}
+    return_activations = False if return_activations is None else return_activations
     given = {name: value for name, value in options.items() if value is not None}
     if given or return_activations is not False:
         _check(model, given, return_activations is not False)
     with ExitStack() as stack:
         if with_activations:
             stack.enter_context(patch(model, with_activations))
-        for name, kind in KINDS.items():
+        for name, kind in HOOK_KINDS.items():
             for where, hook in _each(hooks[name] or {}):
                 stack.enter_context(Hooked(model, where, kind(hook, outlives=True)))
         acts = None if return_activations is False else stack.enter_context(capture(model, return_activations))
@@ -132,7 +134,7 @@ def run(
     return result if acts is None else (result, acts)
 
 
-KINDS: dict[str, Callable[..., HookAction]] = {
+HOOK_KINDS: dict[str, Callable[..., HookAction]] = {
     "forward_pre_hooks": ForwardPreHook,
     "forward_hooks": ForwardHook,
     "full_backward_pre_hooks": FullBackwardPreHook,
@@ -140,7 +142,7 @@ KINDS: dict[str, Callable[..., HookAction]] = {
 }
 
 
-def _each(hooks: Hooks) -> Iterator[tuple[Where, Callable[..., Any]]]:
+def _each(hooks: HooksByPath) -> Iterator[tuple[Where, Callable[..., Any]]]:
     for where, hook in hooks.items():
         for one in hook if isinstance(hook, list | tuple) else [hook]:
             yield where, one
@@ -153,7 +155,7 @@ def _check(model: nn.Module, given: Mapping[str, Any], capturing: bool) -> None:
     for name, value in given.items():
         if not isinstance(value, Mapping):
             raise TypeError(f"run(model, …, {name}=…) takes a dict {MEANT[name]}, not {type(value).__name__}")
-    for name in KINDS.keys() & given.keys():
+    for name in HOOK_KINDS.keys() & given.keys():
         for where, hook in _each(given[name]):
             if not callable(hook):
                 shown = f"{name}={{{show_where(where)}: …}}"
@@ -175,7 +177,7 @@ def _parameters_of_forward(kind: Any) -> tuple[str, ...]:
 MEANT = {
     "with_activations": "from paths to values",
     "model_kwargs": "from names to values",
-    **dict.fromkeys(KINDS, "from paths to hooks, or lists of hooks"),
+    **dict.fromkeys(HOOK_KINDS, "from paths to hooks, or lists of hooks"),
 }
 
 CLASH = (
@@ -185,15 +187,15 @@ CLASH = (
 )
 
 
-def expand_module_path(model: nn.Module, path: Where, value: Any = None) -> list[ModulePath]:
-    """The paths of the single sites that `path` selects, in the order of the model's modules.
+def expand_module_path(model: nn.Module, path: Where, value: Any = None) -> list[tuple[ModulePath, nn.Module]]:
+    """The single sites that `path` selects, each as its path and its module, in the order of the model's modules.
 
     >>> import torch
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    >>> [str(path) for path in expand_module_path(model, "*[:, 0]")]
-    ['0[:, 0]', '1[:, 0]']
-    >>> [str(path) for path in expand_module_path(model, "0[*]", torch.ones(2, 3))]
+    >>> [(str(path), type(module).__name__) for path, module in expand_module_path(model, "*[:, 0]")]
+    [('0[:, 0]', 'Linear'), ('1[:, 0]', 'ReLU')]
+    >>> [str(path) for path, _ in expand_module_path(model, "0[*]", torch.ones(2, 3))]
     ['0[0]', '0[1]']
 
     Args:
@@ -206,10 +208,10 @@ def expand_module_path(model: nn.Module, path: Where, value: Any = None) -> list
         SiteNotFound: `path` selects nothing, or `value` has no value for a module.
         TreeMismatch: `value` has no such index.
     """
-    found = [site.path for site in select(model, path)]
+    found = [(site.path, site.module) for site in select(model, path)]
     if value is None:
         return found
-    return [one for each in found for one in _expanded(each, value)]
+    return [(one, module) for each, module in found for one in _expanded(each, value)]
 
 
 def _expanded(path: ModulePath, value: Any) -> Iterator[ModulePath]:

@@ -72,11 +72,11 @@ class AutoencoderHooks(HookCollection):
     def _encoded(self, x: Tensor) -> Tensor:
         latents = self.encode(x)
         if not isinstance(latents, Tensor):
-            raise TreeMismatch(f"encode made {trees.describe(latents)} of the value, not a tensor of latents")
+            raise TreeMismatch(f"encode made {trees.structure_of(latents)} of the value, not a tensor of latents")
         return latents
 
     def _decoded(self, latents: Tensor, x: Tensor) -> Tensor:
         decoded = self.decode(latents)
         if not isinstance(decoded, Tensor) or decoded.shape != x.shape:
-            raise TreeMismatch(f"decode made {trees.describe(decoded)} of the latents of {trees.describe(x)}")
+            raise TreeMismatch(f"decode made {trees.structure_of(decoded)} of the latents of {trees.structure_of(x)}")
         return decoded

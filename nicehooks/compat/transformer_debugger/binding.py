@@ -29,6 +29,7 @@ class HooksOn(Intervention):
     """The hooks of a tree, acting on a model; what `hooks.on(model)` makes."""
 
     verb = "hooks.on"
+    plans_anew = True  # hooks may have been appended since
 
     def __init__(self, tree: HookCollection, model: nn.Module, at: str | None = None) -> None:
         super().__init__(model)
@@ -45,11 +46,6 @@ class HooksOn(Intervention):
 
     # what is done where
 
-    def _start(self, attached: bool) -> Session:
-        if self._session is None:
-            self._plan = None  # hooks may have been appended since
-        return super()._start(attached)
-
     def _make_plan(self) -> Plan:
         self._scope = GradientScope()
         self._bound = set(places_in_use(self.tree))
@@ -62,7 +58,7 @@ class HooksOn(Intervention):
                 if isinstance(hooks, AtLayers):
                     hooks.check_layers(place, parts.n_layers)
         return [
-            (spot.where, _action_at(place)(place, node, spot, self._scope))
+            (spot.where, AS_THERE.get(place, _AtPlace)(place, node, spot, self._scope))
             for place, node in found.items()
             for spot in spots(parts, place)
         ]
@@ -138,6 +134,29 @@ class _AtPlace(Action):
         return value if new is None else trees.assign(value, new)
 
 
+class _AtProjection(_AtPlace):
+    """Sends queries or keys through the hooks with half of the scale of their products: the logits are `q · k`."""
+
+    __slots__ = ()
+
+    def act(self, session: Session, value: Tensor, key: str, site: Site) -> Any:
+        scale = value.shape[-1] ** -0.25
+        scaled = value * scale
+        new = self._hooked(scaled.clone())
+        return unless_kept([has_kept(scaled, new)], value, new / scale)
+
+
+class _AtHeads(_AtPlace):
+    """Sends what is `[…, head, query, key]` through the hooks as `[…, query, key, head]`."""
+
+    __slots__ = ()
+
+    def act(self, session: Session, value: Tensor, key: str, site: Site) -> Any:
+        heads_last = value.movedim(-3, -1)
+        new = self._hooked(heads_last)
+        return value if new is heads_last else new.movedim(-1, -3)
+
+
 class _AtDenominator(_AtPlace):
     """Sends the denominator of the softmax through the hooks, and makes the pattern anew with what comes out."""
 
@@ -145,12 +164,18 @@ class _AtDenominator(_AtPlace):
 
     def act(self, session: Session, value: Tensor, key: str, site: Site) -> Any:
         denominator = softmax_denominator(value)
-        new = self._hooked(denominator.clone())
+        new = self._hooked(denominator.clone().movedim(-3, -1)).movedim(-1, -3)
         return unless_kept([has_kept(denominator, new)], value, value * denominator / new)
 
 
-def _action_at(place: str) -> type[_AtPlace]:
-    return _AtDenominator if place == "attn.qk_softmax_denominator" else _AtPlace
+AS_THERE: dict[str, type[_AtPlace]] = {
+    "attn.q": _AtProjection,
+    "attn.k": _AtProjection,
+    "attn.qk_logits": _AtHeads,
+    "attn.qk_softmax_denominator": _AtDenominator,
+    "attn.qk_probs": _AtHeads,
+}
+"""The places whose values have another form in transformer-debugger than in the model."""
 
 
 def _place_of(rule: SiteRule) -> str:

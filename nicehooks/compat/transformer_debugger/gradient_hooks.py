@@ -1,11 +1,4 @@
-"""Hooks on gradients as hooks on values: what `grad_hook_wrapper` makes.
-
-NOTE [A gradient hook is a node of the graph]
-A hook on a tensor stays silent where `vmap` runs inside the differentiation: the tensor that `vmap` shows is a wrapper
-that autograd does not know. So the hook is a function of its own in the graph, the identity in forward and the hook in
-backward, which `vmap` maps like any other. It returns a clone: an in-place layer may follow, and autograd forbids that
-for views that such a function has made.
-"""
+"""Hooks on gradients as hooks on values: what `grad_hook_wrapper` makes."""
 
 from __future__ import annotations
 
@@ -18,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
 from nicehooks.errors import TreeMismatch
+from nicehooks.ports.gradient_lines import made_differentiable, may_have_gradient, with_gradient_hook
 from nicehooks.values import trees
 
 
@@ -64,13 +57,13 @@ class GradientHook:
     def __call__(self, act: Any, *args: Any, **kwargs: Any) -> Any:
         """The value itself, with the hook on its gradient; `args` and `kwargs` go to the hook."""
         if not isinstance(act, Tensor):
-            raise TreeMismatch(f"{trees.describe(act)} has no gradient that a hook could see")
+            raise TreeMismatch(f"{trees.structure_of(act)} has no gradient that a hook could see")
         place = None if torch.compiler.is_compiling() else _place.get()
         if place is not None:
             place[0].asked.add(place[1])
-        if not torch.is_grad_enabled() or not (act.is_floating_point() or act.is_complex()):
+        if not may_have_gradient(act):
             return act
-        return _Identity.apply(_differentiable(act), partial(self._on_gradient, place, args, kwargs))
+        return with_gradient_hook(made_differentiable(act), partial(self._on_gradient, place, args, kwargs))
 
     def _on_gradient(
         self, place: tuple[GradientScope, str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor
@@ -81,35 +74,6 @@ class GradientHook:
             place[0].came.add(place[1])
         new = self.hook(gradient, *args, **kwargs)
         return gradient if new is None else trees.assign(gradient, new)
-
-
-def _differentiable(act: Tensor) -> Tensor:
-    """`act`, made differentiable if nothing has done so: what comes behind is differentiated with respect to it."""
-    if act.requires_grad or torch_private.innermost_transform() is not None:
-        return act
-    return trees.usable(act).detach().requires_grad_()
-
-
-class _Identity(torch.autograd.Function):
-    """See NOTE [A gradient hook is a node of the graph]."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(act: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:  # pyright: ignore
-        return act.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # pyright: ignore
-        ctx.hook = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return ctx.hook(gradient), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore
-        return tangent.clone()
 
 
 def grad_hook_wrapper(grad_hook: Callable[..., Any]) -> GradientHook:

@@ -36,7 +36,7 @@ class HookCollection(HookNode):
     """
 
     def __init__(self) -> None:
-        self.all_hooks: OrderedDict[str, HookNode] = OrderedDict()
+        self.all_hooks: OrderedDict[str | int, HookNode] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         below = self.__dict__.get("all_hooks")  # not there yet in a copy or an unpickled tree that is being made
@@ -47,16 +47,25 @@ class HookCollection(HookNode):
         raise NoSuchHooks(self._unknown(name))
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self.all_hooks]
+        return [*super().__dir__(), *(name for name in self.all_hooks if isinstance(name, str))]
 
-    def add_subhooks(self, name: str, subhooks: HookNode) -> Self:
-        """Hangs `subhooks` into the tree as `name`, in the place of what may be there."""
+    def add_subhooks(self, name: str | int, subhooks: HookNode) -> Self:
+        """Hangs `subhooks` into the tree as `name`, in the place of what may be there.
+
+        >>> layers = HookCollection().add_subhooks(0, Hooks()).add_subhooks(1, Hooks())
+        >>> layers.append_to_path("1", abs).all_hooks[1](-2)
+        2
+        """
         if not isinstance(subhooks, HookNode):
             raise TypeError(f"add_subhooks(name, hooks) takes Hooks or a HookCollection, not {type(subhooks).__name__}")
-        if not name.isidentifier() or hasattr(type(self), name) or name in vars(self):
+        if isinstance(name, str) and not self._is_free(name):
             raise HooksMisuse(f"{name!r} cannot be a place in a {type(self).__name__}: it is not read as an attribute.")
         self.all_hooks[name] = subhooks
         return self
+
+    def _is_free(self, name: str) -> bool:
+        """Whether `name`, read as an attribute, would be what hangs there."""
+        return name.isidentifier() and not hasattr(type(self), name) and name not in vars(self)
 
     def append_all(self, hook: Callable[..., Any]) -> Self:
         """Appends `hook` to every list of hooks in the tree that can have any, those on gradients included."""
@@ -91,10 +100,15 @@ class HookCollection(HookNode):
         for name in path.split("."):
             if not isinstance(node, HookCollection):
                 raise NoSuchHooks(f"there is nothing below {path.rpartition('.')[0]!r}, which is a list of hooks.")
-            if name not in node.all_hooks:
-                raise NoSuchHooks(node._unknown(name, path))
-            node = node.all_hooks[name]
+            node = node._below(name, path)
         return node
+
+    def _below(self, name: str, path: str) -> HookNode:
+        """What hangs directly below as `name`, a number or not."""
+        for own, hooks in self.all_hooks.items():
+            if str(own) == name:
+                return hooks
+        raise NoSuchHooks(self._unknown(name, path))
 
     def is_empty(self) -> bool:
         """Whether there is no hook anywhere in the tree."""
@@ -116,9 +130,10 @@ class HookCollection(HookNode):
         return list({id(hooks): hooks for _, hooks in _lists_in(self)}.values())
 
     def _unknown(self, name: str, path: str = "") -> str:
-        near = difflib.get_close_matches(name, self.all_hooks, n=1)
+        names = [str(own) for own in self.all_hooks]
+        near = difflib.get_close_matches(name, names, n=1)
         text = f"{type(self).__name__} has no {name!r}{f' (in {path!r})' if path not in ('', name) else ''}"
-        text += f"; it has: {', '.join(self.all_hooks) or 'nothing'}."
+        text += f"; it has: {', '.join(names) or 'nothing'}."
         return f"{text} Did you mean {near[0]!r}?" if near else text
 
 
@@ -136,7 +151,7 @@ def _lists_in(node: HookNode) -> Iterator[tuple[str, Hooks]]:
     elif isinstance(node, HookCollection):
         for name, child in node.all_hooks.items():
             for rest, hooks in _lists_in(child):
-                yield f"{name}.{rest}" if rest else name, hooks
+                yield f"{name}.{rest}" if rest else str(name), hooks
 
 
 class FwdBwdHooks(HookCollection):
@@ -191,7 +206,7 @@ class MLPHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        _places(self, "pre_act", "post_act")
+        _add_places(self, "pre_act", "post_act")
 
 
 class NormalizationHooks(HookCollection):
@@ -203,7 +218,7 @@ class NormalizationHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        _places(self, "post_mean_subtraction", "scale", "post_scale")
+        _add_places(self, "post_mean_subtraction", "scale", "post_scale")
 
 
 class AttentionHooks(HookCollection):
@@ -215,7 +230,7 @@ class AttentionHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        _places(self, "q", "k", "v", "qk_logits", "qk_softmax_denominator", "qk_probs", "v_out")
+        _add_places(self, "q", "k", "v", "qk_logits", "qk_softmax_denominator", "qk_probs", "v_out")
 
 
 class ResidualStreamTorsoHooks(HookCollection):
@@ -227,11 +242,11 @@ class ResidualStreamTorsoHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        _places(self, "post_ln_attn")  # in transformer-debugger's order, which is not the same in both halves
+        _add_places(self, "post_ln_attn")  # in transformer-debugger's order, which is not the same in both halves
         self.add_subhooks("ln_attn", NormalizationHooks())
-        _places(self, "delta_attn", "post_attn")
+        _add_places(self, "delta_attn", "post_attn")
         self.add_subhooks("ln_mlp", NormalizationHooks())
-        _places(self, "post_ln_mlp", "delta_mlp", "post_mlp")
+        _add_places(self, "post_ln_mlp", "delta_mlp", "post_mlp")
 
 
 class ResidualStreamHooks(HookCollection):
@@ -243,12 +258,12 @@ class ResidualStreamHooks(HookCollection):
 
     def __init__(self) -> None:
         super().__init__()
-        _places(self, "post_emb")
+        _add_places(self, "post_emb")
         self.add_subhooks("torso", ResidualStreamTorsoHooks())
         self.add_subhooks("ln_f", NormalizationHooks())
-        _places(self, "post_ln_f")
+        _add_places(self, "post_ln_f")
 
 
-def _places(tree: HookCollection, *names: str) -> None:
+def _add_places(tree: HookCollection, *names: str) -> None:
     for name in names:
         tree.add_subhooks(name, FwdBwdHooks())

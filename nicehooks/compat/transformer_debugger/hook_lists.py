@@ -237,13 +237,19 @@ class _IsAt:
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _IsAt) and self.layers == other.layers
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.layers))
+
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> bool:
         if "layer" not in kwargs:
-            raise HooksMisuse(NO_LAYER.format(layers=self.layers))
+            raise HooksMisuse(WITHOUT_LAYER.format(layers=self.layers))
         return kwargs["layer"] in self.layers
 
 
-NO_LAYER = (
+WITHOUT_LAYER = (
     "AtLayers({layers}) was called without layer=, so it cannot know where it is.\n"
     "  In a tree, append it to a place that every layer has: embedding, final norm and logits are in none.\n"
     "  By hand, say it: hooks(x, layer=3), or hooks.bind(layer=3)."

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.anatomies.anatomy import Anatomy
-from nicehooks.anatomies.norms import STEPS, NormFormula, formula_of
+from nicehooks.anatomies.norms import NORM_STEPS, NormFormula, formula_of
 from nicehooks.errors import NiceHooksError, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.values.regions import Rows
 
-PARTS = {
+LAYER_PLACES = {
     "resid.torso.post_ln_attn": "attn_in",
     "attn.q": "q",
     "attn.k": "k",
@@ -48,8 +49,8 @@ SINGLE = {"resid.post_ln_f": "final_norm", "logits": "logits"}
 
 PLACES = (
     "resid.post_emb",
-    *(f"{norm}.{step}" for norm in NORMS for step in STEPS),
-    *PARTS,
+    *(f"{norm}.{step}" for norm in NORMS for step in NORM_STEPS),
+    *LAYER_PLACES,
     *SINGLE,
 )
 """Every place of a `TransformerHooks`. Where two are at one module, the first acts first."""
@@ -88,16 +89,16 @@ def _spots(anatomy: Anatomy, place: str) -> list[Spot]:
         return [Spot(anatomy.resid_pre[0])]
     if norm in NORMS:
         numbers = [None] if norm == "resid.ln_f" else layers
-        return [_step(anatomy, NORMS[norm], step, layer) for layer in numbers]
+        return [_norm_spot(anatomy, NORMS[norm], step, layer) for layer in numbers]
     if place in SINGLE:
         return [Spot(getattr(anatomy, SINGLE[place]))]
     before, _, part = place.rpartition("post_ln_")
     if before and anatomy.family.post_norm:
         return [Spot(_norm_path(anatomy, f"{part}_norm", layer), layer) for layer in layers]
-    return [Spot(path, layer) for layer, path in enumerate(getattr(anatomy, PARTS[place]))]
+    return [Spot(path, layer) for layer, path in enumerate(getattr(anatomy, LAYER_PLACES[place]))]
 
 
-def _step(anatomy: Anatomy, role: str, step: str, layer: int | None) -> Spot:
+def _norm_spot(anatomy: Anatomy, role: str, step: str, layer: int | None) -> Spot:
     module: nn.Module = anatomy.module(role, layer)
     formula = formula_of(module)
     if step == "post_mean_subtraction" and not formula.centred:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.core.selection import Site
 from nicehooks.errors import PathError, TreeMismatch
+from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
@@ -19,9 +22,13 @@ NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 PosSlice = Any
 """Which positions: an int, a slice, a tuple for one, a list or array of ints, or None for all."""
 
-HEADS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
+ENDS_OF_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result")
 """The ends of the names of points whose values are `[batch, pos, head, d_head]`: positions are the third dimension from
 the end. Everywhere else they are the second, `[batch, pos, d_model]`."""
+
+
+SPLIT_INTO_HEADS = re.compile(r"/\d+\Z")
+"""The end of a path whose values are split into heads, likewise."""
 
 
 class Matched(str):
@@ -82,7 +89,7 @@ class CachingHook:
         key = f"{hook.name}{self.suffix}"
         if not torch.compiler.is_compiling() and self._runs_again(key):
             return
-        dim = -3 if hook.name.endswith(HEADS) else -2
+        dim = -3 if hook.name.endswith(ENDS_OF_HEADS) or SPLIT_INTO_HEADS.search(hook.name) else -2
         kept = trees.map_tensors(lambda tensor: self._kept(tensor, dim, key), value)
         if isinstance(self.cache, ActivationCache):
             self.cache.record(key, kept)
@@ -108,7 +115,7 @@ class CachingHook:
 
 def _only_example(tensor: Tensor, key: str) -> Tensor:
     if tensor.ndim == 0 or tensor.shape[0] != 1:
-        shown = trees.describe(tensor)
+        shown = trees.structure_of(tensor)
         raise TreeMismatch(f"remove_batch_dim=True takes one example, but {key!r} is {shown}; leave it out")
     return tensor[0]
 
@@ -155,24 +162,24 @@ def _at(wanted: list[int], take: Callable[[Tensor, int], Tensor]) -> Callable[[T
 
     def taken(tensor: Tensor, dim: int) -> Tensor:
         if not -tensor.shape[dim] <= lowest <= highest < tensor.shape[dim] and wanted:
-            raise TreeMismatch(f"pos_slice={wanted} is not within the dimension {dim} of {trees.describe(tensor)}")
+            raise TreeMismatch(f"pos_slice={wanted} is not within the dimension {dim} of {trees.structure_of(tensor)}")
         return take(tensor, dim)
 
     return taken
 
 
-def chooser(names_filter: Any) -> list[str] | Callable[[str], Any]:
+def chooser(names_filter: Any) -> list[Any] | Callable[[str], Any]:
     """The names that `names_filter` lists, or its predicate.
 
     Raises:
         PathError: it is neither.
     """
-    if isinstance(names_filter, str):
+    if isinstance(names_filter, str | ModulePath | Site):
         return [names_filter]
     if callable(names_filter):
         return names_filter
     if isinstance(names_filter, Iterable):
         names = list(names_filter)
-        if all([isinstance(name, str) for name in names]):
+        if all([isinstance(name, str | ModulePath | Site) for name in names]):
             return names
     raise PathError(f"names_filter={names_filter!r}: it is a name, a list of names, or a predicate (name) -> bool")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.compat.transformer_lens.caching_hooks import CachingHook, NamesFilter, PosSlice
-from nicehooks.compat.transformer_lens.hooks import Hooks, Item, Scope, add
-from nicehooks.compat.transformer_lens.named_points import HookList, NamedPoints
-from nicehooks.compat.transformer_lens.points import adds_itself
-from nicehooks.errors import NotReachedWarning, TreeMismatch, UnsupportedModule
+from nicehooks.compat.transformer_lens.hook_point import adds_itself
+from nicehooks.compat.transformer_lens.hooks import Item, LensHooks, Scope, add
+from nicehooks.compat.transformer_lens.hooks_by_name import HookList, NamedPoints
+from nicehooks.compat.transformer_lens.lens_cache import LensCache
+from nicehooks.errors import TreeMismatch, UnsupportedModule, warn_caller
 
 
 class HookedMethods(NamedPoints):
@@ -47,7 +48,8 @@ class HookedMethods(NamedPoints):
             yield self
 
     @contextmanager
-    def _scope(self, items: list[Item], reset: bool, clear: bool, needs_backward: bool = True) -> Iterator[None]:
+    def _scope(self, items: list[Item], reset: bool, clear: bool, forward_only: bool = False) -> Iterator[None]:
+        """A context of hooks; where only the forward runs in it, those on gradients act in the backward after it."""
         if torch.compiler.is_dynamo_compiling():
             raise UnsupportedModule(IN_COMPILED_CODE)
         own = [(item, point) for item in items for point in item.points if adds_itself(point)]
@@ -57,7 +59,9 @@ class HookedMethods(NamedPoints):
             if (points := [point for point in item.points if not adds_itself(point)])
         ]
         try:
-            with Scope(self._hooked_model(), of_all, keep=not reset, needs_backward=needs_backward) as scope:
+            outlives = forward_only and reset
+            needs_backward = not (forward_only and not reset)
+            with Scope(self._hooked_model(), of_all, not reset, needs_backward, outlives) as scope:
                 for item, point in own:
                     point.add_hook(item.hook, dir=item.dir, level=scope.level)  # type: ignore[attr-defined]
                 scope.entering = False
@@ -80,17 +84,14 @@ class HookedMethods(NamedPoints):
         Args:
             model_args: for the model.
             fwd_hooks: as for `hooks`.
-            bwd_hooks: as for `hooks`. They are removed before you can call backward, and a warning says so: use
-                `with model.hooks(bwd_hooks=…):` around both.
+            bwd_hooks: as for `hooks`. They act in the backward of what this run computes, whenever that comes, and are
+                gone with its graph: `model.run_with_hooks(x, bwd_hooks=…).backward()`.
             reset_hooks_end: as for `hooks`.
             clear_contexts: as for `hooks`.
             model_kwargs: for the model.
         """
-        items = self._items(fwd_hooks, "fwd")
-        backward = self._items(bwd_hooks, "bwd")
-        if backward and reset_hooks_end:
-            warnings.warn(NO_BACKWARD, NotReachedWarning, stacklevel=2)
-        with self._scope(items + backward, reset_hooks_end, clear_contexts, needs_backward=not reset_hooks_end):
+        items = self._items(fwd_hooks, "fwd") + self._items(bwd_hooks, "bwd")
+        with self._scope(items, reset_hooks_end, clear_contexts, forward_only=True):
             return self._hooked_model()(*model_args, **model_kwargs)
 
     def run_with_cache(
@@ -132,7 +133,7 @@ class HookedMethods(NamedPoints):
         with self._scope(items, reset_hooks_end, clear_contexts):
             output = self._hooked_model()(*model_args, **model_kwargs)
             if incl_bwd:
-                _scalar(output).backward()
+                _scalar_loss(output).backward()
         return output, cache  # type: ignore[return-value]
 
     def get_caching_hooks(
@@ -159,12 +160,17 @@ class HookedMethods(NamedPoints):
             detach: as for `run_with_cache`.
             clone: as for `run_with_cache`.
         """
-        cache = ActivationCache() if cache is None else cache
+        cache = LensCache(layers=self._layers()) if cache is None else cache
         names = self._names(names_filter)
         forward = CachingHook(cache, "", device, remove_batch_dim, pos_slice, detach, clone)
         backward = CachingHook(cache, "_grad", device, remove_batch_dim, pos_slice, detach, clone)
         fwd = [(name, forward) for name in names]
         return cache, fwd, [(name, backward) for name in self._with_gradients(names)] if incl_bwd else []
+
+    def _layers(self) -> int:
+        """How many layers the names of the hook points count."""
+        found = [re.match(r"blocks\.(\d+)\.", name) for name in self.hook_dict]
+        return max([int(one[1]) + 1 for one in found if one is not None], default=0)
 
     def _with_gradients(self, names: list[str]) -> list[str]:
         """The names that have gradients."""
@@ -185,7 +191,7 @@ class HookedMethods(NamedPoints):
         cache, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice, detach, clone
         )
-        add(Hooks(self._hooked_model(), self._items(fwd, "fwd") + self._items(bwd, "bwd")))
+        add(LensHooks(self._hooked_model(), self._items(fwd, "fwd") + self._items(bwd, "bwd")))
         return cache
 
     def cache_all(
@@ -196,7 +202,7 @@ class HookedMethods(NamedPoints):
         remove_batch_dim: bool = False,
     ) -> None:
         """Deprecated: `add_caching_hooks` without a filter."""
-        warnings.warn(DEPRECATED.format(name="cache_all"), DeprecationWarning, stacklevel=2)
+        warn_caller(DEPRECATED.format(name="cache_all"), DeprecationWarning)
         self.add_caching_hooks(None, incl_bwd, device, remove_batch_dim, cache)
 
     def cache_some(
@@ -208,15 +214,9 @@ class HookedMethods(NamedPoints):
         remove_batch_dim: bool = False,
     ) -> None:
         """Deprecated: `add_caching_hooks` with a filter."""
-        warnings.warn(DEPRECATED.format(name="cache_some"), DeprecationWarning, stacklevel=2)
+        warn_caller(DEPRECATED.format(name="cache_some"), DeprecationWarning)
         self.add_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
 
-
-NO_BACKWARD = (
-    "run_with_hooks only runs forward: its bwd_hooks are removed before you can call backward, and never act.\n"
-    "    with model.hooks(bwd_hooks=…):       # correct\n"
-    "        model(…).sum().backward()"
-)
 
 IN_COMPILED_CODE = (
     "hooks of hook points cannot be entered inside compiled code. Enter them outside, around the compiled call;\n"
@@ -226,7 +226,7 @@ IN_COMPILED_CODE = (
 DEPRECATED = "{name} is deprecated: use run_with_cache, or add_caching_hooks."
 
 
-def _scalar(output: Any) -> Tensor:
+def _scalar_loss(output: Any) -> Tensor:
     """`output`, if backward can be called on it."""
     if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
         shown = output if not isinstance(output, Tensor) else f"a tensor of shape {list(output.shape)}"

@@ -8,10 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.anatomies.tables import PARTS as PARTS_OF_LAYERS
+from nicehooks.compat.transformer_lens.canonical_names import CanonicalNames, canonical_names
+from nicehooks.compat.transformer_lens.hook_point import HookPlace, HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
-from nicehooks.compat.transformer_lens.points import HookPoint, Place
-from nicehooks.core.selection import Census, has_forward, parameter_names, unwrap
-from nicehooks.paths.grammar import escape
+from nicehooks.compat.transformer_lens.hooks_by_name import one_wildcard
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census, parameter_names, unwrap
+from nicehooks.core.selection import Site, select
+from nicehooks.errors import PathError, SiteNotFound
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
+
+PART_NAMES = ("embed", *PARTS_OF_LAYERS, "final_norm", "logits")
+"""The names that `anatomy` has for parts."""
 
 
 class HookedRootModule(HookedMethods, nn.Module):
@@ -66,14 +76,21 @@ class HookedModule(HookedMethods):
 
     Attributes:
         model: the model itself.
-        hook_dict: a place for each module that can be called, and for each parameter and buffer (`module@weight`).
+        hook_dict: a place for each name of TransformerLens, where the anatomy of the model is known; for each module
+            that can be called; and for each parameter and buffer (`module@weight`).
         mod_dict: all modules by name.
+        canonical: what the model has under the names of TransformerLens; None where its anatomy is not known.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.mod_dict = dict(unwrapped(model))
-        self.hook_dict = {str(place.name): place for place in places(model)}
+        self.mod_dict = dict(first_names(model))
+        self.canonical = canonical_names(model)
+        known = _known_places.setdefault(model, {})
+        named = [] if self.canonical is None else canonical_places(model, self.canonical)
+        found = {name: (module, key) for name, module, key in [*named, *module_places(model)]}
+        self.hook_dict = {name: place_at(known, model, name, *where) for name, where in found.items()}
+        self._by_path = _known_paths.setdefault(model, {})
 
     def __repr__(self) -> str:
         return f"hooked({type(unwrap(self.model)).__name__}: {len(self.hook_dict)} hook points)"
@@ -85,12 +102,59 @@ class HookedModule(HookedMethods):
     def _hooked_model(self) -> nn.Module:
         return self.model
 
+    def hook_points(self) -> list[HookPlace]:
+        return [self._point(name) for name in self._every_name()]
+
     def _cached_by_default(self) -> list[str]:
-        return self._with_gradients(list(self.hook_dict))
+        """The names of TransformerLens, and modules: no parameter."""
+        parts = {} if self.canonical is None else self.canonical.paths
+        return [name for name, place in self.hook_dict.items() if name in parts or not place.key]
 
     def _with_gradients(self, names: list[str]) -> list[str]:
-        """The names of modules: a parameter has no gradient of one run."""
-        return [name for name in names if self.hook_dict[name].is_module]
+        """The names of what has a gradient of one run, which a parameter does not."""
+        return [name for name in names if self._point(name).has_gradient]
+
+    # names
+
+    def _every_name(self) -> list[str]:
+        return [*self.hook_dict, *(name for name, place in list(self._by_path.items()) if place.has_hooks())]
+
+    def _point(self, name: Any) -> HookPlace:
+        place = self.hook_dict.get(name) or self._by_path.get(name)
+        if place is None:
+            super()._point(name)
+            raise AssertionError("unreachable")
+        return place
+
+    def _no_point(self, name: str) -> str:
+        why = None if self.canonical is None else self.canonical.lacking.get(name)
+        return super()._no_point(name) if why is None else f"no hook point {name!r}: {why}"
+
+    def _names_of(self, name: Any) -> list[str]:
+        """Beside names and predicates over them: the name of a part (`"resid_post"`), for all layers, and any path."""
+        if isinstance(name, tuple | list):
+            return [one for each in name for one in self._names_of(each)]
+        text = str(name) if isinstance(name, ModulePath | Site) else name
+        if not isinstance(text, str) or text in self.hook_dict:
+            return super()._names_of(text)
+        parts = None if self.canonical is None else self.canonical.parts
+        if parts is not None and text in PART_NAMES:
+            part = getattr(parts, text)
+            return self._names_of(list(part) if isinstance(part, tuple) else part)
+        return self._names_at(text)
+
+    def _names_at(self, path: str) -> list[str]:
+        """The names of the places at a path, which are their own paths; of a wildcard, some may not be reached."""
+        try:
+            wild = ModulePath.parse(path).is_wild
+            found = select(self.model, path)
+        except (PathError, SiteNotFound):
+            raise SiteNotFound(self._no_point(path)) from None
+        for site in found:
+            key = str(site)[len(escape(site.name)) :]
+            place_at(self._by_path, self.model, str(site), site.module, key)
+        names = [str(site) for site in found]
+        return one_wildcard(names, repr(path)) if wild else names
 
 
 def hooked(model: nn.Module) -> HookedModule:
@@ -106,6 +170,17 @@ def hooked(model: nn.Module) -> HookedModule:
     >>> hooked(model).run_with_hooks(x, fwd_hooks=[("0", lambda value, hook: value * 0)]).any().item()
     False
 
+    Where `anatomy(model)` knows the model, the names of TransformerLens are hook points too, with values of its shapes;
+    and so are, for all models, paths, and the names of parts for all layers at once:
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=4, vocab_size=50)).eval()
+    >>> ids = torch.arange(3)[None]
+    >>> _, cache = hooked(gpt2).run_with_cache(ids)
+    >>> cache["pattern", 0].shape, cache["blocks.1.attn.hook_z"].shape, cache["resid_post", -1].shape
+    (torch.Size([1, 4, 3, 3]), torch.Size([1, 3, 4, 4]), torch.Size([1, 3, 16]))
+    >>> out = hooked(gpt2).run_with_hooks(ids, fwd_hooks=[("mlp_out", lambda value, hook: value * 0)])
+
     The model is not changed. Hooks that were added to one view of it are seen, and removed, through any other.
 
     Args:
@@ -116,23 +191,36 @@ def hooked(model: nn.Module) -> HookedModule:
     return HookedModule(model)
 
 
-_places: weakref.WeakKeyDictionary[nn.Module, dict[str, Place]] = weakref.WeakKeyDictionary()
+_known_places: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPlace]] = weakref.WeakKeyDictionary()
 """The places of each model that `hooked` was asked for, so that all views share their `ctx`."""
 
+_known_paths: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPlace]] = weakref.WeakKeyDictionary()
+"""The places that were asked for by a path, likewise."""
 
-def unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+
+def first_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The first name of each module, with the module."""
     census = Census(model)
     return ((name, module) for name, module in census.unwrapped() if census.first[id(module)] == name)
 
 
-def places(model: nn.Module) -> Iterator[Place]:
-    """The place of each module that can be called, and of each parameter and buffer."""
-    known = _places.setdefault(model, {})
-    for name, module in unwrapped(model):
+def module_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The name, module and key of each module that can be called, and of each parameter and buffer."""
+    for name, module in first_names(model):
         keys = [""] if has_forward(module) else []
         for key in [*keys, *(f"@{parameter}" for parameter in parameter_names(module))]:
-            text = escape(name) + key
-            if text not in known or not known[text].belongs_to(module):
-                known[text] = Place(model, module, text, key)
-            yield known[text]
+            yield escape(name) + key, module, key
+
+
+def canonical_places(model: nn.Module, names: CanonicalNames) -> Iterator[tuple[str, nn.Module, str]]:
+    """The same of each hook point that TransformerLens has a name for."""
+    modules = Census(model).names
+    for name, path in names.paths.items():
+        yield name, modules[path.plain_name], str(path)[len(path.name) :]
+
+
+def place_at(known: dict[str, HookPlace], model: nn.Module, name: str, module: nn.Module, key: str) -> HookPlace:
+    """The place of this name: that which is known, as long as it is still the place of the same value."""
+    if name not in known or not known[name].is_at(module, key):
+        known[name] = HookPlace(model, module, name, key)
+    return known[name]

@@ -12,21 +12,27 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.contexts.changes import _Edit  # pyright: ignore[reportPrivateUsage]
 from nicehooks.contexts.intervention import Intervention
+from nicehooks.core.binding import unbind
+from nicehooks.core.census import Census, unwrap
+from nicehooks.core.copies import HANDLES
+from nicehooks.core.exclusive import Exclusive
+from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule
-from nicehooks.core.selection import Census, Group, Site, unwrap
-from nicehooks.core.sessions import Exclusive, Session, is_acting
-from nicehooks.core.tap import HANDLES, Rule, tap_of, unbind
+from nicehooks.core.selection import Group, Site
+from nicehooks.core.sessions import Session, is_acting
+from nicehooks.core.tap import tap_of
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
+from nicehooks.values.trees import Chain, show_step
 
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
@@ -42,8 +48,12 @@ class Point(Protocol):
         """The site of this place in `model`."""
         ...
 
-    def part(self, slice: str) -> Any:
-        """What a hook is told for a part of the value, or for the whole of it."""
+    def way_in(self, value: Any) -> Chain:
+        """The steps from `value` to the part of it that hooks are given."""
+        ...
+
+    def part(self, subscripts: str) -> Any:
+        """What a hook is told for a part of the value, or for the whole of it; None where it is given neither."""
         ...
 
     def called(self, name: str) -> Any:
@@ -69,7 +79,7 @@ class Item(NamedTuple):
     wild: bool
 
 
-class Hook(_Edit):
+class Hook(Action):
     """An edit by one function at one place. What it returns is assigned to the value there; None leaves it.
 
     Attributes:
@@ -78,36 +88,61 @@ class Hook(_Edit):
         is_permanent: whether only `including_permanent=True` removes it.
         level: the level of the context that it belongs to, or None.
         removed: whether it was removed; a gradient may still come by.
+        again: whether the same function acts at this site under another name, which is asked whether it was reached.
+        outlives: whether it acts on gradients after its context was left: in the backward of what a run computed.
     """
 
-    __slots__ = ("aliases", "changes", "dir", "hook", "is_permanent", "level", "point", "removed", "scope")
+    __slots__ = (
+        "again",
+        "aliases",
+        "changes",
+        "dir",
+        "hook",
+        "is_permanent",
+        "level",
+        "may_write",
+        "outlives",
+        "point",
+        "removed",
+        "scope",
+    )
 
+    verb = "hook"
     for_part = "edit"
 
-    def __init__(self, item: Item, point: Point | None, scope: Hooks) -> None:
-        self.verb = "hook"
+    def __init__(self, item: Item, point: Point | None, scope: LensHooks, again: bool = False) -> None:
         self.hook = item.hook
         self.dir: Direction = item.dir
-        self.changes = not getattr(item.hook, "only_looks", False)
+        self.changes = self.may_write = not getattr(item.hook, "only_looks", False)
         self.point = point
         self.is_permanent = scope.is_permanent
         self.level = scope.level
         self.aliases = scope.aliases
         self.removed = False
+        self.again = again
+        self.outlives = scope.outlives
         self.scope = weakref.ref(scope)
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         if self.removed and self.dir == "bwd":  # of a forward that ran before; else, this call had begun
             return value
-        if not self.changes:  # it gets the model's own value, also of a parameter
-            self.changed(value, key, site)
-            return value
-        return super().act(session, value, key, site)
+        way: Chain = self._place(site).way_in(value) if self.dir == "fwd" else ()
+        return trees.rewrite(value, way, partial(self._act_on_part, session, key=key, site=site))
+
+    def _act_on_part(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        new = self.changed(value, key, site)
+        return value if new is None or not self.changes else trees.assign(value, new)
+
+    def _place(self, site: Site) -> Any:
+        return self.point if self.point is not None else site.module
 
     def changed(self, value: Any, key: str, site: Site) -> Any:
-        point: Any = self.point if self.point is not None else site.module
+        point = self._place(site)
         if self.dir == "bwd":
-            point = point.part(ModulePath.parse(key).slice)
+            more = ModulePath.parse(key).chain[len(site.path.chain) :]  # to one of several tensors at the place
+            point = point.part("".join(map(show_step, more)))
+        if point is None:
+            return None
         new: Any = None
         for alias in self.aliases:
             result = _call(self.hook, value, point.called(alias) if alias else point)
@@ -124,29 +159,44 @@ class Hook(_Edit):
             scope.drop(self)
 
 
-_running: ContextVar[bool] = ContextVar("nicehooks.hook_is_running", default=False)
+_in_a_hook: ContextVar[bool] = ContextVar("nicehooks.hook_is_running", default=False)
 """Whether a hook is running here: what it removes may have its turn in this very call still."""
 
 
 def _call(hook: HookFunction, value: Any, point: Any) -> Any:
     if torch.compiler.is_compiling():  # which cannot trace a ContextVar
         return hook(value, hook=point)
-    token = _running.set(True)
+    token = _in_a_hook.set(True)
     try:
         return hook(value, hook=point)
     finally:
-        _running.reset(token)
+        _in_a_hook.reset(token)
 
 
 class LensHandle(NamedTuple):
-    """A hook as `point.fwd_hooks` lists it: `handle.hook.remove()` removes it."""
+    """A hook as `point.fwd_hooks` and `model.list_hooks()` list it: `handle.hook.remove()` removes it.
+
+    Attributes:
+        hook: what is removed.
+        is_permanent: whether only `including_permanent=True` removes it.
+        context_level: the level of the context that it belongs to, or None.
+        user_hook: the function.
+        dir: `"fwd"` or `"bwd"`.
+    """
 
     hook: Hook
     is_permanent: bool
     context_level: int | None
+    user_hook: HookFunction
+    dir: Direction
 
 
-class Hooks(Intervention):
+def handle_of(hook: Hook) -> LensHandle:
+    """How `hook` is listed."""
+    return LensHandle(hook, hook.is_permanent, hook.level, hook.hook, hook.dir)
+
+
+class LensHooks(Intervention):
     """Some hooks of a model as one intervention.
 
     Args:
@@ -157,6 +207,8 @@ class Hooks(Intervention):
         first: whether the hooks act before what is there already.
         aliases: the names under which each hook is called, one after the other.
         needs_backward: whether gradient hooks are there for a backward pass that has to come by.
+        outlives: whether gradient hooks act in the backward of what was computed here, whenever that runs. They are
+            held by the graph then, and by nothing else.
     """
 
     verb = "add_hook"
@@ -171,6 +223,7 @@ class Hooks(Intervention):
         first: bool = False,
         aliases: Iterable[str] = (),
         needs_backward: bool = True,
+        outlives: bool = False,
     ) -> None:
         super().__init__(model)
         self.items = items
@@ -179,7 +232,7 @@ class Hooks(Intervention):
         self.first = first
         self.aliases: tuple[str, ...] = tuple(aliases) or ("",)
         self.needs_backward = needs_backward
-        self._points: dict[Any, Point] = {}
+        self.outlives = outlives
         self._hooks: list[Hook] = []
 
     def __repr__(self) -> str:
@@ -189,23 +242,36 @@ class Hooks(Intervention):
 
     def _actions(self) -> list[tuple[Any, Action]]:
         census = Census(self.model)
-        return [(self._group(item, census), _Items(item)) for item in self.items]
+        return [pair for item in self.items for pair in self._actions_of(item, census)]
 
-    def _group(self, item: Item, census: Census) -> Group:
-        sites = [point.site_in(self.model, census, item.dir) for point in item.points]
-        self._points.update((site.key, point) for site, point in zip(sites, item.points, strict=True))
-        return Group(item.shown, sites, item.wild)
+    def _actions_of(self, item: Item, census: Census) -> list[tuple[Any, Action]]:
+        """One action for all places of an item; of the places that are one site under several names, one for each."""
+        rounds: list[dict[Any, tuple[Site, Point]]] = [{}]
+        for point in item.points:
+            site = point.site_in(self.model, census, item.dir)
+            free = next((found for found in rounds if site.key not in found), None)
+            if free is None:
+                rounds.append(free := {})
+            free[site.key] = site, point
+        return [
+            (Group(item.shown, [site for site, _ in found.values()], item.wild), _Items(item, found, again=number > 0))
+            for number, found in enumerate(rounds)
+        ]
 
     def _rules(self, site: Site, action: Any) -> Pairs:
-        point: Any = self._points[site.key]
-        hook = Hook(action.item, None if point is site.module else point, self)  # a rule may not keep a module alive
+        _, point = action.places[site.key]
+        owned = point is site.module and not self.outlives  # a rule may not keep a module alive; a graph has to
+        hook = Hook(action.item, None if owned else point, self, action.again)
         self._hooks.append(hook)
         return super()._rules(site, hook)
 
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:
         hook: Any = rule.action
         excused = (
-            _running.get() or (hook.removed and not session.attached) or (hook.dir == "bwd" and not self.needs_backward)
+            hook.again
+            or _in_a_hook.get()
+            or (hook.removed and not session.attached)
+            or (hook.dir == "bwd" and not self.needs_backward)
         )
         return excused or super()._was_reached(session, rule)
 
@@ -236,12 +302,14 @@ class Hooks(Intervention):
 
 
 class _Items(Action):
-    """What `Hooks` has to do at some sites, before each of them has a `Hook` of its own."""
+    """What `LensHooks` has to do at some sites, before each of them has a `Hook` of its own."""
 
-    __slots__ = ("item",)
+    __slots__ = ("again", "item", "places")
 
-    def __init__(self, item: Item) -> None:
+    def __init__(self, item: Item, places: dict[Any, tuple[Site, Point]], again: bool) -> None:
         self.item = item
+        self.places = places
+        self.again = again
 
 
 def hooks_on(module: nn.Module, key: str, dir: Direction) -> list[Hook]:
@@ -271,18 +339,25 @@ class Scope:
         model: the model.
         items: what to do where.
         keep: whether the hooks stay when the context ends without an error.
-        needs_backward: see `Hooks`.
+        needs_backward: see `LensHooks`.
+        outlives: see `LensHooks`.
     """
 
     def __init__(
-        self, model: nn.Module, items: Sequence[Item], keep: bool = False, needs_backward: bool = True
+        self,
+        model: nn.Module,
+        items: Sequence[Item],
+        keep: bool = False,
+        needs_backward: bool = True,
+        outlives: bool = False,
     ) -> None:
         self.model = model
         self.items = items
         self.keep = keep
         self.needs_backward = needs_backward
-        self.own: list[Hooks] = []
-        self.kept: list[Hooks] = []
+        self.outlives = outlives
+        self.own: list[LensHooks] = []
+        self.kept: list[LensHooks] = []
         self.entering = True  # until the hooks that belong to the context itself are there
 
     def __enter__(self) -> Scope:
@@ -291,17 +366,17 @@ class Scope:
     def _enter(self) -> Scope:
         self.level = level_of(self.model) + 1
         if self.items:
-            hooks = Hooks(self.model, self.items, level=self.level)
+            hooks = LensHooks(self.model, self.items, level=self.level)
             hooks.verb = "hooks"
             self.begin(hooks)
         _open.set((*_open.get(), weakref.ref(self)))
         return self
 
-    def begin(self, hooks: Hooks) -> None:
+    def begin(self, hooks: LensHooks) -> None:
         """Lets `hooks` act for as long as this context; what belongs to it itself may stay."""
         stays = self.keep and self.entering
         if self.entering:
-            hooks.needs_backward = self.needs_backward
+            hooks.needs_backward, hooks.outlives = self.needs_backward, self.outlives
         if stays:
             hooks.attach()
             self.kept.append(hooks)
@@ -336,7 +411,7 @@ def _scope_at(level: int | None, module: nn.Module) -> Scope | None:
     return next((scope for scope in scopes if any(module is inner for inner in scope.model.modules())), None)
 
 
-def add(hooks: Hooks) -> None:
+def add(hooks: LensHooks) -> None:
     """Attaches `hooks`; those of the level of an open context end with it, and act only where it does."""
     scope = None if hooks.level is None or hooks.is_permanent else _scope_at(hooks.level, unwrap(hooks.model))
     if scope is None:

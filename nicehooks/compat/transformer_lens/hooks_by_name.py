@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from nicehooks.compat.transformer_lens.caching_hooks import CachingHook, Matched, NamesFilter, chooser
-from nicehooks.compat.transformer_lens.hooks import (
-    Direction,
-    Hook,
-    HookFunction,
-    Hooks,
-    Item,
-    add,
-    level_of,
-    remove_all,
-)
-from nicehooks.compat.transformer_lens.points import (
+from nicehooks.compat.transformer_lens.hook_point import (
     Directions,
     HookMethods,
     adds_itself,
     checked,
-    direction,
+    checked_direction,
     directions,
+)
+from nicehooks.compat.transformer_lens.hooks import (
+    Direction,
+    Hook,
+    HookFunction,
+    Item,
+    LensHandle,
+    LensHooks,
+    add,
+    level_of,
+    remove_all,
 )
 from nicehooks.errors import SiteNotFound
 
@@ -35,26 +36,8 @@ Name = str | Callable[[str], bool]
 HookList = Iterable[tuple[Name, HookFunction]]
 
 
-class HookRecord(NamedTuple):
-    """One hook, as `list_hooks` shows it.
-
-    Attributes:
-        name: the name of its hook point.
-        dir: `"fwd"` or `"bwd"`.
-        hook: the function.
-        is_permanent: whether only `including_permanent=True` removes it.
-        level: the level of the context that it belongs to, or None.
-    """
-
-    name: str
-    dir: Direction
-    hook: HookFunction
-    is_permanent: bool
-    level: int | None
-
-
-class NamedPoints:
-    """What a model with hook points can do without running. It works from two dicts, which whoever has it provides.
+class HookIntrospectionMixin:
+    """What a model with hook points can say of them. It works from two dicts, which whoever has it provides.
 
     Attributes:
         hook_dict: the hook points by name.
@@ -64,13 +47,21 @@ class NamedPoints:
     hook_dict: dict[str, Any]
     mod_dict: dict[str, nn.Module]
 
-    def _hooked_model(self) -> nn.Module:
+    def _hooked_model(self) -> Any:
         """The model."""
-        raise NotImplementedError  # abstract: `HookedRootModule` and `HookedModule` have their own
+        return self
 
     def _cached_by_default(self) -> list[str]:
         """The names that `names_filter=None` means."""
         return list(self.hook_dict)
+
+    def _every_name(self) -> list[str]:
+        """The names of all hook points that there may be hooks on."""
+        return list(self.hook_dict)
+
+    def _names_of(self, name: Any) -> list[str]:
+        """The names of the hook points that one name, or a predicate, stands for."""
+        return self._matching(name) if callable(name) else [name]
 
     # what there is
 
@@ -90,30 +81,31 @@ class NamedPoints:
     @property
     def is_caching(self) -> bool:
         """Whether a caching hook acts here and now."""
-        return any(isinstance(record.hook, CachingHook) for record in self.list_hooks())
+        handles = [handle for point in self.list_hooks().values() for handle in point]
+        return any(isinstance(handle.user_hook, CachingHook) for handle in handles)
 
     @is_caching.setter
     def is_caching(self, value: bool) -> None:
         """Changes nothing: it is looked up, but models that were written for an attribute assign to it."""
 
     def list_hooks(
-        self, names_filter: NamesFilter = None, dir: Directions = "both", including_permanent: bool = True
-    ) -> list[HookRecord]:
-        """The hooks that act here and now, point by point, in the order in which they act.
+        self, name_filter: NamesFilter = None, dir: Directions = "both", including_permanent: bool = True
+    ) -> dict[str, list[LensHandle]]:
+        """The hooks that act here and now, in the order in which they act, by the name of their hook point.
+
+        Hook points without hooks are left out.
 
         Args:
-            names_filter: the hook points: a name, names, or a predicate; all by default.
+            name_filter: the hook points: a name, names, or a predicate; all by default.
             dir: `"fwd"`, `"bwd"` or `"both"`.
             including_permanent: whether to list permanent ones.
+
+        Raises:
+            SiteNotFound: there is no hook point of such a name.
         """
-        names = list(self.hook_dict) if names_filter is None else self._names(names_filter)
-        return [
-            HookRecord(str(name), one, handle.hook.hook, handle.is_permanent, handle.context_level)
-            for name in names
-            for one in directions(dir)
-            for handle in (self.hook_dict[name].fwd_hooks if one == "fwd" else self.hook_dict[name].bwd_hooks)
-            if including_permanent or not handle.is_permanent
-        ]
+        names = self._every_name() if name_filter is None else self._names(name_filter)
+        listed = {str(name): _handles(self._point(name), dir, including_permanent) for name in names}
+        return {name: handles for name, handles in listed.items() if handles}
 
     # names
 
@@ -133,8 +125,9 @@ class NamedPoints:
     def _no_point(self, name: str) -> str:
         model = type(self._hooked_model()).__name__
         text = f"no hook point {name!r} in {model}."
-        if name in self.mod_dict:
-            text = f"{name!r} in {model} is no hook point, but a {type(self.mod_dict[name]).__name__}."
+        modules = getattr(self, "mod_dict", {})
+        if name in modules:
+            text = f"{name!r} in {model} is no hook point, but a {type(modules[name]).__name__}."
             text += " hooked(model) has every module as one."
         nearest = difflib.get_close_matches(name, list(self.hook_dict), n=3, cutoff=0.0)
         return f"{text}\n  nearest names: {', '.join(nearest)}"
@@ -143,14 +136,15 @@ class NamedPoints:
         """The names that a filter chooses, at least one; those of a predicate know that they are of one wildcard."""
         self._has_points()
         if names_filter is None:
-            return _matched(self._cached_by_default(), "names_filter=None")
+            return one_wildcard(self._cached_by_default(), "names_filter=None")
         chosen = chooser(names_filter)
         if not callable(chosen):
-            for name in chosen:
+            names = [one for name in chosen for one in self._names_of(name)]
+            for name in names:
                 self._point(name)
-            if not chosen:
+            if not names:
                 raise SiteNotFound("names_filter is an empty list: it has to name a hook point.")
-            return list(dict.fromkeys(chosen))
+            return list(dict.fromkeys(names))
         return self._matching(chosen)
 
     def _matching(self, predicate: Callable[[str], Any]) -> list[str]:
@@ -161,15 +155,14 @@ class NamedPoints:
             model = type(self._hooked_model()).__name__
             have = ", ".join(map(repr, list(self.hook_dict)[:3]))
             raise SiteNotFound(f"{shown} matches no hook point of {model}.\n  hook points: {have}, …")
-        return _matched(names, shown)
+        return one_wildcard(names, shown)
 
     def _items(self, hooks: HookList, dir: Direction) -> list[Item]:
         """Each `(name, function)` as an `Item`, with its hook points."""
         items: list[Item] = []
         groups: list[object] = []
         for name, hook in _pairs(hooks, dir):
-            names = self._matching(name) if callable(name) else [name]
-            for one in names:
+            for one in self._names_of(name):
                 group = getattr(one, "group", None)
                 if group is not None and groups and groups[-1] is group and items[-1].hook is hook:
                     items[-1] = items[-1]._replace(points=[*items[-1].points, self._point(one)])
@@ -179,7 +172,9 @@ class NamedPoints:
                 items.append(Item(shown, [self._point(one)], hook, dir, group is not None))
         return items
 
-    # adding and removing
+
+class NamedPoints(HookIntrospectionMixin):
+    """What a model with hook points can do without running: list hooks, add and remove them by name."""
 
     def add_hook(
         self,
@@ -203,8 +198,8 @@ class NamedPoints:
         Raises:
             SiteNotFound: there is no such hook point; the message has the nearest names.
         """
-        items = self._items([(name, hook)], direction(dir))
-        names = self._matching(name) if callable(name) else [name]
+        items = self._items([(name, hook)], checked_direction(dir))
+        names = self._names_of(name)
         points = [self._point(one) for one in names]
         if type(self).check_and_add_hook is not NamedPoints.check_and_add_hook or any(map(adds_itself, points)):
             for one, point in zip(names, points, strict=True):
@@ -214,7 +209,7 @@ class NamedPoints:
             return
         for one, point in zip(names, points, strict=True):
             self.check_hooks_to_add(point, str(one), hook, dir, is_permanent, prepend)
-        add(Hooks(self._hooked_model(), items, level=level, is_permanent=is_permanent, first=prepend))
+        add(LensHooks(self._hooked_model(), items, level=level, is_permanent=is_permanent, first=prepend))
 
     def check_and_add_hook(
         self,
@@ -281,7 +276,13 @@ class NamedPoints:
 NO_POINTS = "{model} has no hook points. It has to call self.setup() at the end of its __init__, after defining them."
 
 
-def _matched(names: list[str], shown: str) -> list[str]:
+def _handles(point: Any, dir: Directions, including_permanent: bool) -> list[LensHandle]:
+    every = [handle for one in directions(dir) for handle in (point.fwd_hooks if one == "fwd" else point.bwd_hooks)]
+    return [handle for handle in every if including_permanent or not handle.is_permanent]
+
+
+def one_wildcard(names: list[str], shown: str) -> list[str]:
+    """`names` that know that they are of one wildcard, which messages show so."""
     group = object()
     return [Matched(name, group, shown) for name in names]
 

@@ -19,14 +19,18 @@ from typing import Any
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.compat.transformer_lens.hooks import Direction, LensHandle, hooks_on
-from nicehooks.compat.transformer_lens.points import HookPoint, Within
-from nicehooks.core.selection import Census, Site, has_forward
+from nicehooks.compat.transformer_lens.hook_point import HookPoint, Within
+from nicehooks.compat.transformer_lens.hooks import Direction
+from nicehooks.core.calling import has_forward
+from nicehooks.core.census import Census
+from nicehooks.core.selection import Site
 from nicehooks.core.tap import tap_of
 from nicehooks.errors import SiteNotFound
-from nicehooks.paths.grammar import ModulePath, escape
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
 from nicehooks.paths.ports import Port
 from nicehooks.ports.uses import parametrizations_of, users_of
+from nicehooks.values.trees import Chain
 
 SUFFIX = "hook_point"
 
@@ -52,6 +56,16 @@ class AutoPoint(Within, HookPoint):
         """A copy of the model has its own points, without hooks."""
         return AutoPoint, (self._root(), self._module(), self.name, self._key)
 
+    def way_in(self, value: Any) -> Chain:
+        """To the first item of what a module returns, where that is a tuple: the rest is its own business."""
+        return (0,) if isinstance(value, tuple | list) and value and not self._key else ()
+
+    def part(self, subscripts: str) -> Any:
+        """Of a tuple, hooks are given the gradient of the first item alone."""
+        if self._key or not re.match(r"\[\d+\]", subscripts):
+            return super().part(subscripts)
+        return super().part(subscripts.removeprefix("[0]")) if subscripts.startswith("[0]") else None
+
     @property
     def is_of_parameter(self) -> bool:
         """Whether the values are what a parameter enters, and not what a module returns."""
@@ -66,25 +80,32 @@ class AutoPoint(Within, HookPoint):
         name = census.first.get(id(module))
         if name is None:
             raise SiteNotFound(f"the hook point {self.name!r} is no part of this {type(model).__name__} (any more).")
-        path = ModulePath.parse(escape(name) + self._key)
-        if dir == "bwd":
-            path = replace(path, port=Port("use.grad", path.port.name) if self._key else Port("grad"))
+        path = self._path(name, dir)
         return Site(name, module, path, model, census.encoders_around(name))
+
+    def _path(self, module: str, dir: Direction) -> ModulePath:
+        path = ModulePath.parse(escape(module) + self._key)
+        gradient = Port("use.grad", path.port.name) if self._key else Port("grad")
+        return replace(path, port=gradient) if dir == "bwd" else path
 
     def _tapped(self) -> nn.Module:
         return next(users_of(self._module(), self._root())) if self._key else self._module()
 
-    def _handles(self, dir: Direction) -> list[LensHandle]:
-        key = f"{self._key}.grad" if dir == "bwd" and self._key else "@grad" if dir == "bwd" else self._key
-        return [LensHandle(hook, hook.is_permanent, hook.level) for hook in hooks_on(self._tapped(), key, dir)]
 
+def points_of(model: nn.Module, known: dict[str, HookPoint]) -> dict[str, HookPoint]:
+    """The hook points that `model` has by now; one in `known` whose module is still there stays the same object.
 
-def points_of(model: nn.Module, known: dict[str, AutoPoint]) -> dict[str, AutoPoint]:
-    """The hook points that `model` has by now; one in `known` whose module is still there stays the same object."""
-    points: dict[str, AutoPoint] = {}
+    A hook point that was written by hand is a module of the model, and has the name that it has there.
+    """
+    points: dict[str, HookPoint] = {}
     for name, module, key in places_of(model):
+        if isinstance(module, HookPoint):
+            module.name = name
+            points[name] = module
+            continue
         point = known.get(name)
-        points[name] = point if point is not None and point.is_at(module) else AutoPoint(model, module, name, key)
+        stays = isinstance(point, AutoPoint) and point.is_at(module)
+        points[name] = point if stays and point is not None else AutoPoint(model, module, name, key)
     return points
 
 
@@ -97,10 +118,12 @@ def places_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in census.unwrapped():
         if census.first[id(module)] != name or torch_private.is_scripted(module):
             continue
-        if has_forward(module):
-            yield _joined(name, SUFFIX), module, ""
+        if isinstance(module, HookPoint):
+            yield name, module, ""
+        elif has_forward(module):
+            yield _dotted(name, SUFFIX), module, ""
         for parameter in used_parameters(module, census.root):
-            yield _joined(name, parameter, SUFFIX), module, f"@{parameter}.uses()"
+            yield _dotted(name, parameter, SUFFIX), module, f"@{parameter}.uses()"
 
 
 def used_parameters(module: nn.Module, root: nn.Module) -> list[str]:
@@ -125,5 +148,5 @@ def is_written(module: nn.Module) -> bool:
     return owner.__module__.partition(".")[0] != "torch"
 
 
-def _joined(*parts: Any) -> str:
+def _dotted(*parts: Any) -> str:
     return ".".join([part for part in parts if part])

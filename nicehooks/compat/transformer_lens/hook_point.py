@@ -14,21 +14,29 @@ from nicehooks.compat.transformer_lens.hooks import (
     Direction,
     Hook,
     HookFunction,
-    Hooks,
     Item,
     LensHandle,
+    LensHooks,
     add,
+    handle_of,
     hooks_on,
     remove_all,
 )
-from nicehooks.core.selection import SCRIPTED, Census, Site
+from nicehooks.core.census import Census
+from nicehooks.core.nearest import SCRIPTED
+from nicehooks.core.selection import Site
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath, escape
-from nicehooks.paths.ports import Port
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.names import escape
+from nicehooks.paths.ports import OUTPUT
+from nicehooks.ports.arguments import INPUT
+from nicehooks.ports.gradients import GRADIENT, INPUT_GRADIENT
+from nicehooks.values.trees import Chain
 
 Directions = Literal["fwd", "bwd", "both"]
 
-GRADIENT = Port("grad")
+GRADIENTS = {OUTPUT: GRADIENT, INPUT: INPUT_GRADIENT}
+"""The port of the gradient of each port whose gradient is a place."""
 
 
 class HookMethods:
@@ -42,11 +50,11 @@ class HookMethods:
 
     def _root(self) -> nn.Module:
         """The model that hooks on this place alone are entered on."""
-        raise NotImplementedError  # abstract: `HookPoint` and `Place` have their own
+        raise NotImplementedError  # abstract: `HookPoint` and `HookPlace` have their own
 
     def _module(self) -> nn.Module:
         """The module whose value this is."""
-        raise NotImplementedError  # abstract: `HookPoint` and `Place` have their own
+        raise NotImplementedError  # abstract: `HookPoint` and `HookPlace` have their own
 
     def _tapped(self) -> nn.Module:
         """The module whose tap has the rules of this place."""
@@ -65,11 +73,23 @@ class HookMethods:
             raise SiteNotFound(f"the hook point {self.name!r} is no part of this {type(model).__name__} (any more).")
         if torch_private.is_scripted(module):
             raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-        if dir == "bwd" and self._key:
-            raise UnsupportedModule(NO_PARAMETER_GRADIENT.format(name=self.name))
-        path = ModulePath.parse(escape(name) + self._key)
-        port = GRADIENT if dir == "bwd" else path.port
-        return Site(name, module, replace(path, port=port), model, census.encoders_around(name))
+        path = self._path(name, dir)
+        if path is None:
+            why = NO_CALL_GRADIENT if "(" in self._key else NO_PARAMETER_GRADIENT
+            raise UnsupportedModule(why.format(name=self.name))
+        return Site(name, module, path, model, census.encoders_around(name))
+
+    def _path(self, module: str, dir: Direction) -> ModulePath | None:
+        """The path of the value, or of its gradient, in the module of this name; None where there is no gradient."""
+        path = ModulePath.parse(escape(module) + self._key)
+        if dir == "fwd":
+            return path
+        return replace(path, port=GRADIENTS[path.port]) if path.port in GRADIENTS else None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there can be hooks on the gradient."""
+        return self._path("", "bwd") is not None
 
     # adding
 
@@ -104,9 +124,9 @@ class HookMethods:
         Raises:
             ValueError: `dir` is neither.
         """
-        item = Item(repr(self.name or ""), [self], checked(hook), direction(dir), False)
+        item = Item(repr(self.name or ""), [self], checked(hook), checked_direction(dir), False)
         aliases = () if alias_names is None else alias_names
-        add(Hooks(self._root(), [item], level=level, is_permanent=is_permanent, first=prepend, aliases=aliases))
+        add(LensHooks(self._root(), [item], level=level, is_permanent=is_permanent, first=prepend, aliases=aliases))
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> None:
         """Adds a hook that only `including_permanent=True` removes."""
@@ -125,8 +145,13 @@ class HookMethods:
         return self._handles("bwd")
 
     def _handles(self, dir: Direction) -> list[LensHandle]:
-        key = "@grad" if dir == "bwd" else self._key
-        return [LensHandle(hook, hook.is_permanent, hook.level) for hook in hooks_on(self._tapped(), key, dir)]
+        path = self._path("", dir)
+        hooks = [] if path is None else hooks_on(self._tapped(), str(path), dir)
+        return [handle_of(hook) for hook in hooks if self._is_of(hook)]
+
+    def _is_of(self, hook: Hook) -> bool:
+        """Whether `hook`, which acts on this value, belongs to this place: a value may have several names."""
+        return True
 
     def has_hooks(self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None) -> bool:
         """Whether there are such hooks here and now.
@@ -178,13 +203,17 @@ class HookMethods:
             raise ValueError(f"the name {self.name!r} of this hook point has no number of a layer in it")
         return int(numbers[0])
 
-    def part(self, slice: str) -> Any:
-        """What a hook is told for the part of the value at `slice`."""
-        return self.called(f"{self.name}{slice}") if slice else self
+    def way_in(self, value: Any) -> Chain:
+        """The steps from `value` to the part of it that hooks are given."""
+        return ()
 
-    def called(self, name: str) -> Place:
+    def part(self, subscripts: str) -> Any:
+        """What a hook is told for the part of the value at `subscripts`; None for one that hooks are not given."""
+        return self.called(f"{self.name}{subscripts}") if subscripts else self
+
+    def called(self, name: str) -> HookPlace:
         """The same place, with the same `ctx`, under another name."""
-        return Place(self._root(), self._module(), name, self._key, self.ctx)
+        return HookPlace(self._root(), self._module(), name, self._key, self.ctx)
 
 
 class HookPoint(HookMethods, nn.Module):
@@ -209,6 +238,12 @@ class HookPoint(HookMethods, nn.Module):
 
     def forward(self, x: Any) -> Any:
         return x
+
+    def __repr__(self) -> str:
+        """Its name, and how many hooks act on it, as far as there are any."""
+        shown = [] if self.name is None else [f"name={self.name!r}"]
+        counts = [(len(self._handles(dir)), dir) for dir in directions("both")]
+        return f"HookPoint({', '.join(shown + [f'{count} {dir}' for count, dir in counts if count])})"
 
     def _root(self) -> nn.Module:
         return self
@@ -236,12 +271,12 @@ class Within:
     def _alive(self, which: int) -> nn.Module:
         module = self._of[which]()
         if module is None:
-            raise SiteNotFound(GONE.format(name=self.name))
+            raise SiteNotFound(MODEL_GONE.format(name=self.name))
         return module
 
 
-class Place(Within, HookMethods):
-    """A place of an unmodified model, with the methods of a `HookPoint`: a module, or one of its parameters.
+class HookPlace(Within, HookMethods):
+    """A place of an unmodified model, with the methods of a `HookPoint`: whatever has a path, under a name of its own.
 
     >>> from torch import nn, ones
     >>> from nicehooks.hookpoints import hooked
@@ -253,7 +288,7 @@ class Place(Within, HookMethods):
     >>> place.remove_hooks()
 
     Attributes:
-        name: the name in the model; for a parameter `module@weight`.
+        name: the name in the model, for a parameter `module@weight`; the name of a part; or a path.
         ctx: a dict for the hooks of this place.
     """
 
@@ -266,16 +301,19 @@ class Place(Within, HookMethods):
         self._of = weakref.ref(model), weakref.ref(module)
 
     def __repr__(self) -> str:
-        return f"Place({self.name!r})"
+        return f"HookPlace({self.name!r})"
 
     @property
-    def is_module(self) -> bool:
-        """Whether this is the value of a module, and not a parameter."""
-        return not self._key
+    def key(self) -> str:
+        """What its path has after the name of the module."""
+        return self._key
 
-    def belongs_to(self, module: nn.Module) -> bool:
-        """Whether this is a place of this very module."""
-        return self._of[1]() is module
+    def is_at(self, module: nn.Module, key: str) -> bool:
+        """Whether this is the place of this very module that `key` leads to."""
+        return self._of[1]() is module and self._key == key
+
+    def _is_of(self, hook: Hook) -> bool:
+        return hook.point is None or isinstance(hook.point, nn.Module) or hook.point.name == self.name
 
     def _tapped(self) -> nn.Module:
         module: Any = self._module()
@@ -283,10 +321,15 @@ class Place(Within, HookMethods):
         return module.parametrizations[name] if name in getattr(module, "parametrizations", {}) else module
 
 
-GONE = "the model of the hook point {name!r} no longer exists: nothing else has it. Give the model a name first."
+MODEL_GONE = "the model of the hook point {name!r} no longer exists: nothing else has it. Give the model a name first."
 
 NO_PARAMETER_GRADIENT = (
     "{name!r} is a parameter, which has no gradient of one call: read its .grad after backward, or use functional()."
+)
+
+NO_CALL_GRADIENT = (
+    "{name!r} is the value of a call inside a module, whose gradient is no place that a path leads to: take the "
+    "gradient of what goes into the module, or of what comes out of it."
 )
 
 
@@ -302,7 +345,7 @@ def checked(hook: Any) -> HookFunction:
     return hook
 
 
-def direction(dir: Any) -> Direction:
+def checked_direction(dir: Any) -> Direction:
     """`dir`, if it is a direction."""
     if dir not in ("fwd", "bwd"):
         raise ValueError(f"dir={dir!r}: it is 'fwd' (the value) or 'bwd' (the gradient)")

@@ -1,0 +1,114 @@
+"""What entering a context does, found out once: the rules and their taps; and where plans wait for their next use."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nicehooks.core.binding import Bound, taps_for
+from nicehooks.core.register import Companion, Pairs
+from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.selection import Group, Where
+
+
+class RuleGroup(NamedTuple):
+    """The rules for one item of a `where`, and whether it was a wildcard."""
+
+    where: Where
+    rules: list[SiteRule]
+    wild: bool
+
+
+class Plan(NamedTuple):
+    """What entering does: made at the first entry, used again by the next ones.
+
+    Attributes:
+        label: how the intervention is shown.
+        pairs: the rules, each with the module whose tap it belongs to; only in code that is being traced.
+        taps: the same with the taps, which know their modules weakly; only in eager code.
+        selected: what each `where` has selected.
+        groups: the rules of the sites of each item of a `where`.
+        companions: what these need for as long as a session lasts.
+        counting: whether steps, calls, or the depth in the root model matter.
+        keys: the keys of the sites.
+        reusable: whether the next context of its kind on the same sites can have it; see NOTE [Plans are used again].
+    """
+
+    label: str
+    pairs: Pairs
+    taps: list[Bound]
+    selected: list[list[Group]]
+    groups: list[RuleGroup]
+    companions: list[Companion]
+    counting: bool
+    keys: frozenset[str]
+    reusable: bool
+
+    @staticmethod
+    def of(
+        label: str,
+        pairs: Pairs,
+        selected: list[list[Group]] | None = None,
+        groups: list[RuleGroup] | None = None,
+        counting: bool = False,
+        keys: frozenset[str] = frozenset(),
+    ) -> Plan:
+        """The plan with these rules."""
+        rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
+        kinds = dict.fromkeys([rule.companion for rule in rules if rule.companion is not None])
+        companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
+        traced = torch.compiler.is_dynamo_compiling()
+        taps = [] if traced else taps_for(pairs)
+        reusable = all([rule.reusable for rule in rules])
+        return Plan(
+            label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, reusable
+        )
+
+
+class Plans:
+    """Plans that nobody uses now.
+
+    NOTE [Plans are used again]
+    What a plan consists of depends on the model and on the paths alone, and not on the values that a context brings: a
+    rule is given the action of whoever enters (`SiteRule.given`). So a context that is left leaves its plan here, and
+    the next one of its kind on the same paths takes it, as long as the paths still select the very same sites. A plan
+    holds no module and no value.
+    """
+
+    MOST = 4
+    """How many plans for the same paths are kept: as many contexts may be entered at the same time."""
+
+    def __init__(self) -> None:
+        self.of_model: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Plan]]] = weakref.WeakKeyDictionary()
+
+    def take(self, model: nn.Module, key: Any, selected: list[list[Group]]) -> Plan | None:
+        """A plan for what is selected now, if there is one."""
+        kept = self.of_model.get(model, {}).get(key)
+        while kept:
+            plan = kept.pop()
+            same = all([was is now for was, now in zip(plan.selected, selected, strict=True)])
+            if same and all([tap.alive for tap, _, _ in plan.taps]):
+                return plan
+        return None
+
+    def take_back(self, model: nn.Module, key: Any, plan: Plan) -> bool:
+        """Whether `plan` is still there for the one who gave it."""
+        kept = self.of_model.get(model, {}).get(key, [])
+        count = len(kept)
+        kept[:] = [other for other in kept if other is not plan]
+        return len(kept) < count
+
+    def give(self, model: nn.Module, key: Any, plan: Plan, actions: list[Action]) -> None:
+        """Keeps `plan`, without the values that `actions` hold."""
+        nothing: list[Any] = [None] * len(actions)
+        for _, rule, _ in plan.taps:
+            rule.given(nothing)
+        kept = self.of_model.setdefault(model, {}).setdefault(key, [])
+        if len(kept) < self.MOST:
+            kept.append(plan)
+
+
+PLANS = Plans()

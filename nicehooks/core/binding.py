@@ -1,0 +1,132 @@
+"""Binding: rules come to the taps of their modules, and go."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from nicehooks.core.copies import COPYING, ENTRIES
+from nicehooks.core.exclusive import Exclusive
+from nicehooks.core.frames import Rule
+from nicehooks.core.register import Pairs
+from nicehooks.core.sessions import Session
+from nicehooks.core.tap import Tap, drop_tap, parameters_of, signature_of, tap_for
+
+Bound = tuple[Tap, Any, tuple[Any]]
+"""A rule with its tap, and alone in a tuple; it knows the module weakly."""
+
+
+def taps_for(pairs: Pairs) -> list[Bound]:
+    """The rules with the taps of their modules."""
+    with Exclusive():
+        return [(tap_for(module), rule, (rule,)) for module, rule in pairs]
+
+
+def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, first: bool = False) -> None:
+    """Adds each rule to its tap, for `session`, with other `actions` if there are any; see NOTE [Order]."""
+    contexts_only = not session.attached
+    with Exclusive(tracing=True):
+        for tap, rule, alone in reversed(taps) if first else taps:
+            rule.session = session
+            if actions is not None:
+                rule.given(actions)
+            module: Any = tap.module()
+            names = module.__dict__
+            if tap.rules or tap.kind.forward is not tap.found or not names.keys().isdisjoint(ENTRIES):
+                _bind_slowly(tap, module, rule, first)
+                continue
+            tap.rules = alone
+            tap.simple = rule.simple
+            if rule.plain and contexts_only:
+                tap.bound = MethodType(tap.function, module)
+                tap.only = rule
+            names.update(tap.entries)
+
+
+def _bind_slowly(tap: Tap, module: Any, rule: Rule, first: bool) -> None:
+    tap.only = None
+    if not tap.rules:
+        _put_in(module, tap)
+    at = _behind_suspends(tap.rules) if first else len(tap.rules)
+    tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
+    tap.simple = tap.simple and rule.simple
+
+
+def _behind_suspends(rules: tuple[Rule, ...]) -> int:
+    return max([at + 1 for at, rule in enumerate(rules) if rule.suspends], default=0)
+
+
+def _put_in(module: nn.Module, tap: Tap) -> None:
+    """Binds the tap where the module has entries of these names, or is of another class by now (a lazy one)."""
+    names = module.__dict__
+    if type(module) is not tap.kind or tap.kind.forward is not tap.found:
+        tap.look_again()
+    forward = names.get("forward")
+    if forward is not tap.forward:  # else an interrupt has left it there
+        tap.previous = forward
+        if forward is not None:
+            tap.parameters = parameters_of(inspect.signature(forward))
+    tap.simple = tap.previous is None
+    for copying in tap.copying:
+        found = names.get(copying.name)
+        copying.previous = None if found is copying else found
+    names.update(tap.entries)
+
+
+def unbind(taps: list[Bound]) -> None:
+    """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
+    with Exclusive(tracing=True):
+        for tap, rule, _ in taps:
+            module: Any = tap.module()
+            if module is None:
+                continue
+            names = module.__dict__
+            if tap.only is rule and names.get("forward") is tap.forward:
+                del names["forward"]
+                for name in COPYING:
+                    names.pop(name, None)
+                tap.only = tap.bound = None
+                tap.rules = ()
+            elif rule in tap.rules or (not tap.rules and names.get("forward") is tap.forward):
+                _unbind_slowly(tap, module, rule)
+
+
+def _unbind_slowly(tap: Tap, module: Any, rule: Rule) -> None:
+    tap.only = None
+    tap.rules = tuple([r for r in tap.rules if r is not rule])
+    if not tap.rules:
+        _put_back(module, tap)
+        return
+    tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
+    (last, *others) = tap.rules
+    if tap.is_clean and not others and last.plain and not last.session.attached:
+        tap.bound = MethodType(tap.function, module)
+        tap.only = last
+
+
+def _put_back(module: nn.Module, tap: Tap) -> None:
+    """Restores `forward`, unless somebody else has rebound it meanwhile: a context undoes only its own work.
+
+    Then the tap may be called from inside theirs for ever, so it is left as it is, and the module gets another one.
+    """
+    names = module.__dict__
+    tap.bound = None
+    if names.get("forward") is not tap.forward:
+        drop_tap(module, tap)
+    elif tap.previous is None:
+        del names["forward"]
+    else:
+        names["forward"] = tap.previous
+        tap.previous = None
+        tap.parameters = parameters_of(signature_of(tap.function))
+    for copying in tap.copying:
+        if names.get(copying.name) is not copying:
+            continue
+        if copying.previous is None:
+            del names[copying.name]
+        else:
+            names[copying.name] = copying.previous
+            copying.previous = None

@@ -1,0 +1,148 @@
+"""What a selection has looked at in a model, so that it need not be made again while that is as it was.
+
+NOTE [Selections are remembered]
+Selecting costs microseconds for each module, and most contexts are entered again and again on the same paths. So what
+some paths have selected is kept beside the model, with a trace: every module that the walk has met, by a weak
+reference, with its type, the children that it was asked for, and whether it had the ports that were wanted. To look
+whether all of that still holds is cheap, and it is looked at every time: nobody has to say that a model has changed.
+Nothing here keeps a module, a type or a value alive. What a function of the user's chooses is not remembered, nor what
+is selected while methods are modules or while code is being traced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from nicehooks.core.calling import has_forward
+from nicehooks.core.methods import has_method_modules
+from nicehooks.core.register import PortKind, kind_of
+from nicehooks.paths.ports import Port
+
+Reference = Callable[[], Any]
+MOST = 50_000
+"""How many modules all traces of one model may have met together."""
+
+
+class Trace:
+    """What a selection has looked at."""
+
+    def __init__(self) -> None:
+        self._met: list[tuple[Reference, Reference]] = []
+        self._one: list[tuple[Reference, str, Reference]] = []
+        self._all: list[tuple[Reference, tuple[str, ...], list[Reference]]] = []
+        self._can_be_called: list[tuple[Reference, bool]] = []
+        self._ports: list[tuple[Reference, Port, bool]] = []
+
+    def __len__(self) -> int:
+        return len(self._met)
+
+    def met(self, module: nn.Module) -> None:
+        """The module was there, and of its type."""
+        self._met.append((weakref.ref(module), weakref.ref(type(module))))
+
+    def looked_at(self, module: nn.Module, key: str, child: nn.Module | None) -> None:
+        """The child called `key` was looked up."""
+        self.met(module)
+        self._one.append((weakref.ref(module), key, _reference(child)))
+
+    def looked_at_all(self, module: nn.Module) -> None:
+        """All children were looked at."""
+        self.met(module)
+        children = [_reference(child) for child in module._modules.values()]
+        self._all.append((weakref.ref(module), tuple(module._modules), children))
+
+    def asked(self, module: nn.Module, port: Port, answer: bool) -> None:
+        """It was asked whether `module` has `port`."""
+        kind = kind_of(port)
+        if kind.needs_forward and type(kind).is_on is PortKind.is_on:
+            self._can_be_called.append((weakref.ref(module), answer))
+        else:
+            self._ports.append((weakref.ref(module), port, answer))
+
+    def holds(self) -> bool:
+        """Whether all of it would be found again."""
+        return self._structure_holds() and self._ports_hold()
+
+    def _structure_holds(self) -> bool:
+        for reference, kind in self._met:
+            module = reference()
+            if module is None or type(module) is not kind():
+                return False
+        for reference, key, child in self._one:
+            if reference()._modules.get(key) is not child():
+                return False
+        for reference, keys, children in self._all:
+            table = reference()._modules
+            if len(table) != len(keys) or tuple(table) != keys:
+                return False
+            if not all(map(is_, [child() for child in children], table.values())):
+                return False
+        return True
+
+    def _ports_hold(self) -> bool:
+        for reference, answer in self._can_be_called:
+            module = reference()
+            if module is None or has_forward(module) is not answer:
+                return False
+        for reference, port, answer in self._ports:
+            module = reference()
+            if module is None or has_port(module, port) is not answer:
+                return False
+        return True
+
+
+def has_port(module: nn.Module, port: Port) -> bool:
+    """Whether a site of `port` can be on `module`."""
+    kind = kind_of(port)
+    return (has_forward(module) or not kind.needs_forward) and kind.is_on(module, port)
+
+
+def _reference(module: nn.Module | None) -> Reference:
+    return _nothing if module is None else weakref.ref(module)
+
+
+def _nothing() -> None:
+    return None
+
+
+class _Memory:
+    """The selections in one model, by what was written."""
+
+    def __init__(self, model: nn.Module) -> None:
+        number = id(model)
+        self.model = weakref.ref(model, lambda _: _memories.pop(number, None))
+        self.selections: dict[Any, tuple[Any, Trace]] = {}
+        self.size = 0
+
+
+_memories: dict[int, _Memory] = {}
+"""By the `id` of the model, which need not be hashable."""
+
+
+def is_remembering() -> bool:
+    """Whether selections can be remembered now; see NOTE [Selections are remembered]."""
+    return not torch.compiler.is_compiling() and not has_method_modules()
+
+
+def remembered(model: nn.Module, key: Any) -> Any:
+    """What was selected in `model` under `key`, if it would be selected again; otherwise None."""
+    memory = _memories.get(id(model))
+    found = None if memory is None or memory.model() is not model else memory.selections.get(key)
+    return found[0] if found is not None and found[1].holds() else None
+
+
+def remember(model: nn.Module, key: Any, selected: Any, trace: Trace) -> None:
+    """Keeps what was selected under `key`, until the model is another."""
+    memory = _memories.get(id(model))
+    if memory is None or memory.model() is not model:
+        memory = _memories[id(model)] = _Memory(model)
+    memory.size += len(trace) + 1
+    if memory.size > MOST:
+        memory.selections, memory.size = {}, len(trace) + 1
+    memory.selections[key] = (selected, trace)

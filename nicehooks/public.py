@@ -1,0 +1,102 @@
+"""The public names, from which `nicehooks` takes them when the first is asked for.
+
+What only the library makes, but may be in a pickle (`HANDED_OUT`), is found here, too, whatever file it is in.
+"""
+
+from nicehooks.anatomies.anatomy import anatomy, register_anatomy
+from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
+from nicehooks.anatomies.parts import Part, Parts
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.caches.watching import Calls
+from nicehooks.compat.nice_hooks.paths_like import AnySlice, PathsLike, to_paths
+from nicehooks.compat.nice_hooks.registering import (
+    RemovableHandleCollection,
+    register_forward_hook,
+    register_forward_pre_hook,
+    register_full_backward_hook,
+    register_full_backward_pre_hook,
+)
+from nicehooks.compat.nice_hooks.running import ActivationCacheLike, expand_module_path, run
+from nicehooks.contexts.capturing import capture
+from nicehooks.contexts.changes import ablate, edit, patch, splice, steer, suspend
+from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.functions import captured, functional
+from nicehooks.contexts.listing import ActiveRecord, ActiveTable, SiteRecord, SiteTable, describe, sites
+from nicehooks.core.methods import patch_method_to_module
+from nicehooks.core.selection import Site, select
+from nicehooks.errors import (
+    CheckpointWarning,
+    ContextMisuse,
+    NiceHooksError,
+    NiceHooksWarning,
+    NotCalledWarning,
+    NotCaptured,
+    NotReachedWarning,
+    PathError,
+    SiteNotFound,
+    SiteNotReached,
+    StaleActivation,
+    TreeMismatch,
+    UnsupportedModule,
+)
+from nicehooks.moved import belong_to
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.ports.attention import fused_attention_as_steps
+from nicehooks.values.regions import Heads, Rows
+from nicehooks.values.trees import KEEP
+
+__all__ = [
+    "KEEP",
+    "ActivationCache",
+    "ActivationCacheLike",
+    "AnySlice",
+    "CheckpointWarning",
+    "ContextMisuse",
+    "ModulePath",
+    "NiceHooksError",
+    "NiceHooksWarning",
+    "NotCalledWarning",
+    "NotCaptured",
+    "NotReachedWarning",
+    "PathError",
+    "PathsLike",
+    "RemovableHandleCollection",
+    "Site",
+    "SiteNotFound",
+    "SiteNotReached",
+    "StaleActivation",
+    "TreeMismatch",
+    "UnsupportedModule",
+    "ablate",
+    "anatomy",
+    "capture",
+    "captured",
+    "describe",
+    "direct_logit_attribution",
+    "edit",
+    "expand_module_path",
+    "functional",
+    "fused_attention_as_steps",
+    "grad_at",
+    "head_results",
+    "logit_lens",
+    "patch",
+    "patch_method_to_module",
+    "register_anatomy",
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "run",
+    "select",
+    "sites",
+    "splice",
+    "steer",
+    "suspend",
+    "to_paths",
+]
+
+HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
+
+belong_to("nicehooks", [globals()[name] for name in __all__])
+belong_to(__name__, HANDED_OUT)
