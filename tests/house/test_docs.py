@@ -62,8 +62,8 @@ def run_page(page: str, file: str) -> None:
 
 
 def page_param(page: Path) -> Any:
-    loads_a_model = re.search(r"nicehooks\.loading|from_pretrained", page.read_text())
-    return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if loads_a_model else [])
+    takes_long = re.search(r"nicehooks\.loading|from_pretrained|torch\.compile\(", page.read_text())
+    return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if takes_long else [])
 
 
 # --- README and docs --------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.slow]  # the law in short is in test_compile.py
 
 
 def compiled(f):

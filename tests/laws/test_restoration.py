@@ -349,7 +349,6 @@ def test_the_signature_of_forward_stays():
 
 @pytest.fixture
 def no_gc():
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -15,10 +15,10 @@ from worlds import graphs, inputs, make, state
 from nicehooks import SiteNotReached, ablate, capture, edit
 from nicehooks.ports import compiled_gradients
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.slow]
 
 
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = ["eager", "aot_eager", "inductor"]
 
 
 @pytest.fixture(params=BACKENDS)
