@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 import warnings
-
-import torch
 
 
 class NiceHooksError(Exception):
@@ -91,10 +90,11 @@ class HookCheckWarning(NiceHooksWarning):
 def warn_caller(text: str, kind: type[Warning]) -> None:
     """Warns in the line that called this library, however deep in it the reason was found."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(_OUR_FILES):
+    inner = (*_OUR_FILES, os.path.dirname(str(sys.modules["torch"].__file__)) + os.sep)
+    while frame is not None and frame.f_code.co_filename.startswith(inner):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, kind, stacklevel=level)
 
 
-_OUR_FILES = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, contextlib.__file__)
+_OUR_FILES = (os.path.dirname(__file__) + os.sep, contextlib.__file__)
 """Files whose lines are not the caller's: those of this library, and those by way of which it is called."""

@@ -19,7 +19,7 @@ from nicehooks.compat.transformer_lens.canonical_names import get_act_name
 from nicehooks.compat.transformer_lens.hook_point import HookPlace, HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooked_models import HookedModule, HookedRootModule, hooked
-from nicehooks.compat.transformer_lens.hooks import HookFunction, LensHandle
+from nicehooks.compat.transformer_lens.hooks import HookFunction, HookRecord, LensHandle
 from nicehooks.compat.transformer_lens.hooks_by_name import HookIntrospectionMixin
 from nicehooks.compat.transformer_lens.lens_cache import LensCache
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
@@ -35,6 +35,7 @@ __all__ = [
     "HookIntrospectionMixin",
     "HookPlace",
     "HookPoint",
+    "HookRecord",
     "HookedMethods",
     "HookedModule",
     "HookedRootModule",

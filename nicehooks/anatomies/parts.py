@@ -29,7 +29,7 @@ class Part(ModulePath):
     heads: int | None = None
     head_dim: int = 2
 
-    __iter__ = None  # subscripts lengthen the path: without this, Python would try 0, 1, 2, … for ever
+    __iter__: Any = None  # pyright: ignore[reportIncompatibleMethodOverride]  # subscripts lengthen the path: without this, Python would try 0, 1, 2, … for ever
 
     @staticmethod
     def at(path: str | ModulePath, what: str = "", heads: int | None = None, head_dim: int = 2) -> Part:

@@ -107,7 +107,7 @@ class capture(Intervention):
     def _entered(self, session: Session) -> ActivationCache:
         plan: Any = self._plan
         cache = self._action.begin(len(plan.keys))  # a site that two items select is one site
-        cache._other_names = _OtherNames(self.model)  # pyright: ignore[reportPrivateUsage]
+        cache._other_names = _OtherNames(self.model)  # pyright: ignore
         return cache
 
     def _left(self, session: Session) -> None:

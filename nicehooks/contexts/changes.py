@@ -141,25 +141,28 @@ def steer(
 
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
     """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
-    this, there = trees.structure_of(vector), trees.structure_of(value)
     try:
         if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
-            raise TreeMismatch(f"{this} cannot be added to {there}")
+            raise TreeMismatch(_not_added(vector, value))
         wide = _dtype_of_sum(value, vector, scale)
         shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
         return (value.to(wide) + shift).to(value.dtype)
     except TORCH_ERRORS as error:
-        raise refused(error, f"{this} cannot be added to {there}") from None
+        raise refused(error, _not_added(vector, value)) from None
+
+
+def _not_added(vector: Tensor, value: Any) -> str:
+    return f"{trees.structure_of(vector)} cannot be added to {trees.structure_of(value)}"
 
 
 def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
     """In which dtype to add up: one in which nothing is rounded before the end."""
-    this, there = trees.structure_of(vector), trees.structure_of(value)
     whole = isinstance(scale, int) and not vector.is_floating_point()
     if not (value.is_floating_point() or value.is_complex() or whole):
-        raise TreeMismatch(f"{scale} × {this} would be rounded in {there}")
+        raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} would be rounded in {trees.structure_of(value)}")
     if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
-        raise TreeMismatch(f"{scale} × {this} has an imaginary part, {there} has none")
+        there = trees.structure_of(value)
+        raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} has an imaginary part, {there} has none")
     floating = value.is_floating_point() or value.is_complex()
     return torch.promote_types(value.dtype, torch.float32) if floating else value.dtype
 
@@ -280,12 +283,12 @@ class patch(Intervention):
         wheres = [where for where, _ in self.values]
         self._together = {}
         self._found = {}
-        if len(wheres) > 1 and all([isinstance(where, str) for where in wheres]):
+        if len(wheres) > 1 and not _is_traced() and all([isinstance(where, str) for where in wheres]):
             self._found = dict(zip(wheres, super()._selected(wheres), strict=True))  # one walk through the model
         try:
             return super()._make_plan()
         finally:
-            self._together = self._found = {}
+            self._together, self._found = {}, {}
 
     def _selected(self, where: Where) -> list[Group]:
         found = self._found.get(where) if isinstance(where, str) else None

@@ -123,7 +123,8 @@ class Intervention:
             return self._entered(self._start_traced())
         free_left_over()
         actions = [action for _, action in self._actions()] if self.keeps_plans else None
-        plan = self._plan if self._has_plan() else self._make_plan()
+        waits: Any = self._plan
+        plan: Plan = waits if self._has_plan() else self._make_plan()
         session = Session(plan.label, attached)
         with Exclusive():
             if self._session is not None:

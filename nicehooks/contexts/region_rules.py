@@ -78,7 +78,7 @@ class RegionRule(OutputRule):
             return None
         shape = _subscript_items(self)
         dims = [dim for dim, item in enumerate(shape) if type(item) is int]
-        if len(shape) > value.ndim or not (places := _places_in(self.together, dims, value)):
+        if len(shape) > value.ndim or not (places := _places_in_region(self.together, dims, value)):
             return None
         try:
             new = [_instead(rule, value) for rule in self.together]
@@ -103,7 +103,7 @@ def _subscript_items(rule: RegionRule) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 
 
-def _places_in(rules: list[RegionRule], dims: list[int], value: Tensor) -> list[tuple[int, ...]]:
+def _places_in_region(rules: list[RegionRule], dims: list[int], value: Tensor) -> list[tuple[int, ...]]:
     """The indices of each rule, counted from the start; empty where one is out of range or two are one place."""
     sizes = [value.shape[dim] for dim in dims]
     given = [[_subscript_items(rule)[dim] for dim in dims] for rule in rules]

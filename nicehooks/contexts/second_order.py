@@ -35,7 +35,7 @@ def gradients(
     if value.grad_fn is None:
         return value, [None] * len(edges)
     leaves, others = _outside(value.grad_fn, begun, own) if again else ([], False)
-    found: list[Tensor | None]
+    found: list[Any]
     *found, _ = torch.autograd.grad(
         value, [*edges, own], create_graph=others, retain_graph=bool(leaves) or others, allow_unused=True
     )

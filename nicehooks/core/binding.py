@@ -34,6 +34,8 @@ def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, 
             if actions is not None:
                 rule.given(actions)
             module: Any = tap.module()
+            if module is None:
+                continue
             names = module.__dict__
             if tap.rules or tap.kind.forward is not tap.found or not names.keys().isdisjoint(ENTRIES):
                 _bind_slowly(tap, module, rule, first)

@@ -80,7 +80,7 @@ def _part_of_anatomy(path: ModulePath, verb: str) -> list[str]:
     if part not in ANATOMY_PARTS:
         return []
     more = ", …" if verb in TAKES_MORE else ""
-    right = f"anatomy(model).{part}{layer or path.slice}"
+    right = f"anatomy(model).{part}{layer or path.subscripts}"
     return [
         f"  {part} is a part of a transformer, which anatomy(model) finds:",
         *_lines(f'{verb}(model, "{path}"{more})', f"{verb}(model, {right}{more})"),

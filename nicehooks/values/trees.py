@@ -235,14 +235,14 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
 def _filled_like(old: Tensor, number: Any) -> Tensor:
     if is_nested(old):
         return torch.zeros_like(old).fill_(number)
-    if old.layout is torch.strided:
+    if torch.compiler.is_compiling() or old.layout is torch.strided:
         return torch.full_like(old, number)
     return _in_layout_of(old, torch.full(old.shape, number, dtype=old.dtype, device=old.device))
 
 
 def _in_layout_of(old: Tensor, value: Tensor) -> Tensor:
     """`value`, made sparse where `old` is, and dense where it is not."""
-    if value.layout is old.layout:
+    if torch.compiler.is_compiling() or value.layout is old.layout:
         return value
     return value.to_dense() if old.layout is torch.strided else value.to_sparse(layout=old.layout)
 

@@ -142,7 +142,7 @@ BERT = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_a
 
 def test_the_residual_stream_of_an_unknown_model_is_what_its_blocks_return():
     class Block(torch.nn.Linear):
-        def forward(self, x):
+        def forward(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
             return (super().forward(x), None)
 
     class Unknown(torch.nn.Module):

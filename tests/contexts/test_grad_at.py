@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import gpt2, llama, tokens
@@ -261,6 +263,7 @@ def test_gradients_can_be_differentiated_again(leaf, times):
         value = total(model(x)).sin()
     expected = torch.autograd.grad(value, list(acts.values()), create_graph=True)
     _, grads = grad_at(model, paths, lambda output: total(output).sin())(x)
+    found: Any = ()
     for _ in range(times):
         found = torch.autograd.grad(
             sum(g.sin().sum() for g in grads.values()),

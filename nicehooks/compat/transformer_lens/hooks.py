@@ -187,8 +187,26 @@ class LensHandle(NamedTuple):
     hook: Hook
     is_permanent: bool
     context_level: int | None
-    user_hook: HookFunction
+    user_hook: HookFunction | None = None
+    dir: Direction = "fwd"
+
+
+class HookRecord(NamedTuple):
+    """One hook, as `list_hooks` showed it before it gave handles.
+
+    Attributes:
+        name: the name of its hook point.
+        dir: `"fwd"` or `"bwd"`.
+        hook: the function.
+        is_permanent: whether only `including_permanent=True` removes it.
+        level: the level of the context that it belongs to, or None.
+    """
+
+    name: str
     dir: Direction
+    hook: HookFunction
+    is_permanent: bool
+    level: int | None
 
 
 def handle_of(hook: Hook) -> LensHandle:
