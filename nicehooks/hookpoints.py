@@ -26,6 +26,9 @@ from nicehooks.errors import HookCheckFailed, HookCheckWarning
 from nicehooks.moved import belong_to
 from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
+Place = HookPlace
+"""Its first name, which old code and old pickles have."""
+
 __all__ = [
     "CachingHook",
     "HookCheckFailed",
@@ -42,6 +45,7 @@ __all__ = [
     "LensCache",
     "LensHandle",
     "NamesFilter",
+    "Place",
     "auto_hook",
     "check_auto_hook",
     "get_act_name",

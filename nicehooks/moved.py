@@ -56,5 +56,6 @@ def _places_of_old(old: str, name: str) -> Iterator[tuple[str, str]]:
 
 RENAMED = {
     ("nicehooks.listing", "describe"): "nicehooks.contexts.listing.describe",
+    ("nicehooks.points", "Place"): "nicehooks.compat.transformer_lens.hook_point.HookPlace",
 }
 """What has another name today, or whose name several files have."""

@@ -296,9 +296,11 @@ class patch(Intervention):
 
     def _rules(self, site: Site, action: Action) -> Pairs:
         """See NOTE [Regions that are written together]."""
+        if _is_traced():
+            return super()._rules(site, action)
         pairs, shape, module = super()._rules(site, action), shape_of(site), id(site.module)
         ((_, rule), *others) = pairs
-        if others or type(rule) is not OutputRule or rule.when.counts or shape is None or _is_traced():
+        if others or type(rule) is not OutputRule or rule.when.counts or shape is None:
             self._together.pop(module, None)  # what comes between two regions has to stay there
             return pairs
         before, together = self._together.get(module, (None, []))
