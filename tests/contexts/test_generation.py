@@ -634,7 +634,10 @@ def test_an_encoder_runs_once_and_its_decoder_in_every_step(translator, way):
     assert torch.equal(output, expected)
     assert len(acts[ENCODER]) == 1
     assert len(acts[DECODER]) == NEW
-    assert all(same(list(acts[name]), values) for name, values in outputs.items())
+    different = [name for name, values in outputs.items() if not same(list(acts[name]), values)]
+    # beam search then repeats the rows in the very object that a hook has kept; the cache has what the encoder returned
+    assert different == (["encoder"] if "num_beams" in way else [])
+    assert acts["encoder"][0]["last_hidden_state"].shape[0] == len(prompt["input_ids"])
 
 
 @pytest.mark.parametrize("steps", [None, 0, slice(None, 1)])
