@@ -205,7 +205,7 @@ class Store(dict[str, Any]):
         calls = dict.get(self, key, Calls())
         start = len(calls) if new_pass else self._pass_starts.get(key, 0)
         self._pass_starts[key] = start
-        calls = Calls([*calls[:start], trees.as_it_is(value), *calls[start:]])
+        calls = Calls([*calls[:start], value, *calls[start:]])
         self[key] = calls
         self._seen[key] = Watch.over(calls)
 
@@ -215,14 +215,12 @@ class Store(dict[str, Any]):
             if self._has_first(key):
                 return
             self._firsts[key] = True
-        if keep == "all" or torch.compiler.is_compiling():
-            value = trees.as_it_is(value)
         if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
+            value = trees.as_it_is(value)
             dict.__setitem__(self, key, Link(dict.get(self, key), value) if keep == "all" else value)
             return
         watch = Watch.over(value)
         if keep == "all":
-            watch = watch.over_other(None)  # the containers are the cache's own already
             before = dict.get(self, key)
             before = calls_of(before) if isinstance(before, Link) else before
             if type(before) is Calls:

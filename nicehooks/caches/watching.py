@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import optree
@@ -45,14 +47,12 @@ class Watch(list[tuple[Any, Any]]):
 
     Attributes:
         lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
-        container: the value, where it has containers that can change; else None.
-        kept: such a value in containers that nobody changes, as it was. Both go with the watch: when the value leaves
-            the cache.
+        containers: those of the value that can change, by their ids, each with a copy of it as it was. They go with the
+            watch: when the value leaves the cache.
     """
 
     lives: tuple[Any, ...] = ()
-    container: Any = None
-    kept: Any = None
+    containers: Mapping[int, tuple[Any, Any]] = MappingProxyType({})
 
     @staticmethod
     def over(value: Any) -> Watch:
@@ -62,24 +62,36 @@ class Watch(list[tuple[Any, Any]]):
         if torch_private.innermost_transform() is not None:
             lives = [torch_private.life_of(tensor) for tensor in tensors]
             watch.lives = tuple(life for life in lives if life is not None)
-        kept = trees.as_it_is(value)
-        if kept is not value:
-            watch.container, watch.kept = value, kept
+        each = [(one, trees.as_it_is(one)) for one in (value if type(value) is Calls else [value])]
+        watch.containers = {id(one): (one, kept) for one, kept in each if kept is not one}
         return watch
 
     def over_other(self, value: Any) -> Watch:
         """The watch over `value` in another cache, which may share tensors with what this one watches over."""
-        return self if self.container is None or value is self.container else self.joined(Watch())
+        if not self.containers:
+            return self
+        watch, own = self.joined(Watch()), value if type(value) is Calls else [value]
+        watch.containers = {id(one): self.containers[id(one)] for one in own if id(one) in self.containers}
+        return watch
 
     def as_captured(self, value: Any) -> Any:
         """`value` itself, if its containers are what they were; else what they were, around the same tensors."""
-        changed = self.container is not None and value is self.container and not trees.has_spine_of(value, self.kept)
-        return self.kept if changed else value
+        if not self.containers:
+            return value
+        if type(value) is not Calls:
+            return self._one_as_captured(value)
+        calls = [self._one_as_captured(one) for one in value]
+        return Calls(calls) if any(new is not old for new, old in zip(calls, value, strict=True)) else value
+
+    def _one_as_captured(self, value: Any) -> Any:
+        _, kept = self.containers.get(id(value), (None, value))
+        return value if trees.has_spine_of(value, kept) else kept
 
     def joined(self, other: Watch) -> Watch:
         """A watch over what both watch over."""
         watch = Watch([*self, *other])
         watch.lives = (*self.lives, *other.lives)
+        watch.containers = {**self.containers, **other.containers}
         return watch
 
     @staticmethod

@@ -148,7 +148,7 @@ def _kind_of(tensor: Tensor) -> str:
 def _shape_of(tensor: Tensor) -> str:
     """The sizes of a tensor; `*` where those inside of a nested one differ."""
     if not is_nested(tensor):
-        return str(list(tensor.shape))
+        return f"{list(tensor.shape)}"  # Dynamo writes a list in no other way
     return f"[{', '.join(map(str, torch_private.nested_sizes(tensor)))}]"
 
 

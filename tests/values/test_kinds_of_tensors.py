@@ -284,11 +284,23 @@ def test_what_is_made_of_a_captured_container_keeps_none_of_it_alive() -> None:
     assert made["0"]["h"].tolist() == X.tolist()
 
 
-def test_a_container_that_nobody_changes_is_the_models_own() -> None:
+@pytest.mark.parametrize("keep", ["first", "last", "all"])
+def test_a_container_that_nobody_changes_is_the_models_own(keep: Any) -> None:
     model = making(lambda x: {"h": [x]})
-    with capture(model, "0") as acts:
-        out = model(X)
-    assert acts["0"] is out
+    with capture(model, "0", keep=keep) as acts:
+        outputs = [model(X), model(X)]
+    found = acts["0"] if keep == "all" else [acts["0"]]
+    expected = {"first": outputs[:1], "last": outputs[1:], "all": outputs}[keep]
+    assert [mine is theirs for mine, theirs in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+def test_of_several_calls_only_the_one_that_was_changed_is_a_copy() -> None:
+    model = making(lambda x: {"h": x})
+    with capture(model, "0", keep="all") as acts:
+        first, second = model(X), model(X)
+    first["h"] = None
+    assert acts["0"][0]["h"] is X
+    assert acts["0"][1] is second
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
