@@ -96,3 +96,26 @@ def records(model, *args, **options):
         for name, handles in model.list_hooks(*args, **options).items()
         for handle in handles
     ]
+
+
+# --- places in it, and hooks ---
+
+MLP = "blocks.0.hook_mlp_out"
+POST = "blocks.1.hook_resid_post"
+Z = "blocks.1.attn.hook_z"
+
+
+def double(value, hook):
+    return value * 2
+
+
+def zero(value, hook):
+    return value * 0
+
+
+def look(value, hook):
+    return None
+
+
+def names_of(point):
+    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import inputs, toy
+from hookpoint_models import MLP, double, inputs, look, names_of, zero
 from worlds import Pair
 
 import nicehooks
@@ -17,36 +17,6 @@ from nicehooks import (
     suspend,
 )
 from nicehooks.hookpoints import HookIntrospectionMixin, HookPoint
-
-MLP = "blocks.0.hook_mlp_out"
-POST = "blocks.1.hook_resid_post"
-Z = "blocks.1.attn.hook_z"
-
-
-def double(value, hook):
-    return value * 2
-
-
-def zero(value, hook):
-    return value * 0
-
-
-def look(value, hook):
-    return None
-
-
-def names_of(point):
-    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]
-
-
-@pytest.fixture
-def model():
-    return toy()
-
-
-@pytest.fixture
-def clean(model):
-    return model(inputs())
 
 
 def test_a_hook_point_is_the_identity_and_has_nothing_to_begin_with():

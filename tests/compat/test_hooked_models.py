@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import inputs, records, toy
+from hookpoint_models import MLP, double, inputs, look, records, zero
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import same, state
@@ -21,36 +21,6 @@ from nicehooks import (
     capture,
 )
 from nicehooks.hookpoints import HookedMethods, hooked
-
-MLP = "blocks.0.hook_mlp_out"
-POST = "blocks.1.hook_resid_post"
-Z = "blocks.1.attn.hook_z"
-
-
-def double(value, hook):
-    return value * 2
-
-
-def zero(value, hook):
-    return value * 0
-
-
-def look(value, hook):
-    return None
-
-
-def names_of(point):
-    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]
-
-
-@pytest.fixture
-def model():
-    return toy()
-
-
-@pytest.fixture
-def clean(model):
-    return model(inputs())
 
 
 @pytest.fixture

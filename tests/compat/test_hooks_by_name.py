@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import Toy, inputs, records, toy
+from hookpoint_models import MLP, POST, Toy, Z, double, inputs, look, records, zero
 from worlds import same, state
 
 from nicehooks import (
@@ -21,37 +21,6 @@ from nicehooks import (
     describe,
 )
 from nicehooks.hookpoints import HookPoint
-
-MLP = "blocks.0.hook_mlp_out"
-POST = "blocks.1.hook_resid_post"
-Z = "blocks.1.attn.hook_z"
-
-
-def double(value, hook):
-    return value * 2
-
-
-def zero(value, hook):
-    return value * 0
-
-
-def look(value, hook):
-    return None
-
-
-def names_of(point):
-    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]
-
-
-@pytest.fixture
-def model():
-    return toy()
-
-
-@pytest.fixture
-def clean(model):
-    return model(inputs())
-
 
 # --- a model with hook points -----------------------------------------------------------------------------------------
 

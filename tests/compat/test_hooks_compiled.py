@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
-from torch import nn
 from worlds import inputs, state
 
 from nicehooks import (
-    describe,
     edit,
     register_forward_hook,
     register_forward_pre_hook,
@@ -17,42 +15,6 @@ from nicehooks import (
     register_full_backward_pre_hook,
     run,
 )
-
-
-class Two(nn.Module):
-    """Takes two tensors and an option, returns two tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x, y, scale=1.0):
-        return self.inner(x) * y * scale, y.sin()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.two = Two()
-        self.relu = nn.ReLU()
-
-    def forward(self, x):
-        h = self.first(x)
-        left, right = self.two(h, h * 2, scale=0.5)
-        return self.relu(left) + right
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-def unchanged(model):
-    before = state(model)
-    return lambda: state(model) == before and not describe(model)
-
 
 PATHS = ["first", "two", "two.inner", "", "first[..., 1]", "two[..., :2]"]
 

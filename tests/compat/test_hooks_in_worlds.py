@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import Toy, inputs, records, toy
+from hookpoint_models import MLP, POST, Toy, Z, double, inputs, look, records, toy, zero
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from worlds import WORLDS, same
@@ -23,37 +23,6 @@ from nicehooks import (
     edit,
 )
 from nicehooks.hookpoints import HookedRootModule, HookPoint, hooked
-
-MLP = "blocks.0.hook_mlp_out"
-POST = "blocks.1.hook_resid_post"
-Z = "blocks.1.attn.hook_z"
-
-
-def double(value, hook):
-    return value * 2
-
-
-def zero(value, hook):
-    return value * 0
-
-
-def look(value, hook):
-    return None
-
-
-def names_of(point):
-    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]
-
-
-@pytest.fixture
-def model():
-    return toy()
-
-
-@pytest.fixture
-def clean(model):
-    return model(inputs())
-
 
 # --- worlds -----------------------------------------------------------------------------------------------------------
 

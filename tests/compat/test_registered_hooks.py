@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 import torch._dynamo
+from nice_hooks_models import unchanged
 from torch import nn
-from worlds import inputs, make, same, state
+from worlds import inputs, make, same
 
 from nicehooks import (
     ModulePath,
@@ -25,42 +26,6 @@ from nicehooks import (
     register_full_backward_hook,
     register_full_backward_pre_hook,
 )
-
-
-class Two(nn.Module):
-    """Takes two tensors and an option, returns two tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x, y, scale=1.0):
-        return self.inner(x) * y * scale, y.sin()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.two = Two()
-        self.relu = nn.ReLU()
-
-    def forward(self, x):
-        h = self.first(x)
-        left, right = self.two(h, h * 2, scale=0.5)
-        return self.relu(left) + right
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-def unchanged(model):
-    before = state(model)
-    return lambda: state(model) == before and not describe(model)
-
 
 # --- beside PyTorch's own hooks ---------------------------------------------------------------------------------------
 

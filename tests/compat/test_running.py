@@ -10,8 +10,9 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
+from nice_hooks_models import unchanged
 from torch import nn
-from worlds import WORLDS, inputs, same, state
+from worlds import WORLDS, inputs, same
 
 import nicehooks
 from nicehooks import (
@@ -24,47 +25,10 @@ from nicehooks import (
     TreeMismatch,
     UnsupportedModule,
     capture,
-    describe,
     expand_module_path,
     run,
     select,
 )
-
-
-class Two(nn.Module):
-    """Takes two tensors and an option, returns two tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x, y, scale=1.0):
-        return self.inner(x) * y * scale, y.sin()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.two = Two()
-        self.relu = nn.ReLU()
-
-    def forward(self, x):
-        h = self.first(x)
-        left, right = self.two(h, h * 2, scale=0.5)
-        return self.relu(left) + right
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-def unchanged(model):
-    before = state(model)
-    return lambda: state(model) == before and not describe(model)
-
 
 # --- run --------------------------------------------------------------------------------------------------------------
 
