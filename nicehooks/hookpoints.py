@@ -1,16 +1,9 @@
-"""Hook points, from which everything about them is imported.
+"""Hook points: the public names of two surfaces, from which everything about them is imported.
 
-hooks           one hook, and hooks as an intervention
-points          HookPoint, and the methods of a place
-caching_hooks   the hook that fills a cache
-named_points    hooks by name
-hooked_methods  running with hooks, or with a cache
-hooked_models   HookedRootModule, hooked
-autohook        auto_hook
-hook_reports    what check_auto_hook returns
-hook_checks     check_auto_hook
+They come from `compat/transformer_lens` and `compat/auto_hookpoint`.
 """
 
+import nicehooks.public  # noqa: F401  # first: what both hand out belongs to it
 from nicehooks.compat.auto_hookpoint.auto_hook import auto_hook
 from nicehooks.compat.auto_hookpoint.checks import check_auto_hook
 from nicehooks.compat.auto_hookpoint.reports import HookCheckReport
@@ -24,7 +17,6 @@ from nicehooks.compat.transformer_lens.hooks_by_name import HookIntrospectionMix
 from nicehooks.compat.transformer_lens.lens_cache import LensCache
 from nicehooks.errors import HookCheckFailed, HookCheckWarning
 from nicehooks.moved import belong_to
-from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
 Place = HookPlace
 """Its first name, which old code and old pickles have."""

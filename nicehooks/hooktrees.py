@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+import nicehooks.public  # noqa: F401  # first: what both hand out belongs to it
 from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.compat.transformer_debugger.autoencoder_hooks import AutoencoderHooks
 from nicehooks.compat.transformer_debugger.binding import HooksOn
@@ -27,7 +28,6 @@ from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, Condition
 from nicehooks.compat.transformer_debugger.places import PLACES, spots
 from nicehooks.errors import HooksMisuse, NoSuchHooks, UnsupportedModule
 from nicehooks.moved import belong_to
-from nicehooks.public import __all__ as _  # noqa: F401  # so that what both hand out says where it belongs
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,8 +1,11 @@
 """The public names, from which `nicehooks` takes them when the first is asked for.
 
-What only the library makes, but may be in a pickle (`HANDED_OUT`), is found here, too, whatever file it is in.
+Which they are, `nicehooks.__all__` says. What only the library makes, but may be in a pickle (`HANDED_OUT`), is found
+here, too, whatever file it is in.
 """
 
+# ruff: noqa: F401  # they are here to be handed out
+from nicehooks import moved
 from nicehooks.anatomies.anatomy import anatomy, register_anatomy
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
@@ -39,64 +42,19 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.moved import belong_to
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-__all__ = [
-    "KEEP",
-    "ActivationCache",
-    "ActivationCacheLike",
-    "AnySlice",
-    "CheckpointWarning",
-    "ContextMisuse",
-    "ModulePath",
-    "NiceHooksError",
-    "NiceHooksWarning",
-    "NotCalledWarning",
-    "NotCaptured",
-    "NotReachedWarning",
-    "PathError",
-    "PathsLike",
-    "RemovableHandleCollection",
-    "Site",
-    "SiteNotFound",
-    "SiteNotReached",
-    "StaleActivation",
-    "TreeMismatch",
-    "UnsupportedModule",
-    "ablate",
-    "anatomy",
-    "capture",
-    "captured",
-    "describe",
-    "direct_logit_attribution",
-    "edit",
-    "expand_module_path",
-    "functional",
-    "fused_attention_as_steps",
-    "grad_at",
-    "head_results",
-    "logit_lens",
-    "patch",
-    "patch_method_to_module",
-    "register_anatomy",
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "run",
-    "select",
-    "sites",
-    "splice",
-    "steer",
-    "suspend",
-    "to_paths",
-]
-
 HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
 
-belong_to("nicehooks", [globals()[name] for name in __all__])
-belong_to(__name__, HANDED_OUT)
+
+def _is_handed_out(thing: object) -> bool:
+    return any([thing is other for other in HANDED_OUT])
+
+
+moved.belong_to(__name__, HANDED_OUT)
+moved.belong_to(
+    "nicehooks", [thing for name, thing in list(globals().items()) if name[0] != "_" and not _is_handed_out(thing)]
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -12,15 +11,16 @@ from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.caches.spellings import Names
 from nicehooks.caches.watching import versions_of
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
-from nicehooks.core.census import Census
 from nicehooks.core.frames import Frame, StopForward
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
 from nicehooks.core.selection import Site, Where
 from nicehooks.core.sessions import Session, note_export
+from nicehooks.core.tap import overwrite
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.torch_private import innermost_transform, transforms_running, version_counter
@@ -107,7 +107,7 @@ class capture(Intervention):
     def _entered(self, session: Session) -> ActivationCache:
         plan: Any = self._plan
         cache = self._action.begin(len(plan.keys))  # a site that two items select is one site
-        cache._other_names = _OtherNames(self.model)  # pyright: ignore
+        cache._other_names = Names(self.model)  # pyright: ignore[reportPrivateUsage]
         return cache
 
     def _left(self, session: Session) -> None:
@@ -120,17 +120,6 @@ class capture(Intervention):
 
     def _was_reached(self, session: Session, rule: SiteRule) -> bool:
         return rule.key in session.reached or dict.__contains__(self._action.cache, rule.key)
-
-
-class _OtherNames:
-    """Asks the model, if it still exists, under which other names it knows a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
-
-    def __call__(self, name: str) -> list[str]:
-        model = self.model()
-        return [] if model is None else Census(model).other_names(name)
 
 
 class _Capture(Action):
@@ -301,6 +290,6 @@ class _WholeOutput(OutputRule):
         if again and self.key in action.seen and torch_private.in_backward():
             return value  # a checkpointed region runs again: this was captured in the forward
         self.round = session.round
-        action.cache[self.key] = value
+        overwrite(action.cache, self.key, value)  # see NOTE [What a cache keeps alive]
         action.seen[self.key] = (value, version)
         return value

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.calling import has_forward
@@ -279,14 +279,14 @@ class patch(Intervention):
     def _actions(self) -> list[tuple[Where, Action]]:
         return [(where, _Patch(value)) for where, value in self.values]
 
-    def _make_plan(self) -> Any:
+    def _make_plan(self, actions: Actions | None = None) -> Plan:
         wheres = [where for where, _ in self.values]
         self._together = {}
         self._found = {}
         if len(wheres) > 1 and not _is_traced() and all([isinstance(where, str) for where in wheres]):
             self._found = dict(zip(wheres, super()._selected(wheres), strict=True))  # one walk through the model
         try:
-            return super()._make_plan()
+            return super()._make_plan(actions)
         finally:
             self._together, self._found = {}, {}
 
@@ -374,7 +374,7 @@ class suspend(Intervention):
     def __repr__(self) -> str:
         return "suspend(model)"
 
-    def _make_plan(self) -> Any:
+    def _make_plan(self, actions: Actions | None = None) -> Plan:
         modules = list(unwrap(self.model).modules())
         modules += [method for module in modules for _, method in method_modules(module)]
         if torch.compiler.is_dynamo_compiling():  # which traced rules there will be by then is only known there

@@ -32,6 +32,9 @@ from nicehooks.errors import (
     warn_caller,
 )
 
+Actions = list[tuple[Where, Action]]
+"""What to do where."""
+
 
 class Intervention:
     """A context that acts on a model while it is entered; also a handle.
@@ -52,12 +55,12 @@ class Intervention:
         self.steps = steps
         self.calls = calls
         self._plan: Plan | None = None
-        self._waits_as: Any = None  # under which key the plan waits for whoever comes first
+        self._has_given = False  # whether its plan waits for whoever comes first
         self._session: Session | None = None
 
     # what the interventions say
 
-    def _actions(self) -> list[tuple[Where, Action]]:
+    def _actions(self) -> Actions:
         """What to do where."""
         raise NotImplementedError  # abstract: every intervention has its own
 
@@ -122,15 +125,14 @@ class Intervention:
         if torch.compiler.is_dynamo_compiling():
             return self._entered(self._start_traced())
         free_left_over()
-        actions = [action for _, action in self._actions()] if self.keeps_plans else None
-        waits: Any = self._plan
-        plan: Plan = waits if self._has_plan() else self._make_plan()
+        actions = self._actions() if self.keeps_plans else None
+        plan = self._plan_of_last_entry() or self._make_plan(actions)
         session = Session(plan.label, attached)
         with Exclusive():
             if self._session is not None:
                 raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
             self._plan, self._session = plan, session
-            self._waits_as = None
+            self._has_given = False
         try:
             self._start(session, plan, actions)
             return self._entered(session)
@@ -138,7 +140,7 @@ class Intervention:
             self._stop()
             raise
 
-    def _start(self, session: Session, plan: Plan, actions: list[Action] | None) -> None:
+    def _start(self, session: Session, plan: Plan, actions: Actions | None) -> None:
         sessions.number(session)
         session.counting = plan.counting
         for companion in plan.companions:
@@ -146,7 +148,8 @@ class Intervention:
                 rule.session = session
             companion.begin(session)
         sessions.begin(session)
-        bind(plan.taps, session, actions, self.first)
+        given = None if actions is None else [action for _, action in actions]
+        bind(plan.taps, session, given, self.first)
 
     def _start_traced(self) -> Session:
         self._plan = self._make_plan()
@@ -190,48 +193,46 @@ class Intervention:
         """What a plan depends on besides the model and the paths."""
         return type(self), self.first
 
-    def _key_of_plan(self) -> Any:
+    def _key_of_plan(self, actions: Actions) -> Any:
         """Under which its plan is kept; None where it cannot be used again."""
         if not self.keeps_plans or torch.compiler.is_compiling() or self.steps is not None or self.calls is not None:
             return None
-        wheres = tuple([_as_key(where) for where, _ in self._actions()])
+        wheres = tuple([_as_key(where) for where, _ in actions])
         return None if None in wheres else (self._depends_on(), wheres)
 
     def _leave_plan(self, plan: Plan) -> None:
         """Lets the next context of this kind have the plan; see NOTE [Plans are used again]."""
-        key = self._key_of_plan() if plan.reusable and self._plan is plan else None
-        if key is not None:
-            self._waits_as = key
-            PLANS.give(self.model, key, plan, [action for _, action in self._actions()])
+        if plan.key is not None and self._plan is plan:
+            self._has_given = True
+            PLANS.give(self.model, plan)
 
-    def _has_plan(self) -> bool:
-        """Whether it still has the plan of its last entry."""
+    def _plan_of_last_entry(self) -> Plan | None:
+        """The plan that it had, unless it has to be made anew or somebody else has taken it."""
         if self._plan is None or self.plans_anew:
-            return False
-        return self._waits_as is None or PLANS.take_back(self.model, self._waits_as, self._plan)
+            return None
+        return self._plan if not self._has_given or PLANS.take_back(self.model, self._plan) else None
 
-    def _make_plan(self) -> Plan:
-        actions = self._actions()
+    def _make_plan(self, actions: Actions | None = None) -> Plan:
+        actions = self._actions() if actions is None else actions
         selected = [self._selected(where) for where, _ in actions]
-        key = self._key_of_plan()
+        key = self._key_of_plan(actions)
         kept = None if key is None else PLANS.take(self.model, key, selected)
-        return self._new_plan(actions, selected) if kept is None else kept._replace(label=repr(self))
+        return self._new_plan(actions, selected, key) if kept is None else kept._replace(label=repr(self))
 
-    def _new_plan(self, actions: list[tuple[Where, Action]], selected: list[list[Group]]) -> Plan:
+    def _new_plan(self, actions: Actions, selected: list[list[Group]], key: Any) -> Plan:
         groups: list[RuleGroup] = []
         pairs: Pairs = [(unwrap(self.model), self._step_rule())]
         sites: list[Site] = []
         for of, ((_, action), chosen) in enumerate(zip(actions, selected, strict=True)):
             made: dict[Any, Pairs] = {}  # a site that two items select is one site
             for group in chosen:
-                keys = [site.key for site in group.sites]
-                for key, site in zip(keys, group.sites, strict=True):
-                    new = key not in made
+                for site in group.sites:
+                    new = site.key not in made
                     if new:
-                        made[key] = self._rules(site, action)
-                    first: Any = made[key][0][1]
+                        made[site.key] = self._rules(site, action)
+                    first: Any = made[site.key][0][1]
                     first.wild = group.wild and (new or first.wild)
-                groups.append(RuleGroup(group.where, [made[key][0][1] for key in keys], group.wild))  # pyright: ignore
+                groups.append(RuleGroup(group.where, [made[site.key][0][1] for site in group.sites], group.wild))
                 sites += group.sites
             if not made and not any([group.where is False for group in chosen]):
                 raise SiteNotFound(EMPTY.format(verb=self.verb))
@@ -247,7 +248,7 @@ class Intervention:
         for index, rule in enumerate(rules):
             rule.index = index
         keys = frozenset([rule.key for rule in rules])
-        return Plan.of(repr(self), pairs, selected, groups, self._counts(rules), keys)
+        return Plan.of(repr(self), pairs, selected, groups, self._counts(rules), keys, key)
 
     def _selected(self, where: Where) -> list[Group]:
         select = groups_of if torch.compiler.is_dynamo_compiling() else select_groups
@@ -270,9 +271,8 @@ class Intervention:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
         outlived = session.checkpointed and not session.recomputed
-        if (
-            outlived and session.checkpointed > torch_private.checkpoint_depth()
-        ):  # else the region enters the context again
+        # inside of the region itself, backward enters the context again
+        if outlived and session.checkpointed > torch_private.checkpoint_depth():
             warn_caller(CHECKPOINTED.format(context=self), CheckpointWarning)
 
     def _acted(self, session: Session, plan: Plan) -> bool:

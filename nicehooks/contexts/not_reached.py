@@ -16,10 +16,7 @@ def not_called(context: Any, session: Session) -> str:
     """That the model was not called in `context` at all."""
     text = f"{context!r} was left, but the model was not called in it."
     if session.elsewhere:
-        text += (
-            " It was called in another thread or task meanwhile, where this context does not act: enter it there,"
-            " carry it along with contextvars.copy_context(), or use .attach()."
-        )
+        text += f" It was called in another thread or task meanwhile, {NOT_THERE}"
     if session.suspended:
         text += " It was called inside suspend(model) only."
     return text
@@ -30,6 +27,10 @@ def not_reached(context: Any, session: Session, rule: SiteRule) -> str:
     text = f"{rule.key!r} was never reached in {type(unwrap(context.model)).__name__}: {_reason(rule, session)}"
     return f"{text}\n  while {context!r} was active"
 
+
+NOT_THERE = (
+    "where this context does not act: enter it there, carry it along with contextvars.copy_context(), or use .attach()."
+)
 
 CHECKPOINTED = (
     "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and "
@@ -55,10 +56,7 @@ def _reason(rule: SiteRule, session: Session) -> str:
             f"What comes out of it is the output of the attention: {name + '[0]'!r}."
         )
     if session.elsewhere:
-        return (
-            "its module ran in another thread or task, where this context does not act. Enter it there, carry it along "
-            "with contextvars.copy_context(), or use .attach()."
-        )
+        return f"its module ran in another thread or task, {NOT_THERE}"
     if rule.reason:
         return rule.why_not_reached()
     if rule.chain and session.called:

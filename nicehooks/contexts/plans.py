@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from nicehooks.core.binding import Bound, taps_for
 from nicehooks.core.register import Companion, Pairs
-from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.rules import SiteRule
 from nicehooks.core.selection import Group, Where
 
 
@@ -34,7 +35,8 @@ class Plan(NamedTuple):
         companions: what these need for as long as a session lasts.
         counting: whether steps, calls, or the depth in the root model matter.
         keys: the keys of the sites.
-        reusable: whether the next context of its kind on the same sites can have it; see NOTE [Plans are used again].
+        key: what tells it from the other plans for the same model, if it can be used again; see NOTE [Plans are used
+            again].
     """
 
     label: str
@@ -45,7 +47,7 @@ class Plan(NamedTuple):
     companions: list[Companion]
     counting: bool
     keys: frozenset[str]
-    reusable: bool
+    key: Any
 
     @staticmethod
     def of(
@@ -55,17 +57,16 @@ class Plan(NamedTuple):
         groups: list[RuleGroup] | None = None,
         counting: bool = False,
         keys: frozenset[str] = frozenset(),
+        key: Any = None,
     ) -> Plan:
-        """The plan with these rules."""
+        """The plan with these rules; it keeps its `key` if all of them are good for another context."""
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         kinds = dict.fromkeys([rule.companion for rule in rules if rule.companion is not None])
         companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
         traced = torch.compiler.is_dynamo_compiling()
         taps = [] if traced else taps_for(pairs)
-        reusable = all([rule.reusable for rule in rules])
-        return Plan(
-            label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, reusable
-        )
+        key = key if all([rule.reusable for rule in rules]) else None
+        return Plan(label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, key)
 
 
 class Plans:
@@ -89,26 +90,30 @@ class Plans:
         kept = self.of_model.get(model, {}).get(key)
         while kept:
             plan = kept.pop()
-            same = all([was is now for was, now in zip(plan.selected, selected, strict=True)])
-            if same and all([tap.alive for tap, _, _ in plan.taps]):
+            if _are_same(plan.selected, selected) and all([tap.alive for tap, _, _ in plan.taps]):
                 return plan
         return None
 
-    def take_back(self, model: nn.Module, key: Any, plan: Plan) -> bool:
+    def take_back(self, model: nn.Module, plan: Plan) -> bool:
         """Whether `plan` is still there for the one who gave it."""
-        kept = self.of_model.get(model, {}).get(key, [])
+        kept = self.of_model.get(model, {}).get(plan.key, [])
         count = len(kept)
         kept[:] = [other for other in kept if other is not plan]
         return len(kept) < count
 
-    def give(self, model: nn.Module, key: Any, plan: Plan, actions: list[Action]) -> None:
-        """Keeps `plan`, without the values that `actions` hold."""
-        nothing: list[Any] = [None] * len(actions)
+    def give(self, model: nn.Module, plan: Plan) -> None:
+        """Keeps `plan`, without the values that its actions hold."""
+        nothing: list[Any] = [None] * len(plan.selected)
         for _, rule, _ in plan.taps:
             rule.given(nothing)
-        kept = self.of_model.setdefault(model, {}).setdefault(key, [])
+        kept = self.of_model.setdefault(model, {}).setdefault(plan.key, [])
         if len(kept) < self.MOST:
             kept.append(plan)
+
+
+def _are_same(selected: list[list[Group]], others: list[list[Group]]) -> bool:
+    """Whether both are the very same selections, which are remembered for as long as they hold."""
+    return all([len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(selected, others, strict=True)])
 
 
 PLANS = Plans()

@@ -131,8 +131,11 @@ def _ends_alike(wanted: str, kind: str) -> bool:
 
 
 def _is_alike(wanted: str, kind: str) -> bool:
-    """Whether the names of this kind are worth showing to who wrote `wanted`."""
-    last, other = wanted.split(".")[-1].lower(), kind.split(".")[-1].lower()
+    """Whether the names of this kind are worth showing to who wrote `wanted`: much the same, or beside it."""
+    parent, dot, last = wanted.lower().rpartition(".")
+    beside, _, other = kind.lower().rpartition(".")
+    if dot and parent == beside:
+        return True
     if "*" in (last, other):
         return _ends_alike(wanted, kind) or _is_typo(wanted, kind) or _ratio(wanted, kind) >= 0.5
     return _ratio(last, other) >= 0.5 or last in other or other in last

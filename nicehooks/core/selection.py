@@ -61,7 +61,15 @@ def select(model: nn.Module, *where: Where) -> list[Site]:
 def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[Group]:
     """The sites of each item of `where`; two groups may have the same one.
 
-    It is the very same list as the last time, as long as `where` selects the same in the model; nobody changes it.
+    It is the very same list as the last time, as long as `where` selects the same in the model; nobody changes it. So
+    what was made for a selection, and depends on nothing else in the model, is good for as long as its groups are the
+    same ones. What cannot be remembered (see NOTE [Selections are remembered]) is a new list each time.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> before = select_groups(model, "0")
+    >>> model.append(nn.ReLU())[0] = nn.Linear(2, 2)
+    >>> select_groups(model, "1") is select_groups(model, "1"), select_groups(model, "0") is before
+    (True, False)
     """
     items = list(flat(where))
     key = _key_of(model, items)
@@ -73,26 +81,6 @@ def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[
     if key is not None:
         remember(model, key, groups, finder.trace)
     return groups
-
-
-def selection_stamp(model: nn.Module, where: Where) -> object:
-    """An object that is the same one as long as `where` selects the very same sites in `model`.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> stamp = selection_stamp(model, "0")
-    >>> model.append(nn.ReLU())[0] = nn.Linear(2, 2)
-    >>> selection_stamp(model, "1") is selection_stamp(model, "1"), selection_stamp(model, "0") is stamp
-    (True, False)
-
-    What was made for a selection, and depends on nothing else in the model, is good for as long as the stamp is the
-    same. Where paths have neither `*` nor braces, only the modules on their way are looked at; otherwise those that the
-    walk has met, each by its type and its children. What cannot be remembered (see NOTE [Selections are remembered])
-    has a new stamp each time.
-
-    Raises:
-        PathError, SiteNotFound, UnsupportedModule: as `select`.
-    """
-    return select_groups(model, where)
 
 
 def _key_of(model: nn.Module, items: list[Where]) -> Any:

@@ -200,7 +200,7 @@ HERE = _Here()
 def number(session: Session) -> None:
     """Gives `session` its own number, before anything is done in its name."""
     session.number = next(_session_numbers)
-    session.round = next(_rounds)
+    new_round(session)
 
 
 def begin(session: Session) -> None:

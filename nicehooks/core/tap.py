@@ -44,6 +44,7 @@ from nicehooks.errors import UnsupportedModule
 transforms_running = torch_private.transforms_running
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 version_counter = torch_private.version_counter
+store_new, overwrite = dict.setdefault, dict.__setitem__  # see NOTE [What a cache keeps alive]
 
 
 class Tap:
@@ -102,7 +103,7 @@ class Tap:
         """Calls the module's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        if not torch.compiler.is_dynamo_compiling() and self.kind.forward is not self.found:
+        if not is_dynamo_compiling() and self.kind.forward is not self.found:
             self.look_again()
         return self.function(module, *args, **kwargs)
 
@@ -159,7 +160,8 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
                         return rule.output(value)
                     rule.round = session.round
                     key, action = rule.key, rule.action
-                    action.cache[key] = value
+                    if store_new(action.cache, key, value) is not value:
+                        overwrite(action.cache, key, value)
                     action.seen[key] = value, version
                     return value
                 return rule.output(value)
@@ -239,8 +241,7 @@ def parameters_of(signature: inspect.Signature) -> tuple[tuple[str, ...], dict[s
     return names, {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-# --- binding ----------------------------------------------------------------------------------------------------------
-
+# --- the table of taps ------------------------------------------------------------------------------------------------
 
 _taps: dict[int, Tap] = {}
 

@@ -137,9 +137,9 @@ def spelling_of(port: Port) -> Any:
 
 
 def all_spellings() -> list[Any]:
-    """Every entry of the table."""
+    """Every entry of the table, in the order in which they are asked."""
     _load()
-    return list(_spellings.values())
+    return sorted(_spellings.values(), key=lambda spelling: spelling.rank)
 
 
 def _load() -> None:
@@ -174,8 +174,6 @@ def read_port(text: str, at: int) -> tuple[Port, int]:
     """
     if text[at : at + 1] != "@":
         return OUTPUT, at
-    _load()
-    kinds = sorted(_spellings.values(), key=lambda kind: kind.rank)
     found = _AFTER_AT.match(text, at)
     if found is None:
         raise no_port(text, at)
@@ -184,7 +182,7 @@ def read_port(text: str, at: int) -> tuple[Port, int]:
     call = int(found["call"]) if found["call"] and found["call"] != EVERY_CALL else found["call"]
     brackets, part = found["brackets"] is not None, found["part"] or ""
     words = Words(text, at + 1, found.end(), found["name"], call, brackets, part, found.start("part"))
-    port = next((port for kind in kinds if (port := kind.read(words)) is not None), None)
+    port = next((port for kind in all_spellings() if (port := kind.read(words)) is not None), None)
     if port is None:
         raise no_port(text, at)
     return port, found.end()
@@ -192,5 +190,5 @@ def read_port(text: str, at: int) -> tuple[Port, int]:
 
 def no_port(text: str, at: int) -> Exception:
     """The error that says what may stand behind the `@` at `at`."""
-    *first, last = [kind.shown for kind in sorted(_spellings.values(), key=lambda kind: kind.rank) if kind.shown]
+    *first, last = [kind.shown for kind in all_spellings() if kind.shown]
     return fault(text, at + 1, f"a port is expected after @: {', '.join(first)}, or {last}")

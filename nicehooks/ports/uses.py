@@ -45,7 +45,7 @@ from nicehooks.ports.calls import (
     others_below,
 )
 from nicehooks.ports.gradients import NO_GRADIENT, ComesBack, watched_at
-from nicehooks.ports.weights import ParameterPort, escaped_word
+from nicehooks.ports.weights import OfParameter, escaped_word
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
 
@@ -162,16 +162,13 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _containers(child)
 
 
-class UsePort(ParameterPort):
+class UsePort(OfParameter):
     """`@weight.uses()`: the results of the operations that a parameter enters."""
 
     kind = "use"
     rank = 2
     shown = ""
     rule: type[UseRule] = UseRule
-
-    def listed(self, module: nn.Module) -> list[Port]:
-        return []
 
     def read(self, words: Words) -> Port | None:
         if not words.name.endswith(USES):

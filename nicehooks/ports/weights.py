@@ -58,7 +58,7 @@ class ParameterRule(SiteRule):
 
     def modules(self) -> list[nn.Module]:
         """The modules that hold the tensor."""
-        return [reference() for reference, _ in self.places]  # pyright: ignore[reportReturnType] (they hold each other)
+        return [module for module, _ in self._held_as()]
 
     def was_reached(self, session: Session) -> bool:
         """A module that holds it may have run in another thread, where nothing acted."""
@@ -69,7 +69,7 @@ class ParameterRule(SiteRule):
             self.number(frame)
             old = self._value()
             new = self._changed(frame, old)
-            frame.enter(Override(self, self._places(), None if new is old else new))
+            frame.enter(Override(self, self._held_as(), None if new is old else new))
         if self.action.changes and not torch.compiler.is_compiling():
             self.note_checkpoint(search=not self.session.checkpointed)
         module = frame.tap.module()
@@ -87,13 +87,14 @@ class ParameterRule(SiteRule):
         value = getattr(module, name)
         if torch.compiler.is_compiling():
             return value
-        if not any([is_held(holder, name_there) for holder, name_there in self._places()]):
+        if not any([is_held(holder, name_there) for holder, name_there in self._held_as()]):
             raise UnsupportedModule(GONE_FROM_TABLES.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
             return value.clone() if module.training and name in RUNNING else value
         return value if type(value) in (nn.Parameter, Tensor) else _numbers_of(value, self.key)
 
-    def _places(self) -> list[tuple[Any, str]]:
+    def _held_as(self) -> list[tuple[Any, str]]:
+        """The modules that hold the tensor, which hold each other, and its name in each."""
         return [(reference(), name) for reference, name in self.places]
 
     def _changed(self, frame: Frame, old: torch.Tensor) -> Any:
@@ -153,12 +154,9 @@ class AttributeRule(SiteRule):
         pass
 
 
-class ParameterPort(PortKind):
-    """`@weight`: a parameter or a buffer, for the duration of the context."""
+class OfParameter(PortKind):
+    """A port with the name of a parameter in it."""
 
-    kind = "parameter"
-    rank = 3
-    shown = "a parameter"
     needs_forward = False
 
     def is_on(self, module: nn.Module, port: Port) -> bool:
@@ -167,6 +165,14 @@ class ParameterPort(PortKind):
     def missing(self, name: str, module: nn.Module, port: Port) -> str:
         have = ", ".join(parameter_names(module)) or "none of its own"
         return f"module {name!r} ({type(module).__name__}) has no parameter {port.name!r}; it has: {have}."
+
+
+class ParameterPort(OfParameter):
+    """`@weight`: a parameter or a buffer, for the duration of the context."""
+
+    kind = "parameter"
+    rank = 3
+    shown = "a parameter"
 
     def listed(self, module: nn.Module) -> list[Port]:
         return [Port(self.kind, name) for name in parameter_names(module)]

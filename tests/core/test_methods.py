@@ -104,7 +104,7 @@ def test_paths_lead_to_methods_of_instances_old_and_new(model):
         assert isinstance(model.get_submodule("0.mix"), nn.Module)
     assert not handle.active
     assert state(model) == before and class_state() == classes
-    with pytest.raises(SiteNotFound, match="no module matches"):
+    with pytest.raises(SiteNotFound, match="nearest names"):
         select(model, "0.mix")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nicehooks import ModulePath, SiteNotFound, capture, patch_method_to_module, select
 from nicehooks.core import traces, walking
-from nicehooks.core.selection import select_groups, selection_stamp
+from nicehooks.core.selection import select_groups
 
 
 class Net(nn.Module):
@@ -73,14 +73,14 @@ def test_what_is_selected_again_is_not_walked_to_again(case: str, walks: list[st
     walks.clear()
     assert select(model, where) == first
     assert walks == []
-    assert selection_stamp(model, where) is selection_stamp(model, where)
+    assert select_groups(model, where) is select_groups(model, where)
     assert select(Net(), where) != first
 
 
 def test_a_site_is_remembered_as_itself(walks: list[str]) -> None:
     model, other = Net(), Net()
     (site,) = select(model, "a.0")
-    assert selection_stamp(model, site) is selection_stamp(model, site)
+    assert select_groups(model, site) is select_groups(model, site)
     assert select(other, site)[0].module is other.a[0]
     assert select(model, site) == [site]
     before, model.a[0] = model.a[0], nn.Linear(2, 2)
@@ -99,7 +99,7 @@ NOT_REMEMBERED: dict[str, Any] = {
 @pytest.mark.parametrize("case", NOT_REMEMBERED)
 def test_what_the_users_own_code_chooses_is_not_remembered(case: str) -> None:
     model = Net()
-    assert selection_stamp(model, NOT_REMEMBERED[case]) is not selection_stamp(model, NOT_REMEMBERED[case])
+    assert select_groups(model, NOT_REMEMBERED[case]) is not select_groups(model, NOT_REMEMBERED[case])
     calls: list[str] = []
     for _ in range(2):
         select(model, lambda name, module: calls.append(name) is None)
@@ -198,22 +198,22 @@ def test_a_change_of_the_model_is_seen(change: Callable[[Any], None]) -> None:
 
 def test_each_change_gives_another_stamp_where_it_matters() -> None:
     model = Net()
-    plain, wild, part = (selection_stamp(model, where) for where in ("a.0", "**", "a.*@weight"))
+    plain, wild, part = (select_groups(model, where) for where in ("a.0", "**", "a.*@weight"))
     add_grandchild(model)
-    assert selection_stamp(model, "a.0") is plain  # not on its way
-    assert selection_stamp(model, "**") is not wild
+    assert select_groups(model, "a.0") is plain  # not on its way
+    assert select_groups(model, "**") is not wild
     fill_parameter(model)
-    assert selection_stamp(model, "a.*@weight") is not part
-    assert selection_stamp(model, "a.0") is plain
+    assert select_groups(model, "a.*@weight") is not part
+    assert select_groups(model, "a.0") is plain
 
 
 def test_a_context_that_is_entered_changes_no_selection() -> None:
     model = Net()
-    stamp = selection_stamp(model, "**")
+    stamp = select_groups(model, "**")
     with capture(model) as acts:
         model(torch.ones(1, 2))
-        assert selection_stamp(model, "**") is stamp
-    assert selection_stamp(model, "**") is stamp
+        assert select_groups(model, "**") is stamp
+    assert select_groups(model, "**") is stamp
     assert "a.0" in acts
 
 
@@ -269,7 +269,7 @@ def test_a_model_that_is_not_hashable_is_remembered_too() -> None:
             return True
 
     model, other = Equal(), Equal()
-    assert selection_stamp(model, "a.0") is selection_stamp(model, "a.0")
+    assert select_groups(model, "a.0") is select_groups(model, "a.0")
     assert select(other, "a.0")[0].module is other.a[0]
 
 

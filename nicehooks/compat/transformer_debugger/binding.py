@@ -14,7 +14,7 @@ from nicehooks.compat.transformer_debugger.gradient_hooks import GradientScope
 from nicehooks.compat.transformer_debugger.hook_collections import FwdBwdHooks, HookCollection
 from nicehooks.compat.transformer_debugger.hook_lists import AtLayers, HookNode, Hooks, hooks_below
 from nicehooks.compat.transformer_debugger.places import PLACES, Spot, softmax_denominator, spots
-from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site, Where
@@ -46,10 +46,10 @@ class HooksOn(Intervention):
 
     # what is done where
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, actions: Actions | None = None) -> Plan:
         self._scope = GradientScope()
         self._bound = set(places_in_use(self.tree))
-        return super()._make_plan() if self._bound else Plan.of(repr(self), [])
+        return super()._make_plan(actions) if self._bound else Plan.of(repr(self), [])
 
     def _actions(self) -> list[tuple[Where, Action]]:
         found, parts = places_in_use(self.tree), anatomy(self.model, self.at)
