@@ -10,6 +10,7 @@ from models import gpt2, llama, tokens
 from test_functional import Shared
 from torch import nn
 from torch.func import grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 from worlds import Box, Pair, inputs, make, state, total
 
 from nicehooks import (
@@ -290,3 +291,22 @@ def test_the_value_can_be_differentiated_and_what_is_frozen_keeps_no_graph():
     with torch.inference_mode():
         _, grads = grad_at(model, "embed", total)(inputs())
     assert torch.allclose(grads["embed"], grad_at(model, "embed", total)(inputs())[1]["embed"])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return checkpoint(lambda y: self.b(self.a(y).sin()), x, use_reentrant=False).sin()
+
+
+def test_a_region_that_backward_runs_again():
+    model, x = Checkpointed(), inputs().requires_grad_()
+    _, grads = grad_at(model, ["a", "b"], total)(x)
+    first = model.a(x)
+    second = model.b(first.sin())
+    expected = torch.autograd.grad(total(second.sin()), [first, second])
+    assert list(grads) == ["a", "b"]
+    assert all(torch.allclose(g, e) for g, e in zip(grads.values(), expected, strict=True))
