@@ -25,8 +25,10 @@ from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts import second_order
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import show_where
+from nicehooks.core import sessions
 from nicehooks.core.census import unwrap
-from nicehooks.core.rules import Action, SiteRule
+from nicehooks.core.register import Pairs
+from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site, Where, select
 from nicehooks.core.sessions import Session
 from nicehooks.errors import TreeMismatch, UnsupportedModule
@@ -85,6 +87,7 @@ class _GradientsAt(Intervention):
     """Collects the gradients at the sites of a backward that runs inside of it."""
 
     verb = "grad_at"
+    keeps_plans = True
 
     def __init__(self, model: nn.Module, where: Where) -> None:
         super().__init__(model)
@@ -96,6 +99,12 @@ class _GradientsAt(Intervention):
 
     def _actions(self) -> list[tuple[Where, Action]]:
         return [(self.where, self._action)]
+
+    def _rules(self, site: Site, action: Action) -> Pairs:
+        pairs = super()._rules(site, action)
+        ((module, rule), *others) = pairs
+        whole = type(rule) is OutputRule and not rule.chain and not rule.when.counts and not others
+        return [(module, _WholeOutputNode(site, action, rule.when))] if whole else pairs
 
     def _entered(self, session: Session) -> _Differentiate:
         return self._action
@@ -117,6 +126,22 @@ NO_DEPENDENCE = (
     "argmax, .item() and .detach() have none).\n"
     "  while {context!r} ran"
 )
+
+
+class _WholeOutputNode(OutputRule):
+    """The whole output of a module: where that is a tensor with a graph, by the shortest way to the same node."""
+
+    __slots__ = ()
+
+    def output(self, value: Any) -> Any:
+        action: Any = self.action
+        if type(value) is not Tensor or not action.takes_straight(value):
+            return super().output(value)
+        self.session.reached[self.key] = True
+        sessions.note_export(self.session, self.key)
+        entry = _Entry(value, 0, self.key)
+        action.keep(self.key, value, [entry])
+        return action.node(value, entry, 0)
 
 
 class _Differentiate(Action):
@@ -169,18 +194,27 @@ class _Differentiate(Action):
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         entries: list[_Entry] = []
-        if not self.done:
-            self.found.pop(key, None)  # of several calls the last one counts, and its place in the order
-            self.found[key] = (value, entries)
+        self.keep(key, value, entries)
 
         def watch(tensor: Tensor) -> Tensor:
             entry = _Entry(tensor, session.level, str(site))
             entries.append(entry)
-            return tensor if entry.value is None else self._node(tensor, entry, session.level)
+            return tensor if entry.value is None else self.node(tensor, entry, session.level)
 
         return trees.map_tensors(watch, value)
 
-    def _node(self, tensor: Tensor, entry: _Entry, level: int) -> Tensor:
+    def takes_straight(self, tensor: Tensor) -> bool:
+        """Whether all there is to do at `tensor` is to make a node, and no transform of the model's own is around."""
+        plain = self.by_edges and tensor.requires_grad and not torch.compiler.is_compiling()
+        return plain and torch_private.innermost_transform() is None
+
+    def keep(self, key: str, value: Any, entries: list[_Entry]) -> None:
+        """Notes what was at a site in the forward."""
+        if not self.done:
+            self.found.pop(key, None)  # of several calls the last one counts, and its place in the order
+            self.found[key] = (value, entries)
+
+    def node(self, tensor: Tensor, entry: _Entry, level: int) -> Tensor:
         """A tensor like `tensor` that only the site has, and that `entry` gets the gradient of."""
         node = tensor.clone() if self.by_edges and tensor.requires_grad else tensor - self.zero.to(tensor)
         if not self.by_edges or torch_private.innermost_transform() is not None:

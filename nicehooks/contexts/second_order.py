@@ -47,22 +47,16 @@ def gradients(
 def _outside(last: Any, begun: int, own: Tensor) -> tuple[list[Tensor], bool]:
     """The leaves of the graph of a forward but `own`, and whether it has anything else that was there before it."""
     leaf: Any = type(get_gradient_edge(own).node)
-    number = torch_private.sequence_number
-    nodes, found, others = [last], {last}, False
-    leaves: list[Tensor] = []
-    before: Any
+    nodes: list[Any] = [last]
+    leaves: list[Any] = []
+    found: set[Any] = {last, None}
     for node in nodes:  # which grow meanwhile; this is a large part of what `grad_at` costs a small model
         for before, _ in node.next_functions:
-            if before is None or before in found:
-                continue
-            found.add(before)
-            if type(before) is leaf:
-                leaves.append(before.variable)
-            elif number(before) >= begun:
-                nodes.append(before)
-            else:
-                others = True
-    return [tensor for tensor in leaves if tensor is not own], others
+            if before not in found:
+                found.add(before)
+                (leaves if type(before) is leaf else nodes).append(before)
+    others = min(map(torch_private.sequence_number, nodes)) < begun
+    return [node.variable for node in leaves if node.variable is not own], others
 
 
 def _with_history(
