@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import nicehooks
+from nicehooks.paths import ports
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +65,13 @@ def run_page(page: str, file: str) -> None:
 def page_param(page: Path) -> Any:
     takes_long = re.search(r"nicehooks\.loading|from_pretrained|torch\.compile\(", page.read_text())
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if takes_long else [])
+
+
+@pytest.fixture(autouse=True)
+def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page may add a port of its own, which no other test is to know."""
+    known = {spelling.kind: spelling for spelling in ports.all_spellings()}
+    monkeypatch.setattr(ports, "_spellings", known)
 
 
 # --- README and docs --------------------------------------------------------------------------------------------------
