@@ -1,0 +1,194 @@
+"""The effects of many interventions: a grid of numbers whose axes have labels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.errors import FileFault, NiceHooksError, TreeMismatch
+from nicehooks.extras import needs
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Axis(NamedTuple):
+    """One axis of a grid of effects: what it is ("layer", "position", "head"), and a label for each index."""
+
+    name: str
+    labels: tuple[str, ...]
+
+
+class Effect(NamedTuple):
+    """One cell of a grid of effects.
+
+    Attributes:
+        site: the path at which the intervention acted.
+        labels: the label of the cell on each axis.
+        value: the effect.
+    """
+
+    site: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class Effects:
+    """What each of many interventions does to a metric, each alone: the metric under it, minus the metric without.
+
+    >>> import torch
+    >>> axes = [Axis("layer", ("0", "1")), Axis("position", ("the", "cat"))]
+    >>> effects = Effects(torch.tensor([[0.0, 2.0], [-3.0, 1.0]]), axes, torch.tensor(5.0))
+    >>> effects
+    Effects(layer 2 × position 2, from -3 to 2, baseline 5)
+    >>> effects.top(1)
+    [Effect(site='', labels=('1', 'the'), value=-3.0)]
+
+    Attributes:
+        values: `[*axes]`, the mean effect over the examples of the batch.
+        axes: an `Axis` for each dimension of `values`.
+        baseline: the metric without an intervention: a scalar, or `[batch]`.
+        sites: the paths of the cells, in the order of `values.flatten()`; they repeat along an axis of alternatives.
+        examples: `[*axes, batch]`, the effect on each example; None where the metric is one number for the whole batch.
+        notes: sentences on how the numbers were come by.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        axes: Sequence[Axis],
+        baseline: Tensor,
+        sites: Sequence[str] = (),
+        examples: Tensor | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        shape = tuple([len(axis.labels) for axis in axes])
+        if tuple(values.shape) != shape:
+            raise TreeMismatch(f"a grid of {shape} cells cannot hold effects of shape {tuple(values.shape)}.")
+        self.values = values
+        self.axes = tuple([Axis(axis[0], tuple(axis[1])) for axis in axes])
+        self.baseline = baseline
+        self.sites = tuple(sites) or ("",) * values.numel()
+        self.examples = examples
+        self.notes = tuple(notes)
+
+    @property
+    def metrics(self) -> Tensor:
+        """`[*axes]`, the mean metric under each intervention: the effect, on top of the baseline."""
+        return self.values + self.baseline.mean()
+
+    @property
+    def spread(self) -> Tensor | None:
+        """`[*axes]`, the standard deviation of the effect over the examples; None where there is one number for all."""
+        few = self.examples is None or self.examples.shape[-1] < 2
+        return None if few else self.examples.std(dim=-1)  # type: ignore[union-attr]
+
+    def top(self, k: int = 10) -> list[Effect]:
+        """The `k` largest effects, of either sign, largest first."""
+        flat = self.values.flatten()
+        ranks = flat.abs().nan_to_num(-1.0)
+        largest = ranks.topk(min(k, len(flat))).indices.tolist()
+        labels = list(self._labels())
+        return [Effect(self.sites[cell], labels[cell], flat[cell].item()) for cell in largest]
+
+    def normalized(self, clean: float | Tensor, corrupted: float | Tensor) -> Effects:
+        """The effects in parts of the way from the metric `corrupted` to the metric `clean`.
+
+        Where the baseline is the corrupted run, 0 is an intervention that does nothing and 1 one that brings back the
+        clean run; where it is the clean run, −1 is one that does all that the corruption does.
+
+        >>> import torch
+        >>> effects = Effects(torch.tensor([0.0, 2.0]), [Axis("layer", ("0", "1"))], torch.tensor(-1.0))
+        >>> effects.normalized(clean=3.0, corrupted=-1.0).values
+        tensor([0.0000, 0.5000])
+
+        Args:
+            clean: the metric of the clean run; a mean is taken over a batch.
+            corrupted: the metric of the corrupted run.
+
+        Raises:
+            NiceHooksError: both are the same, or not numbers.
+        """
+        low = torch.as_tensor(corrupted, dtype=self.values.dtype).mean()
+        span = torch.as_tensor(clean, dtype=self.values.dtype).mean() - low
+        if not span.abs() > 0:  # NaN too
+            raise NiceHooksError(
+                f"the metric is {low.item():.4g} clean and corrupted: there is no way between to measure on."
+            )
+        span, low = span.to(self.values.device), low.to(self.values.device)
+        examples = None if self.examples is None else self.examples / span
+        return self.replaced(self.values / span, (self.baseline - low) / span, examples)
+
+    def replaced(self, values: Tensor, baseline: Tensor | None = None, examples: Tensor | None = None) -> Effects:
+        """The same grid with other numbers."""
+        baseline = self.baseline if baseline is None else baseline
+        return Effects(values, self.axes, baseline, self.sites, examples, self.notes)
+
+    def to_pandas(self) -> DataFrame:
+        """A table with a row for each cell: a column for each axis, then `effect`, perhaps `spread`, and `site`.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        with needs("pandas"):
+            import pandas
+        columns: dict[str, Any] = {}
+        for axis, labels in zip(self.axes, zip(*self._labels(), strict=True), strict=True):
+            columns[axis.name] = list(labels)
+        columns["effect"] = self.values.flatten().tolist()
+        if self.spread is not None:
+            columns["spread"] = self.spread.flatten().tolist()
+        return pandas.DataFrame({**columns, "site": list(self.sites)})
+
+    def save(self, file: Any) -> None:
+        """Writes the effects to a safetensors file, which `Effects.load` reads.
+
+        Raises:
+            FileFault: the file cannot be written.
+        """
+        labels = json.dumps([self.axes, self.sites, self.notes])
+        content = {"values": self.values, "baseline": self.baseline, "examples": self.examples, "labels": labels}
+        ActivationCache(content).save(file)
+
+    @classmethod
+    def load(cls, file: Any) -> Effects:
+        """The effects that `save` has written to `file`.
+
+        Raises:
+            FileFault: the file cannot be read, or holds something else.
+        """
+        content = dict(ActivationCache.load(file))
+        try:
+            axes, sites, notes = json.loads(content["labels"])
+            named = [Axis(name, tuple(labels)) for name, labels in axes]
+            return cls(content["values"], named, content["baseline"], sites, content["examples"], notes)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise FileFault(f"{str(file)!r} cannot be read: it holds no effects. Effects.save writes them.") from None
+
+    def _labels(self) -> Iterator[tuple[str, ...]]:
+        """The labels of each cell, in the order of `values.flatten()`."""
+        return product(*[axis.labels for axis in self.axes])
+
+    def __repr__(self) -> str:
+        size = " × ".join([f"{axis.name} {len(axis.labels)}" for axis in self.axes]) or "one"
+        if not self.values.numel():
+            return f"Effects({size}, no cells)"
+        low, high, base = self.values.min().item(), self.values.max().item(), self.baseline.mean().item()
+        return f"Effects({size}, from {low:.4g} to {high:.4g}, baseline {base:.4g})"
+
+
+def is_grid(labels: Sequence[Sequence[str]]) -> bool:
+    """Whether cells with these labels fill a grid: each combination of the labels of its axes is there once.
+
+    >>> is_grid([("0", "a"), ("0", "b"), ("1", "a"), ("1", "b")]), is_grid([("0", "a"), ("1", "b")])
+    (True, False)
+    """
+    axes = [set(column) for column in zip(*labels, strict=True)]
+    return len(set(map(tuple, labels))) == len(labels) == math.prod(map(len, axes))
