@@ -10,19 +10,20 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from gallery.returning import GivesStates
+from gallery.trees import SeveralKinds
+from gallery.values import Output, Pair, Record
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from nicehooks import (
     ActivationCache,
@@ -39,51 +40,7 @@ from nicehooks import (
     select,
 )
 
-
-class Pair(NamedTuple):
-    left: Any
-    right: Any
-
-
-@dataclass
-class Record:
-    first: Any
-    second: Any
-
-
-@dataclass
-class Output(ModelOutput):
-    logits: Any = None
-    states: Any = None
-
-
-class Returning(nn.Module):
-    """Returns what `fn` makes of its input."""
-
-    def __init__(self, fn: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        return self.fn(hidden_states)
-
-
-class Model(nn.Module):
-    """`plus` is called twice; `tree` returns a tuple, `out` a `ModelOutput`; they run in another order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = Returning(lambda x: Output(logits=x + 20, states=(x, None)))
-        self.tree = Returning(lambda x: (x, [x + 10, None]))
-        self.plus = Returning(lambda x: x + 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.plus(self.plus(x))
-        self.tree(x)
-        return self.out(x).logits
-
-
-MODEL = Model()
+MODEL = SeveralKinds()
 X = torch.arange(6.0).reshape(2, 3)
 
 
@@ -299,7 +256,7 @@ def test_a_wrong_part_says_which_and_of_what() -> None:
 
 def stale(**options: Any) -> ActivationCache:
     """A cache in which `0` has been overwritten in place, and `1` is as it was captured."""
-    model = nn.Sequential(Returning(lambda x: x + 1), Returning(lambda x: x.mul_(2) + 1))
+    model = nn.Sequential(GivesStates(lambda x: x + 1), GivesStates(lambda x: x.mul_(2) + 1))
     with capture(model, "*", **options) as acts:
         model(X)
     return acts
@@ -381,7 +338,7 @@ def test_a_stale_value_that_is_replaced_is_fresh() -> None:
 
 @pytest.mark.parametrize("keep", ["first", "last", "all"])
 def test_values_in_trees_and_in_calls_go_stale_too(keep: Any) -> None:
-    model = nn.Sequential(Returning(lambda x: {"a": (x + 1, None)}), Returning(lambda d: d["a"][0].mul_(2)))
+    model = nn.Sequential(GivesStates(lambda x: {"a": (x + 1, None)}), GivesStates(lambda d: d["a"][0].mul_(2)))
     with capture(model, "0", keep=keep) as acts:
         model(X)
         model(X)

@@ -13,18 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import (
-    ARCHITECTURES,
-    gpt2,
-    llama,
-    one_thread,
-    outputs_by_hooks,
-    put,
-    same,
-    smollm2,
-    state_of,
-    tokens,
-)
+from by_hooks import one_thread, outputs_by_hooks, put, same, state_of
+from gallery.architectures import ARCHITECTURES, gpt2, llama, tokens
+from gallery.trained import smollm2
 from torch import Tensor, nn
 
 from nicehooks import NotCalledWarning, SiteNotReached, ablate, capture, edit, patch, steer, suspend

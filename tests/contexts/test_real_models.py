@@ -14,27 +14,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from models import (
-    ARCHITECTURES,
-    Architecture,
-    answer,
-    arguments_by_hooks,
-    changed_by_hook,
-    gpt2,
-    llama,
-    minilm,
-    on_residual,
-    one_thread,
-    outputs_by_hooks,
-    put,
-    same,
-    silero_vad,
-    smollm2,
-    state_of,
-    t5,
-    tokens,
-    voice_encoder,
-)
+from by_hooks import arguments_by_hooks, changed_by_hook, on_residual, one_thread, outputs_by_hooks, put, same, state_of
+from gallery.architectures import ARCHITECTURES, Architecture, answer, gpt2, llama, t5, tokens
+from gallery.trained import Gated, minilm, silero_vad, smollm2, voice_encoder
 from torch import Tensor, nn
 
 from nicehooks import (
@@ -1316,18 +1298,6 @@ REFUSED = "TorchScript runs its forward outside of Python"
 def test_torchscript_is_refused(attempt):
     with pytest.raises(UnsupportedModule, match=REFUSED):
         attempt(silero_vad())
-
-
-class Gated(nn.Module):
-    """Silence is set to zero before it is amplified."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vad = silero_vad()
-        self.gain = nn.Linear(512, 512)
-
-    def forward(self, sound: Tensor) -> Tensor:
-        return self.gain(sound) * self.vad(sound, 16000)
 
 
 def test_torchscript_inside_a_model_is_refused_by_name():

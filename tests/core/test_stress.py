@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.calling import Boom, Trip
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from machine import Machine, close, inputs, on, outcome, threads
-from reference import PLACES, Active, Boom, Trip, acting
+from reference import PLACES, Active, acting
 from torch import Tensor
 
 from nicehooks import captured, describe

@@ -7,16 +7,18 @@ import dataclasses
 import pickle
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import optree
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from gallery.returning import Constant
+from gallery.trees import Fixed
+from gallery.values import Output, Pair, Record
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from nicehooks import KEEP, NiceHooksError, TreeMismatch, capture, edit, patch
 from nicehooks.values.trees import Heads, assign, get, leaves, map_tensors, rewrite, structure_of
@@ -181,17 +183,6 @@ def test_tangents_flow_to_the_part_and_around_it() -> None:
 # --- containers -------------------------------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    left: Any
-    right: Any
-
-
-@dataclasses.dataclass
-class Record:
-    first: Any
-    second: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     first: Any
@@ -201,13 +192,6 @@ class Frozen:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slotted:
     first: Any
-
-
-@dataclasses.dataclass
-class Output(ModelOutput):
-    logits: Any = None
-    states: Any = None
-    loss: Any = None
 
 
 class Plain(dict[str, Any]):
@@ -307,22 +291,11 @@ def test_mapping_tensors_leaves_everything_else_as_it_is(tree: Any) -> None:
         assert torch.equal(new, old + 1) if isinstance(old, Tensor) else new is old
 
 
-class Returning(nn.Module):
-    """Returns the same value, whatever comes."""
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Any) -> Any:
-        return self.value
-
-
 @settings(deadline=None)
 @given(trees_of_values)
 def test_a_module_may_return_any_tree(tree: Any) -> None:
     """Captured, it is the model's own object; edited, its types are intact and the leaf is new."""
-    model = nn.Sequential(Returning(tree))
+    model = nn.Sequential(Constant(tree))
     with capture(model, "0") as acts:
         assert model(None) is tree
     assert acts["0"] is tree
@@ -690,21 +663,7 @@ def test_a_mismatch_says_what_came_and_what_was_expected(case: str) -> None:
     assert isinstance(caught.value, NiceHooksError)
 
 
-class Model(nn.Module):
-    """`pair` returns a tuple, `fc` a tensor of 2 × 3, `out` a `ModelOutput`, `nothing` None."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-        self.pair = Returning((T23, None))
-        self.out = Returning(Output(logits=T23))
-        self.nothing = Returning(None)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.fc(x), self.pair(x), self.out(x), self.nothing(x)
-
-
-MODEL = Model()
+MODEL = Fixed(T23)
 AT_SITES: dict[str, tuple[Callable[[], Any], str]] = {
     "a shape": (
         lambda: patch(MODEL, "fc", torch.zeros(2, 4)),
