@@ -75,6 +75,10 @@ def changed_by_hook(model: nn.Module, name: str, fn: Callable[[Any], Any], where
         handle.remove()
 
 
+def unchanged(value: Any) -> Any:
+    return value
+
+
 def put(value: Tensor, index: Any, new: Any) -> Tensor:
     """A copy of `value` with `new` at `index`."""
     changed = value.clone()

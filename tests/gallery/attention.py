@@ -54,6 +54,13 @@ class Fused(nn.Module):
         return functional.scaled_dot_product_attention(x, x, x)
 
 
+class FusedCausal(nn.Module):
+    """The same with a mask."""
+
+    def forward(self, x):
+        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
 class Softmaxes(nn.Module):
     """Calls softmax twice in its own forward, once of them in a method; its child calls it too."""
 
@@ -105,13 +112,6 @@ class AroundProjected(nn.Module):
 
     def forward(self, x):
         return self.attention(x)
-
-
-class FusedCausal(nn.Module):
-    """The same with a mask."""
-
-    def forward(self, x):
-        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
 class Mixer(nn.Module):

@@ -10,6 +10,28 @@ from torch import Tensor, nn
 from gallery.values import WithDefault
 
 
+class Gives(nn.Module):
+    """Returns what `make` makes of its argument."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+class Around(nn.Module):
+    """A module around `Gives`."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.inner = Gives(make)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 class GivesStates(nn.Module):
     """The same, with the argument that transformers have."""
 
@@ -44,10 +66,29 @@ class HandsOver(nn.Module):
         return x * 2
 
 
+class Constant(nn.Module):
+    """Returns the same value, whatever comes."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Any) -> Any:
+        return self.value
+
+
 class Nothing(nn.Module):
     """Returns None."""
 
     def forward(self, x):
+        return None
+
+
+class NothingStatic(nn.Module):
+    """Returns None, in a static method."""
+
+    @staticmethod
+    def forward(x):
         return None
 
 
@@ -56,6 +97,13 @@ class InPair(nn.Module):
 
     def forward(self, x):
         return x, x
+
+
+class WithNone(nn.Module):
+    """Returns None beside its value."""
+
+    def forward(self, x):
+        return x * 1, None
 
 
 class Several(nn.Module):
@@ -88,43 +136,6 @@ class WithNoneAndNothing(nn.Module):
 
     def forward(self, x):
         return self.pair(x)[0] if self.nothing(x) is None else None
-
-
-class WithNone(nn.Module):
-    """Returns None beside its value."""
-
-    def forward(self, x):
-        return x * 1, None
-
-
-class NothingStatic(nn.Module):
-    """Returns None, in a static method."""
-
-    @staticmethod
-    def forward(x):
-        return None
-
-
-class Gives(nn.Module):
-    """Returns what `make` makes of its argument."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, x):
-        return self.make(x)
-
-
-class Around(nn.Module):
-    """A module around `Gives`."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.inner = Gives(make)
-
-    def forward(self, x):
-        return self.inner(x)
 
 
 class AroundAndUses(nn.Module):
@@ -175,14 +186,3 @@ class UsesJoined(nn.Module):
         found = self.inner(self.first(x), self.second(x))
         one, other = found if isinstance(found, tuple) else found.values()
         return one.sin() * (other[0] if isinstance(other, tuple) else other)
-
-
-class Constant(nn.Module):
-    """Returns the same value, whatever comes."""
-
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Any) -> Any:
-        return self.value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
@@ -56,9 +57,23 @@ class Record:
     second: Any
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A dataclass that cannot be changed."""
+
+    first: Any
+    second: Any
+
+
 @dataclass
 class Encoded:
     """A dataclass with the names that encoders have."""
 
     last_hidden_state: Tensor
     pooled: Tensor
+
+
+def tensor_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, start: int = 0) -> Tensor:
+    """A tensor of that shape that counts up from `start`."""
+    count = torch.Size(shape).numel()
+    return torch.arange(start, start + count).reshape(shape).to(dtype)
