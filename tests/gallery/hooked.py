@@ -50,7 +50,7 @@ class ShiftedBlock(nn.Module):
 
 
 class Undecorated(nn.Module):
-    """The same without hook points."""
+    """`Decorated` without hook points, around the layers of one."""
 
     @staticmethod
     def of(model):

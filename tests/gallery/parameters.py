@@ -22,7 +22,7 @@ class Autoencoder(nn.Module):
 
 
 class CarefulAutoencoder(nn.Module):
-    """The same; looks at shapes and converts, and such uses count as none."""
+    """The same, and looks at shapes and converts, which counts for no use of a parameter."""
 
     def __init__(self):
         super().__init__()

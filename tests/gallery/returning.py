@@ -33,7 +33,7 @@ class Around(nn.Module):
 
 
 class GivesStates(nn.Module):
-    """The same, with the argument that transformers have."""
+    """`Gives`, with the argument that transformers have."""
 
     def __init__(self, fn: Callable[[Tensor], Any]) -> None:
         super().__init__()
