@@ -24,7 +24,7 @@ from torch import Tensor
 from nicehooks import captured, describe
 
 LONG = int(os.environ.get("NICEHOOKS_STRESS", "1"))
-"""How many times as many examples, of twice as many steps: `NICEHOOKS_STRESS=50 pytest tests/test_stress.py`."""
+"""How many times as many examples, of twice as many steps: `NICEHOOKS_STRESS=50 pytest tests/core/test_stress.py`."""
 
 
 @dataclass

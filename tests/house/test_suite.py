@@ -55,13 +55,10 @@ def test_toy_models_stand_in_the_gallery() -> None:
 
 
 def test_a_module_is_found_by_whatever_it_is_made_of() -> None:
-    text = (
-        "class A(nn.Module): pass\nclass B(torch.nn.Linear): pass\nclass C(HookedRootModule): pass\nclass D(Mlp): pass"
-    )
-    assert [node.name for node in modules_of(ast.parse(text))] == ["A", "B", "C", "D"]
-    assert (
-        list(modules_of(ast.parse("class E(dict): pass\nclass F: pass\ndef f():\n    class G(nn.Module): pass"))) == []
-    )
+    bases = ["nn.Module", "torch.nn.Linear", "HookedRootModule", "Mlp", "dict"]
+    tree = ast.parse("\n".join(f"class C{i}({base}): pass" for i, base in enumerate(bases)))
+    assert [node.name for node in modules_of(tree)] == ["C0", "C1", "C2", "C3"]
+    assert list(modules_of(ast.parse("def f():\n    class C(nn.Module): pass"))) == []
 
 
 @each_toy
