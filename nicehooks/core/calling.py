@@ -14,7 +14,7 @@ def has_forward(module: nn.Module) -> bool:
 
 def has_forward_by_type(module: nn.Module) -> bool:
     """Whether every module of this type can be called."""
-    return type(module).forward is not torch_private.no_forward or torch_private.is_scripted(module)
+    return torch_private.is_scripted(module) or type(module).forward is not torch_private.no_forward
 
 
 def has_own_call(module: nn.Module) -> bool:

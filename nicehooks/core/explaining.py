@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_ROOM = "nicehooks.teaching"
+_TEACHING = "nicehooks.teaching"
 
 
 def explained(topic: str, *about: Any) -> Any:
@@ -14,4 +14,4 @@ def explained(topic: str, *about: Any) -> Any:
     That room is imported when it is first asked. It knows the core, so the core cannot import it.
     """
     file, _, function = topic.partition(".")
-    return getattr(importlib.import_module(f"{_ROOM}.{file}"), function)(*about)
+    return getattr(importlib.import_module(f"{_TEACHING}.{file}"), function)(*about)

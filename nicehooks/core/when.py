@@ -49,7 +49,7 @@ def _filter(name: str, wanted: Any) -> Callable[[int], bool]:
         return lambda number: number == wanted
     if isinstance(wanted, slice):
         if any(bound is not None and bound < 0 for bound in (wanted.start, wanted.stop, wanted.step)):
-            raise ValueError(f"{name}={wanted}: nobody knows how many there will be, so it cannot count from the end")
+            raise ValueError(f"{name}={wanted}: nobody knows how many there will be, so counting from the end fails")
         # as arithmetic: Dynamo has no `range` for it
         first, last, each = wanted.start or 0, wanted.stop, wanted.step or 1
         return lambda number: number >= first and (last is None or number < last) and (number - first) % each == 0
