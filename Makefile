@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest lock lint format bench clean
+.PHONY: demo test check test-newest lock lint format messages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -58,6 +58,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+messages: $(VENV)/.dev
+	$(BIN)/python tests/messages.py
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/overhead.py
