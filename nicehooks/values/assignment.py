@@ -84,6 +84,8 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
         raise _came_for(old, new)
     if is_nested(old) or is_nested(new):
         return _fitted_nested(old, new)
+    if is_distributed(old) and not is_distributed(new):
+        raise TreeMismatch(NOT_DISTRIBUTED.format(new=structure_of(new)))
     value = usable(new)
     while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
         value = value.squeeze(0)
@@ -114,6 +116,16 @@ def _fitted_nested(old: Tensor, new: Tensor) -> Tensor:
     if not (is_nested(old) and is_nested(new) and torch_private_tensors.nests_alike(new, old)):
         raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
     return torch_private_tensors.nested_as(usable(new).to(device=old.device, dtype=old.dtype), old)
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether a tensor is spread over processes, so that no plain one can stand in for it."""
+    return hasattr(type(value), "device_mesh") and hasattr(type(value), "placements")
+
+
+NOT_DISTRIBUTED = (
+    "{new} came where a DTensor stands; torch.distributed.tensor.distribute_tensor(value, mesh, placements) makes one"
+)
 
 
 def is_complex(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Nested values, by one name: what can be done with a whole value, with a part of it, and with one for another."""
 
-from nicehooks.values.assignment import KEEP, assign, fits, is_complex, usable
+from nicehooks.values.assignment import KEEP, assign, fits, is_complex, is_distributed, usable
 from nicehooks.values.nodes import Node, is_nested, is_same, leaves, open_node, structure_of
 from nicehooks.values.parts import each_index, get, length, rewrite
 from nicehooks.values.regions import STAR, Chain, Heads, Rows, show_step
@@ -21,6 +21,7 @@ __all__ = [
     "get",
     "has_spine_of",
     "is_complex",
+    "is_distributed",
     "is_nested",
     "is_same",
     "leaves",
