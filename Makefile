@@ -4,6 +4,8 @@
 # make test-newest   make test against the newest release of everything, in an environment of its own
 # make test-libraries  PEFT, bitsandbytes, torchao and tensordict beside this library, in an environment of its own
 # make lock          writes requirements.lock anew, from the newest releases
+# make messages      writes the list of messages in docs/errors.md anew, from the source
+# make fuzz N=10000  random programs against the same by hand; SEED= for those of another time
 # make bench         what the library costs, against raw hooks
 PYTHON ?= python3
 VENV := .venv
@@ -29,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest test-libraries lock lint format messages bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format fuzz messages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -65,6 +67,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+N ?= 10000
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py $(N) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/fuzz.py $$(($(N) / 20)) --kind interrupts $(if $(SEED),--seed $(SEED))
 
 messages: $(VENV)/.dev
 	$(BIN)/python tests/messages.py

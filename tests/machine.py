@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from gallery.attention import Mixer
 from gallery.calling import Boom
+from gallery.returning import Through
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
 from reference import FORWARDS, PLACES, Active, Run
@@ -51,7 +53,20 @@ def inputs(seed: int, *shape: int) -> Tensor:
 
 def model_called(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return Mixer() if name == "Mixer" else make(name)
+    own = {"Mixer": Mixer, "Through": Through}
+    return own[name]() if name in own else make(name)
+
+
+def one_of(data: Any, options: list[Any], label: str) -> Any:
+    """One of the options, drawn by Hypothesis or by a generator of random numbers."""
+    return data.choice(options) if isinstance(data, random.Random) else data.draw(st.sampled_from(options), label)
+
+
+def some_of(data: Any, options: list[str], most: int) -> list[str]:
+    """At least one of the options, each at most once."""
+    if isinstance(data, random.Random):
+        return data.sample(options, data.randint(1, min(most, len(options))))
+    return data.draw(st.lists(st.sampled_from(options), min_size=1, max_size=most, unique=True), "paths")
 
 
 # --- the verbs --------------------------------------------------------------------------------------------------------
@@ -135,6 +150,7 @@ class Machine(RuleBasedStateMachine):
     """Enters and leaves; a subclass runs. What the library does is compared after every step, and after the last."""
 
     supports_everything = True
+    collects = True
     entries = Bundle("entries")
     idle = Bundle("idle")
 
@@ -142,9 +158,9 @@ class Machine(RuleBasedStateMachine):
     def begin(self, name: str, data: Any) -> None:
         """A model, and a few of its paths, so that interventions meet."""
         known = [path for path in sorted(PLACES[name]) if self.supports_everything or is_traced(path)]
-        self.paths = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=5, unique=True), "paths")
+        self.paths = some_of(data, known, 5)
         self.name, self.forward = name, FORWARDS[name]
-        self.model, self.twin = model_called(name), model_called(name)
+        self.model, self.twin = self.models(name)
         self.prepare()
         self.before = state(self.model)
         self.saved = {key: value.clone() for key, value in self.model.state_dict().items()}
@@ -175,7 +191,7 @@ class Machine(RuleBasedStateMachine):
         if verb in TENSORS_ALONE and "gate@input['scale']" in paths:
             verb = "edit"
         build, change = VERBS[verb]
-        steps = data.draw(st.sampled_from([None, None, None, 0, 1]), "steps")
+        steps = one_of(data, [None, None, None, 0, 1], "steps")
         context = build(self.model, paths, steps=steps)
         return self.start(Entry(context, lambda: Active(groups, change, steps=steps), Active(groups)), thread, attached)
 
@@ -183,7 +199,7 @@ class Machine(RuleBasedStateMachine):
     def enter_capture(self, data: Any, thread: int, attached: bool, stop: int) -> Entry:
         paths, groups = self.draw_paths(data)
         gradient = any(place.gradient for places, _ in groups for place in places)
-        keep = data.draw(st.sampled_from(["first", "last"] if gradient else ["first", "last", "all"]), "keep")
+        keep = one_of(data, ["first", "last"] if gradient else ["first", "last", "all"], "keep")
         stops = stop == 0 and self.supports_everything
         context = capture(self.model, *paths, keep=keep, stop=stops)
         return self.start(
@@ -202,7 +218,7 @@ class Machine(RuleBasedStateMachine):
         return self.start(entry, thread, attached and not isinstance(entry.context, suspend))
 
     def draw_paths(self, data: Any) -> tuple[list[str], list[tuple[list[Any], bool]]]:
-        paths = data.draw(st.lists(st.sampled_from(self.paths), min_size=1, max_size=3, unique=True), "paths")
+        paths = some_of(data, self.paths, 3)
         return paths, [PLACES[self.name][path] for path in paths]
 
     @rule(entry=entries, thread=threads)
@@ -303,8 +319,13 @@ class Machine(RuleBasedStateMachine):
         for thread in range(len(THREADS) + 1):
             assert torch.equal(on(thread, lambda: self.model(inputs(0, 5, 4))), self.clean)
         self.close()
-        gc.collect()
-        assert [tensor() for tensor in self.tensors if tensor() is not None] == []
+        if self.collects:
+            gc.collect()
+            assert [tensor() for tensor in self.tensors if tensor() is not None] == []
+
+    def models(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The model that is tried, and the one whose weights the reference takes."""
+        return model_called(name), model_called(name)
 
     def prepare(self) -> None:
         """What a subclass does before anything is entered."""

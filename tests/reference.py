@@ -301,6 +301,17 @@ def mixer(run: Run, x: Tensor) -> Tensor:
     return run.linear("out", run.linear("out", x))
 
 
+def through(run: Run, x: Tensor) -> Tensor:
+    def same(name: str, x: Tensor) -> Tensor:
+        return run.module(name, lambda x: x, x)
+
+    def inner(x: Tensor) -> Tensor:
+        return run.module("outer.0", lambda x: same("outer.0.1", run.linear("outer.0.0", x)), x)
+
+    y = run.module("outer", inner, x)
+    return run.module("last", lambda x: run.linear("last.1", same("last.0", x)), x + y)
+
+
 def product(run: Run, a: Tensor, b: Tensor) -> Tensor:
     return run.at("@matmul", torch.matmul(*run.at_all({"@matmul.input": a, "@matmul.other": b})))
 
@@ -311,6 +322,7 @@ FORWARDS: dict[str, Callable[[Run, Any], Any]] = {
     "Normed": normed,
     "Nested": nested,
     "Mixer": mixer,
+    "Through": through,
 }
 
 
@@ -392,6 +404,23 @@ def _places() -> Iterator[tuple[str, str, list[Place], bool]]:
             "@matmul#*()": Place("", "@matmul", per_call=True),
             "query@grad": Place("", "query", gradient=True),
             "trip@input.grad[0]": Place("", "trip@input", gradient=True),
+        },
+        "Through": {
+            "": Place("", ""),
+            "outer": Place("", "outer"),
+            "outer@grad": Place("", "outer", gradient=True),
+            "outer.0": Place("", "outer.0"),
+            "outer.0@grad": Place("", "outer.0", gradient=True),
+            "outer.0.0[:, 0]": Place("", "outer.0.0", (FIRST,)),
+            "outer.0.0@grad": Place("", "outer.0.0", gradient=True),
+            "outer.0.1@grad[:, 0]": Place("", "outer.0.1", (FIRST,), gradient=True),
+            "outer.0.1@input.grad[0]": Place("", "outer.0.1@input", gradient=True),
+            "last@input.grad[0]": Place("", "last@input", gradient=True),
+            "last.0@grad": Place("", "last.0", gradient=True),
+            "last.0@input[0]": Place("", "last.0@input"),
+            "last.1@input.grad[0]": Place("", "last.1@input", gradient=True),
+            "last@grad": Place("", "last", gradient=True),
+            "@grad": Place("", "", gradient=True),
         },
     }
     for model, paths in plain.items():

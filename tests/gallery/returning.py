@@ -186,3 +186,15 @@ class UsesJoined(nn.Module):
         found = self.inner(self.first(x), self.second(x))
         one, other = found if isinstance(found, tuple) else found.values()
         return one.sin() * (other[0] if isinstance(other, tuple) else other)
+
+
+class Through(nn.Module):
+    """Containers that return the very value of their child, and modules that return their very input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Identity()))
+        self.last = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.outer(x))

@@ -1,0 +1,53 @@
+"""Random programs of `fuzz.py`: a few in the quick tier, ten thousand in the slow one, interrupted ones apart."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import pytest
+
+FUZZ = Path(fuzz.__file__)
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_some_programs(kind: str) -> None:
+    fuzz.run_programs(60, seed=1, kind=kind)
+
+
+@pytest.mark.slow
+def test_ten_thousand_programs() -> None:
+    """Other ones each time; an error says the seed and the number of its program, and so does this."""
+    seed = secrets.randbelow(10**6)
+    print(f"seed {seed}")
+    fuzz.run_programs(10_000, seed)
+
+
+def in_a_process_of_its_own(*words: str) -> str:
+    done = subprocess.run([sys.executable, FUZZ, *words], capture_output=True, text=True, cwd=FUZZ.parent.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_interrupts_at_any_line() -> None:
+    said = in_a_process_of_its_own("300", "--kind", "interrupts")
+    assert re.fullmatch(r"seed \d+\nall agree\n", said)
+
+
+@pytest.mark.slow
+def test_compiled_models_with_layers_in_place() -> None:
+    fuzz.run_programs(25, seed=secrets.randbelow(10**6), kind="compiled")
+
+
+def test_what_disagrees_says_how_to_run_it_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "same_tree", lambda found, expected: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fuzz.run_program(seed=5, number=3, kind="container")
+    assert capsys.readouterr().err == "again: python tests/fuzz.py --seed 5 --only 3 --kind container\n"
