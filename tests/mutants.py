@@ -1,0 +1,243 @@
+"""Mutants of the library, sampled, each against the tests that run its line: `make mutants N=300`.
+
+The changes are those of cosmic-ray; which tests run a line, coverage has noted (`make mutants` has them in an environment of its
+own). Torch is loaded once, and each mutant is tried in a fork that loads the library anew, so that a mutant costs its tests and
+no more. What no test kills is printed with its line: either it does what the line did, or a test is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cosmic_ray.plugins as plugins
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from coverage import CoverageData
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("core", "values", "ports", "caches", "contexts")
+AT_FIRST, IN_ALL = 60, 400
+"""How many tests a mutant meets at first, and how many more where it outlives them."""
+PATIENCE = 240
+"""Seconds after which a mutant that makes tests wait has died."""
+
+
+OPERATORS = [name for name in plugins.operator_names() if "Variable" not in name]
+"""All that need no name of a variable."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: the operator of cosmic-ray, and which of the places that it would change."""
+
+    file: str
+    line: int
+    operator: str
+    occurrence: int
+
+
+def mutants(root: Path) -> Iterator[Mutant]:
+    """All that change what runs."""
+    for room in ROOMS:
+        for path in sorted((root / "nicehooks" / room).glob("*.py")):
+            nodes = list(ast_nodes(get_ast(path.read_text())))
+            for name in OPERATORS:
+                operator = plugins.get_operator(name)()
+                places = [place for node in nodes for place in operator.mutation_positions(node)]
+                for occurrence, ((line, _), _) in enumerate(places):
+                    yield Mutant(str(path.relative_to(root)), line, name, occurrence)
+
+
+def sampled(root: Path, count: int, seed: int) -> list[Mutant]:
+    """Of the places, each as likely as another; then one of the changes there."""
+    by_place: dict[tuple[str, int], list[Mutant]] = {}
+    for mutant in mutants(root):
+        by_place.setdefault((mutant.file, mutant.line), []).append(mutant)
+    rng = random.Random(seed)
+    places = sorted(by_place)
+    rng.shuffle(places)
+    chosen = (rng.choice(by_place[place]) for place in places)
+    return [mutant for mutant, _ in zip((m for m in chosen if code_of(root, m) is not None), range(count), strict=False)]
+
+
+def code_of(root: Path, mutant: Mutant) -> str | None:
+    """The mutated file; None where the change is in annotations or docstrings alone, or is no Python."""
+    before = (root / mutant.file).read_text()
+    after = mutate_code(before, plugins.get_operator(mutant.operator)(), mutant.occurrence)
+    try:
+        return after if after is not None and running(after) != running(before) else None
+    except SyntaxError:
+        return None
+
+
+class WithoutNotes(ast.NodeTransformer):
+    """Takes annotations and docstrings away."""
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return ast.Pass() if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def running(code: str) -> str:
+    return ast.dump(WithoutNotes().visit(ast.parse(code)))
+
+
+# --- which tests ------------------------------------------------------------------------------------------------------
+
+
+def tests_of(data: CoverageData, root: Path, mutant: Mutant, rng: random.Random, costs: dict[str, float]) -> list[str]:
+    """The tests that run the line of `mutant`, of as many files as there are at first; those of its file if it is no line."""
+    by_line = data.contexts_by_lineno(str(root / mutant.file))
+    found = {test for test in by_line.get(mutant.line, []) if test}
+    found = found or {test for tests in by_line.values() for test in tests if test}
+    ordered = sorted(found)
+    rng.shuffle(ordered)
+    ordered.sort(key=lambda test: costs.get(test, 0.5) > 1.0)
+    rank: Counter[str] = Counter()
+    ranks = {}
+    for test in ordered:
+        file = test.partition("::")[0]
+        ranks[test] = rank[file]
+        rank[file] += 1
+    return sorted(ordered, key=ranks.__getitem__)
+
+
+def rounds(tests: list[str]) -> list[list[str]]:
+    """A few at first, of few files (each has to be loaded); the rest then."""
+    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))[:8]
+    first = [test for test in tests if test.partition("::")[0] in files][:AT_FIRST]
+    then = [test for test in tests if test not in set(first)][:IN_ALL]
+    return [part for part in (first, then) if part]
+
+
+# --- a mutant and its tests -------------------------------------------------------------------------------------------
+
+
+def is_killed(folder: Path, mutant: Mutant, tests: list[str]) -> bool:
+    path = folder / mutant.file
+    before, after = path.read_text(), code_of(folder, mutant)
+    assert after is not None
+    path.write_text(after)
+    try:
+        return any(fails(folder, part) for part in rounds(tests))
+    finally:
+        path.write_text(before)
+
+
+def fails(folder: Path, tests: list[str]) -> bool:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        run_tests(folder, tests)
+    return wait(child) != 0
+
+
+def run_tests(folder: Path, tests: list[str]) -> None:
+    import pytest
+
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.chdir(folder)
+    sys.path[:0] = [str(folder), str(folder / "tests")]
+    sys.dont_write_bytecode = True
+    try:
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+    except BaseException:
+        code = 1
+    os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a process; 1 where it takes too long."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 1
+
+
+def load() -> None:
+    """What every test needs but the library itself."""
+    import hypothesis.stateful
+    import optree
+    import pytest
+    import torch._decomp.decompositions_for_jvp
+    import torch._dynamo
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama
+
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutants of the library against its tests.")
+    parser.add_argument("count", type=int, nargs="?", default=300)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="with a context for each test")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the tree that the coverage is of")
+    parser.add_argument("--minutes", type=float, default=600, help="stop after as long")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="the first of how many parts")
+    wanted = parser.parse_args()
+    seed = secrets.randbelow(10**6) if wanted.seed is None else wanted.seed
+    print(f"seed {seed}", flush=True)
+    load()
+    data = CoverageData(str(wanted.coverage))
+    data.read()
+    part, parts = wanted.part
+    folder = Path(f"/tmp/mutants-{os.getpid()}")
+    shutil.copytree(wanted.root, folder, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__"))
+    end, results = time.monotonic() + 60 * wanted.minutes, Counter[str]()
+    for mutant in sampled(folder, wanted.count, seed)[part::parts]:
+        if time.monotonic() > end:
+            break
+        tests = tests_of(data, wanted.root, mutant, random.Random(seed), {})
+        fate = "not run" if not tests else "killed" if is_killed(folder, mutant, tests) else "ALIVE"
+        results[fate] += 1
+        print(json.dumps([fate, mutant.file, mutant.line, mutant.operator, mutant.occurrence]), flush=True)
+        if fate != "killed":
+            print(change(folder, mutant), flush=True)
+    shutil.rmtree(folder)
+    print(dict(results))
+
+
+def change(root: Path, mutant: Mutant) -> str:
+    before, after = (root / mutant.file).read_text(), code_of(root, mutant) or ""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm="")
+    return "\n".join(list(lines)[2:])
+
+
+if __name__ == "__main__":
+    main()
