@@ -149,6 +149,8 @@ def texts(node: ast.expr | None, scope: ast.AST, seen: frozenset[str] = frozense
             return [*texts(body, scope, seen), *texts(orelse, scope, seen)]
         case ast.Call(func=ast.Attribute(value=template, attr="format")):
             return ["".join(_filled(text)) for text in texts(template, scope, seen)]
+        case ast.Call(func=ast.Name(id="explained"), args=[ast.Constant(value=str(topic)), *_]):
+            return _returned(topic.rpartition(".")[2], seen) or [OPEN]
         case ast.Call(func=function) if _name(function) not in seen:
             return _returned(_name(function), seen | {_name(function)}) or [OPEN]
         case ast.Name(id=name) if name in source().constants:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hookpoint_models import inputs, toy
+from gallery.toy import inputs, toy
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
