@@ -18,7 +18,8 @@ True
 
 `capture` reads; `patch`, `edit`, `ablate`, `steer` and `splice` change, and `suspend` silences them. `captured`,
 `functional` and `grad_at` are functions for `torch.func`; `sites`, `select` and `describe` say what there is, and
-`anatomy` where a transformer has its parts. What is captured is an `ActivationCache`.
+`anatomy` where a transformer has its parts. `sweep` does many interventions, each alone, and gives their `Effects`;
+`mean_activations` is what to ablate with. What is captured is an `ActivationCache`.
 """
 
 # ruff: noqa: F405
@@ -42,6 +43,7 @@ __all__ = [
     "AnySlice",
     "CheckpointWarning",
     "ContextMisuse",
+    "Effects",
     "ModulePath",
     "NiceHooksError",
     "NiceHooksWarning",
@@ -70,6 +72,7 @@ __all__ = [
     "grad_at",
     "head_results",
     "logit_lens",
+    "mean_activations",
     "patch",
     "patch_method_to_module",
     "register_anatomy",
@@ -83,6 +86,7 @@ __all__ = [
     "splice",
     "steer",
     "suspend",
+    "sweep",
     "to_paths",
 ]
 
