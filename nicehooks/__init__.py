@@ -83,6 +83,7 @@ __all__ = [
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
     "run",
+    "score_attribution",
     "select",
     "sites",
     "splice",

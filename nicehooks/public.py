@@ -47,6 +47,7 @@ from nicehooks.experiments.circuits import circuit
 from nicehooks.experiments.edge_effects import edges
 from nicehooks.experiments.faithful import faithfulness
 from nicehooks.experiments.greedy import acdc
+from nicehooks.experiments.score_terms import score_attribution
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows

@@ -1,0 +1,98 @@
+"""How near estimates come to exact patching on SmolLM2-135M, and how faithful its circuits are.
+
+    python benchmarks/attribution.py grids       # correlations of estimates with exact effects
+    python benchmarks/attribution.py circuits    # faithfulness over sizes, beside random circuits
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks import anatomy, attribute, capture, circuit, edges, faithfulness
+from nicehooks.cli.loading import load
+from nicehooks.cli.prompts import encode_pair
+from nicehooks.experiments.effects import Effects
+
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
+SEED = 0
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of all cells."""
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1].item()
+
+
+def timed(what: Any) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    return what(), time.perf_counter() - begun
+
+
+def grids(model: Any, pair: Any) -> None:
+    """The estimates of each method beside exact effects, on four grids."""
+    parts, last = anatomy(model), len(pair.tokens) - 1
+    where = {
+        "resid_post, layers × positions": [f"{part}[:, *]" for part in parts.resid_post],
+        "z, layers × heads": [f"{part}[:, :, *]" for part in parts.z],
+        "q at the last position, layers × heads": [f"{part}[:, {last}, *]" for part in parts.q],
+        "k, layers × heads": [f"{part}[:, :, *]" for part in parts.k],
+    }
+    with torch.no_grad(), capture(model, parts.resid_post, parts.z, parts.q, parts.k) as clean:
+        model(**pair.clean)
+    print(f"{'':40}{'method':12}{'correlation':>12}{'of sizes':>10}{'top 10':>8}{'seconds':>9}")
+    for name, sites in where.items():
+        run = (model, sites, clean, pair.logit_difference)
+        found = {m: timed(lambda m=m: attribute(*run, method=m, **pair.corrupted)) for m in METHODS}
+        first: Any = found["gradient"][0]
+        exact, seconds = timed(lambda first=first: first.verify(first.values.numel(), samples=0))
+        print(f"{name:40}{'exact':12}{'':>30}{seconds:9.1f}", flush=True)
+        for method, (effects, spent) in found.items():
+            sizes = correlation(effects.values.abs(), exact.values.abs())
+            both = f"{correlation(effects.values, exact.values):12.3f}{sizes:10.3f}{shared_top(effects, exact):8}"
+            print(f"{'':40}{method:12}{both}{spent:9.1f}", flush=True)
+
+
+METHODS = ("gradient", "integrated", "atp*")
+
+
+def shared_top(effects: Effects, exact: Effects) -> int:
+    """How many of the ten largest effects are among the ten largest estimates."""
+    return len({effect.site for effect in effects.top(10)} & {effect.site for effect in exact.top(10)})
+
+
+def circuits(model: Any, pair: Any) -> None:
+    """Faithfulness over sizes, by the effects of edges, beside three random circuits of each size."""
+    parts = anatomy(model)
+    with torch.no_grad(), capture(model, parts.resid_pre[0], parts.z, parts.mlp_out) as values:
+        model(**pair.corrupted)
+    for method in ("eap", "eap-ig"):
+        run = {"method": method, **pair.clean}
+        found, seconds = timed(lambda run=run: edges(model, values, pair.logit_difference, **run))
+        print(f"{method}: {found}, {seconds:.1f} s", flush=True)
+        largest = circuit(found, top=1)
+        for size in (100, 300, 1000, 3000, 10_000, 30_000):
+            beside = {"sizes": [size], "random": 3 if method == "eap-ig" else 0, **pair.clean}
+            curve, spent = timed(lambda b=beside: faithfulness(model, largest, values, pair.logit_difference, **b))
+            shares = curve.shares[0].tolist()
+            random = "".join([f"{share:8.2f}" for share in shares[1:]])
+            print(f"{size:8} edges: {shares[0]:6.2f}   random{random}   {spent:.1f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["grids", "circuits"])
+    chosen = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    model, tokenizer = load()
+    pair = encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John")
+    {"grids": grids, "circuits": circuits}[chosen.what](model, pair)
+
+
+if __name__ == "__main__":
+    main()
