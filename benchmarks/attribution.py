@@ -1,7 +1,7 @@
 """How near estimates come to exact patching on SmolLM2-135M, and how faithful its circuits are.
 
-    python benchmarks/attribution.py grids       # correlations of estimates with exact effects
-    python benchmarks/attribution.py circuits    # faithfulness over sizes, beside random circuits
+python benchmarks/attribution.py grids       # correlations of estimates with exact effects
+python benchmarks/attribution.py circuits    # faithfulness over sizes, beside random circuits
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def timed(what: Any) -> tuple[Any, float]:
     return what(), time.perf_counter() - begun
 
 
-def grids(model: Any, pair: Any) -> None:
+def grids(model: Any, pair: Any, methods: list[str], points: int) -> None:
     """The estimates of each method beside exact effects, on four grids."""
     parts, last = anatomy(model), len(pair.tokens) - 1
     where = {
-        "resid_post, layers × positions": [f"{part}[:, *]" for part in parts.resid_post],
         "z, layers × heads": [f"{part}[:, :, *]" for part in parts.z],
+        "resid_post, layers × positions": [f"{part}[:, *]" for part in parts.resid_post],
         "q at the last position, layers × heads": [f"{part}[:, {last}, *]" for part in parts.q],
         "k, layers × heads": [f"{part}[:, :, *]" for part in parts.k],
     }
@@ -47,17 +47,15 @@ def grids(model: Any, pair: Any) -> None:
     print(f"{'':40}{'method':12}{'correlation':>12}{'of sizes':>10}{'top 10':>8}{'seconds':>9}")
     for name, sites in where.items():
         run = (model, sites, clean, pair.logit_difference)
-        found = {m: timed(lambda m=m: attribute(*run, method=m, **pair.corrupted)) for m in METHODS}
-        first: Any = found["gradient"][0]
+        first, _ = timed(lambda run=run: attribute(*run, **pair.corrupted))
         exact, seconds = timed(lambda first=first: first.verify(first.values.numel(), samples=0))
         print(f"{name:40}{'exact':12}{'':>30}{seconds:9.1f}", flush=True)
-        for method, (effects, spent) in found.items():
+        for method in methods:
+            more = {"method": method, "points": points, **pair.corrupted}
+            effects, spent = timed(lambda run=run, more=more: attribute(*run, **more))
             sizes = correlation(effects.values.abs(), exact.values.abs())
             both = f"{correlation(effects.values, exact.values):12.3f}{sizes:10.3f}{shared_top(effects, exact):8}"
             print(f"{'':40}{method:12}{both}{spent:9.1f}", flush=True)
-
-
-METHODS = ("gradient", "integrated", "atp*")
 
 
 def shared_top(effects: Effects, exact: Effects) -> int:
@@ -77,7 +75,7 @@ def circuits(model: Any, pair: Any) -> None:
         largest = circuit(found, top=1)
         for size in (100, 300, 1000, 3000, 10_000, 30_000):
             beside = {"sizes": [size], "random": 3 if method == "eap-ig" else 0, **pair.clean}
-            curve, spent = timed(lambda b=beside: faithfulness(model, largest, values, pair.logit_difference, **b))
+            curve, spent = timed(lambda b=beside, c=largest: faithfulness(model, c, values, pair.logit_difference, **b))
             shares = curve.shares[0].tolist()
             random = "".join([f"{share:8.2f}" for share in shares[1:]])
             print(f"{size:8} edges: {shares[0]:6.2f}   random{random}   {spent:.1f} s", flush=True)
@@ -86,12 +84,17 @@ def circuits(model: Any, pair: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grids", "circuits"])
+    parser.add_argument("--methods", nargs="+", default=["gradient", "atp*", "integrated"])
+    parser.add_argument("--points", type=int, default=5, help="of integrated gradients")
     chosen = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     model, tokenizer = load()
     pair = encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John")
-    {"grids": grids, "circuits": circuits}[chosen.what](model, pair)
+    if chosen.what == "grids":
+        grids(model, pair, chosen.methods, chosen.points)
+    else:
+        circuits(model, pair)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Edge(NamedTuple):
 
 
 class Circuit:
-    """A part of the graph of a transformer: nodes, and edges between them, from each of which a way leads to the logits.
+    """A part of the graph of a transformer: nodes, and edges, from each of which a way leads on to the logits.
 
     Attributes:
         edges: its edges, those with the largest effects first.
@@ -46,7 +46,9 @@ class Circuit:
         self.scores = scores
         self.edges = sorted(edges, key=lambda edge: -abs(edge.effect))
         names = {"logits"} | {edge.sender for edge in self.edges}
-        self.nodes = {name: depth for name, depth in sorted(wiring.depths.items(), key=lambda at: at[1]) if name in names}
+        self.nodes = {
+            name: depth for name, depth in sorted(wiring.depths.items(), key=lambda at: at[1]) if name in names
+        }
 
     @property
     def mask(self) -> Tensor:
@@ -57,7 +59,7 @@ class Circuit:
         return mask
 
     def drawn(self) -> list[tuple[str, str, float, str]]:
-        """The edges for a picture: sender, node that receives, effect, and by which input (`"q"`, `"k"`, `"v"`, or "")."""
+        """The edges for a picture: sender, receiving node, effect, and the input (`"q"`, `"k"`, `"v"`, or `""`)."""
         kinds = {one.name: one.kind if one.kind in ("q", "k", "v") else "" for one in self.wiring.receivers}
         every = [(edge.sender, node, edge.effect, kinds[edge.receiver]) for edge in self.edges for node in edge.into]
         return [edge for edge in every if edge[1] in self.nodes]

@@ -25,7 +25,9 @@ def written_parts(wiring: Wiring) -> list[Part]:
     return [body.resid_pre[0], *[part for parts in per_layer for part in parts]]
 
 
-def base_of(wiring: Wiring, args: tuple[Any, ...], kwargs: Mapping[str, Any], *more: Part) -> tuple[Any, ActivationCache]:
+def base_of(
+    wiring: Wiring, args: tuple[Any, ...], kwargs: Mapping[str, Any], *more: Part
+) -> tuple[Any, ActivationCache]:
     """The output of a run, and what was written in it."""
     with torch.no_grad(), capture(wiring.model, *written_parts(wiring), *more) as seen:
         output = wiring.model(*args, **kwargs)
@@ -50,7 +52,7 @@ def values_for(wiring: Wiring, values: Any, base: ActivationCache) -> dict[str, 
 
 
 NOT_WRITTEN = (
-    "the values of edges are to have what every part writes, but lack {missing}, …. Capture it in the run to patch from:\n"
+    "the values of edges are to have what every part writes, but lack {missing}, …. Capture it in the other run:\n"
     "    parts = anatomy(model)\n"
     "    with capture(model, parts.resid_pre[0], parts.z{mlp}) as values:\n"
     "        model(…)"

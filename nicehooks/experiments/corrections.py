@@ -3,9 +3,9 @@
 Kramár et al. 2024, "AtP*: An efficient and scalable method for localizing LLM behaviour to components".
 
 NOTE [Queries and keys]
-Attention that is saturated has no slope, though a large change of a query or a key moves it. So for these the pattern is
-computed anew: what is linear is the way from the pattern to the metric. One run gives the scores of all changed queries,
-one those of all changed keys: each attention gives its old result on, so that only its own scores are new.
+Attention that is saturated has no slope, though a large change of a query or a key moves it. So for these the pattern
+is computed anew: what is linear is the way from the pattern to the metric. One run gives the scores of all changed
+queries, one those of all changed keys: each attention gives its old result on, so that only its own scores are new.
 
 NOTE [A layer left out]
 Where what a cell does directly and what it does by way of a later layer cancel each other, the gradient is next to
@@ -38,7 +38,9 @@ def corrected(experiment: Experiment) -> list[Tensor]:
     """The effect at each cell by AtP*."""
     body = anatomy(experiment.model)
     moved = moved_attention(body, experiment)
-    sites = list(dict.fromkeys([str(cell.stem) for cell in experiment.grid.cells] + [one.pattern for one in moved if one]))
+    sites = list(
+        dict.fromkeys([str(cell.stem) for cell in experiment.grid.cells] + [one.pattern for one in moved if one])
+    )
     whole = _estimates(experiment, moved, _gradients(experiment, sites))
     sizes, passes = [torch.zeros_like(one) for one in whole], [0] * len(whole)
     for layer in range(body.n_layers):

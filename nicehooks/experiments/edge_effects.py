@@ -83,8 +83,8 @@ def edges(
 ) -> Edges:
     """The effect of one part of a transformer *through* another: for each pair, or for chosen ones.
 
-    What a part reads is a sum of what the parts before it have written. An edge's effect is that of replacing one term of
-    the sum, at one reader, by what `values` have for it, while every other reader gets the old one.
+    What a part reads is a sum of what the parts before it have written. An edge's effect is that of replacing one term
+    of the sum, at one reader, by what `values` have for it, while every other reader gets the old one.
 
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -102,8 +102,8 @@ def edges(
     >>> chosen.axes
     (Axis(name='sender', labels=('z[0].head(1)',)), Axis(name='receiver', labels=('logits',)))
 
-    Senders are `embed` (what the first layer reads), `z[l].head(h)` and `mlp_out[l]`, receivers `q[l].head(h)`, `k`, `v`,
-    `mlp_in[l]` and `logits`, as `anatomy` calls them. A whole layer, `attn_out[l]` or `q[l]`, stands for its heads
+    Senders are `embed` (what the first layer reads), `z[l].head(h)` and `mlp_out[l]`, receivers `q[l].head(h)`, `k`,
+    `v`, `mlp_in[l]` and `logits`, as `anatomy` calls them. A whole layer, `attn_out[l]` or `q[l]`, stands for its heads
     together.
 
     Args:

@@ -35,7 +35,8 @@ class Faithfulness(Effects):
 
     def __repr__(self) -> str:
         shown = ", ".join(
-            f"{size} edges {share:.2f}" for size, share in zip(self.axes[0].labels, self.shares[:, 0].tolist(), strict=True)
+            f"{size} edges {share:.2f}"
+            for size, share in zip(self.axes[0].labels, self.shares[:, 0].tolist(), strict=True)
         )
         return f"Faithfulness({shown})"
 
@@ -70,7 +71,7 @@ def faithfulness(
     Args:
         model: the model that the circuit is of.
         circuit: from `circuit`.
-        values: what the edges outside of it carry, as for `edges`: held-out prompts tell more than those it was found on.
+        values: what the edges outside of it carry, as for `edges`. Prompts that it was not found on tell more.
         metric: `metric(output)` is a scalar tensor, or one number per example, `[batch]`.
         args: what the model is called with.
         sizes: a curve: the circuits of so many edges, chosen by the effects that this one was chosen by.

@@ -25,8 +25,8 @@ def acdc(
     """A circuit by greedy exact patching (Conmy et al. 2023, "Towards Automated Circuit Discovery").
 
     It goes through the receivers from the logits back, and patches each edge into them, on top of all that was patched
-    before. Where that moves the metric by less than `threshold`, the edge stays patched, and is not in the circuit. What
-    only leads to such edges is not tried. It takes one run for each edge that is tried.
+    before. Where that moves the metric by less than `threshold`, the edge stays patched, and is not in the circuit.
+    What only leads to such edges is not tried. It takes one run for each edge that is tried.
 
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,10 +1,10 @@
 """One run in which any set of edges carries what another run wrote: the exact side of edges and circuits.
 
 NOTE [A run with other edges]
-Whenever a sender has written, it is noted how far the other run's writing is from that. A receiver reads its stream with
-the sum of these changes over its patched edges, through the norm and the projection that it always reads through. What
-it makes of that goes on to later parts as ever. So any number of edges are patched in one forward, and a receiver without
-a patched edge reads bit for bit what it did.
+Whenever a sender has written, it is noted how far the other run's writing is from that. A receiver reads its stream
+with the sum of these changes over its patched edges, through the norm and the projection that it always reads through.
+What it makes of that goes on to later parts as ever. So any number of edges are patched in one forward, and a receiver
+without a patched edge reads bit for bit what it did.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.anatomies.anatomy import Anatomy, anatomy
+from nicehooks.anatomies.anatomy import Anatomy
 from nicehooks.anatomies.linear import LinearPart, linear_part, results_of_heads
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.changes import suspend
-from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
+from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.score_forms import ScoreForm, score_form
 from nicehooks.experiments.wiring import Wiring
@@ -142,7 +142,10 @@ def _terms_behind(
     wiring: Wiring, read: Mapping[str, Tensor], layer: int, position: int, what: str, norm: nn.Module | None
 ) -> tuple[list[str], Tensor]:
     """The terms as they are in the queries or keys, `[term, batch, head, d_head]`, and their names."""
-    stream, terms = read[str(wiring.body.resid_pre[layer])][:, position], _terms_of_stream(wiring, read, layer, position)
+    stream, terms = (
+        read[str(wiring.body.resid_pre[layer])][:, position],
+        _terms_of_stream(wiring, read, layer, position),
+    )
     rest = stream.float() - torch.stack(list(terms.values())).sum(0)
     linear = _norm_of_stream(wiring.body, layer, stream)
     normed = linear.of(torch.stack([*terms.values(), rest]))
@@ -159,7 +162,9 @@ def _terms_behind(
 def _norm_of_stream(body: Anatomy, layer: int, stream: Tensor) -> LinearPart:
     if body.has("attn_norm", layer):
         return linear_part(body.module("attn_norm", layer), stream)
-    return LinearPart(torch.ones_like(stream[..., :1], dtype=torch.float32), stream.new_zeros(stream.shape[-1]).float(), False)
+    return LinearPart(
+        torch.ones_like(stream[..., :1], dtype=torch.float32), stream.new_zeros(stream.shape[-1]).float(), False
+    )
 
 
 def _behind_norm(norm: nn.Module, terms: Tensor) -> Tensor:

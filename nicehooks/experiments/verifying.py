@@ -63,9 +63,17 @@ def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, s
     left = [at for at in range(len(cells)) if at not in set(chosen)]
     missed = missed_among(experiment, left, samples, seed, estimates.values) if left and samples else None
     runs = len(chosen) + (samples if missed else 0)
-    result = Verified(values, estimates.axes, estimates.baseline, estimates.sites, examples, [
-        *estimates.notes, *_notes(found, len(cells), runs, missed),
-    ])
+    result = Verified(
+        values,
+        estimates.axes,
+        estimates.baseline,
+        estimates.sites,
+        examples,
+        [
+            *estimates.notes,
+            *_notes(found, len(cells), runs, missed),
+        ],
+    )
     result.exact = torch.zeros(len(cells), dtype=torch.bool).index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
     result.exact = result.exact.reshape(values.shape)
     result.spent, result.missed = runs / max(len(cells), 1), missed
@@ -86,13 +94,18 @@ def missed_among(experiment: Experiment, left: Sequence[int], samples: int, seed
     random = torch.Generator().manual_seed(seed)
     halves = torch.rand(samples, len(left), generator=random) < 0.5
     cells = experiment.grid.cells
-    results = torch.stack([
-        effect_of(experiment, [cells[left[at]] for at in half.nonzero().flatten().tolist()]).mean().double().cpu()
-        if half.any() else torch.zeros((), dtype=torch.float64)
-        for half in halves
-    ])
+    results = torch.stack(
+        [
+            effect_of(experiment, [cells[left[at]] for at in half.nonzero().flatten().tolist()]).mean().double().cpu()
+            if half.any()
+            else torch.zeros((), dtype=torch.float64)
+            for half in halves
+        ]
+    )
     means, errors, freedom = zip(*[_compared(results[half], results[~half]) for half in halves.T], strict=True)
-    bounds = [abs(mean) + _quantile(CONFIDENCE, df) * error for mean, error, df in zip(means, errors, freedom, strict=True)]
+    bounds = [
+        abs(mean) + _quantile(CONFIDENCE, df) * error for mean, error, df in zip(means, errors, freedom, strict=True)
+    ]
     spread = [torch.full((like.numel(),), float("nan")) for _ in range(2)]
     for grid, numbers in zip(spread, (means, errors), strict=True):
         grid[list(left)] = torch.tensor(numbers)

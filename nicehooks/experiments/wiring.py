@@ -89,7 +89,9 @@ class Wiring:
     @cached_property
     def there(self) -> Tensor:
         """`[sender, receiver]`, whether there is such an edge."""
-        return torch.tensor([[self._reaches(sender, receiver) for receiver in self.receivers] for sender in self.senders])
+        return torch.tensor(
+            [[self._reaches(sender, receiver) for receiver in self.receivers] for sender in self.senders]
+        )
 
     def _reaches(self, sender: Sender, receiver: Receiver) -> bool:
         if sender.layer < receiver.layer:
@@ -138,7 +140,9 @@ class Wiring:
         if not places:
             what = "sender" if senders else "receiver"
             kinds = "embed, z[l].head(h), attn_out[l], mlp_out[l]" if senders else "q[l], k[l], v[l], mlp_in[l], logits"
-            raise SiteNotFound(f"{name!r} is no {what} of {self.body.kind}: there are {kinds}; of q, k, v also .head(h).")
+            raise SiteNotFound(
+                f"{name!r} is no {what} of {self.body.kind}: there are {kinds}; of q, k, v also .head(h)."
+            )
         return places
 
 
@@ -156,6 +160,6 @@ def _names(which: Any) -> list[str]:
 
 
 POST_NORM_EDGES = (
-    "{kind} has its norms on the residual stream, one after each addition: what a part writes goes through all norms that "
-    "follow, and is no term of what later parts read. attribute(model, …) works."
+    "{kind} has its norms on the residual stream, one after each addition: what a part writes goes through all norms "
+    "that follow, and is no term of what later parts read. attribute(model, …) works."
 )

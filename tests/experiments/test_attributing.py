@@ -116,7 +116,13 @@ def test_a_part_that_queries_and_keys_are_asked_for_as_a_whole() -> None:
     """All keys together: their columns of the scores change at once."""
     model, (clean, corrupted) = ReadsHeads(body("llama")), prompts()
     part = anatomy(model).k[-1]
-    run = (model, [part, f"{part}[:, 1:3]", f"{part}[:, :, :, :4]"], seen(model, clean, part) * 4.0, lambda out: out, corrupted)
+    run = (
+        model,
+        [part, f"{part}[:, 1:3]", f"{part}[:, :, :, :4]"],
+        seen(model, clean, part) * 4.0,
+        lambda out: out,
+        corrupted,
+    )
     effects = attribute(*run, method="atp*")
     assert torch.allclose(effects.examples, effects.verify(3, samples=0).examples, atol=1e-4)
 

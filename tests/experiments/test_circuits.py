@@ -36,7 +36,9 @@ def test_a_circuit_has_so_many_edges_all_of_which_reach_the_logits(found: Edges,
     assert reaches_logits(chosen) and "logits" in chosen.nodes
     assert set(chosen.nodes) == {"logits", *(edge.sender for edge in chosen.edges)}
     assert list(chosen.nodes.values()) == sorted(chosen.nodes.values())
-    assert [abs(edge.effect) for edge in chosen.edges] == sorted([abs(edge.effect) for edge in chosen.edges], reverse=True)
+    assert [abs(edge.effect) for edge in chosen.edges] == sorted(
+        [abs(edge.effect) for edge in chosen.edges], reverse=True
+    )
 
 
 def test_the_largest_edge_that_leads_on_comes_next(found: Edges) -> None:
@@ -105,7 +107,7 @@ def test_greedy_discovery_keeps_what_moves_the_metric() -> None:
     alone = faithfulness(model, some, values, metric, clean)
     assert abs(alone.values.item()) < 46 * 0.02 * span
     fewer = acdc(model, values, metric, clean, threshold=0.2 * span, start=some)
-    assert set(edge[:2] for edge in fewer.edges) < set(edge[:2] for edge in some.edges)
+    assert {edge[:2] for edge in fewer.edges} < {edge[:2] for edge in some.edges}
 
 
 def test_greedy_discovery_by_hand() -> None:

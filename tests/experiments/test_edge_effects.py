@@ -75,7 +75,9 @@ def by_hand(model: Any, ids: Tensor, other: dict[str, Tensor], patched: set[tupl
                 block.ln_1(as_read(stream, f"{kind}[{layer}].head({head})")) @ weight[:, columns] + bias[columns]
                 for kind, weight, bias in zip("qkv", weights, biases, strict=True)
             ]
-            scores = (q @ k.mT / SIZE**0.5).masked_fill(torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), -torch.inf)
+            scores = (q @ k.mT / SIZE**0.5).masked_fill(
+                torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), -torch.inf
+            )
             results.append(scores.softmax(-1) @ v @ block.attn.c_proj.weight[columns])
         for head, result in enumerate(results):
             written[f"z[{layer}].head({head})"] = result
@@ -209,7 +211,9 @@ def test_numbers_for_ablation_and_one_number_for_the_batch() -> None:
     exact = edges(model, 0.0, lambda output: metric(output).sum(), clean, method="exact", receivers="logits")
     with torch.no_grad():
         logits, written = by_hand(model, clean, {}, set())
-        zeroed, _ = by_hand(model, clean, {"mlp_out[0]": torch.zeros_like(written["mlp_out[0]"])}, {("mlp_out[0]", "logits")})
+        zeroed, _ = by_hand(
+            model, clean, {"mlp_out[0]": torch.zeros_like(written["mlp_out[0]"])}, {("mlp_out[0]", "logits")}
+        )
     row = exact.axes[0].labels.index("mlp_out[0]")
     assert exact.examples is None
     assert torch.allclose(exact.values[row, 0], (difference(zeroed) - difference(logits)).sum(), atol=1e-10)
@@ -226,7 +230,9 @@ def test_edges_say_what_they_are() -> None:
 def test_what_is_refused() -> None:
     model, (clean, corrupted) = small(), prompts()
     values = seen(model, corrupted)
-    with pytest.raises(NotCaptured, match=r"lack mlp_out\[0\].*\n.*\n    with capture\(model, parts.resid_pre\[0\], parts.z, parts"):
+    with pytest.raises(
+        NotCaptured, match=r"lack mlp_out\[0\].*\n.*\n    with capture\(model, parts.resid_pre\[0\], parts.z, parts"
+    ):
         edges(model, {part: values[part] for part in (anatomy(model).resid_pre[0], *anatomy(model).z)}, metric, clean)
     with pytest.raises(SiteNotFound, match="'mlp_out\\[7\\]' is no sender of GPT2LMHeadModel"):
         edges(model, values, metric, clean, senders="mlp_out[7]")

@@ -27,7 +27,10 @@ single_thread = pytest.fixture(one_thread, scope="module", autouse=True)
 
 def seen(model: Any, ids: Tensor, **kwargs: Any) -> ActivationCache:
     parts = anatomy(model)
-    with torch.no_grad(), capture(model, parts.resid_pre, parts.z, parts.mlp_out, parts.scores, parts.q, parts.k) as acts:
+    with (
+        torch.no_grad(),
+        capture(model, parts.resid_pre, parts.z, parts.mlp_out, parts.scores, parts.q, parts.k) as acts,
+    ):
         model(ids, **kwargs)
     return acts
 
@@ -67,7 +70,10 @@ def test_a_term_is_what_two_parts_make_of_the_score() -> None:
     norm = model.transformer.h[2].ln_1
     stream = cache[parts.resid_pre[2]][:, 5]
     scale = (stream.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    for name, written in (("mlp_out[0]", cache[parts.mlp_out[0]][:, 5]), ("resid_pre[0]", cache[parts.resid_pre[0]][:, 5])):
+    for name, written in (
+        ("mlp_out[0]", cache[parts.mlp_out[0]][:, 5]),
+        ("resid_pre[0]", cache[parts.resid_pre[0]][:, 5]),
+    ):
         moved = (written - written.mean(-1, keepdim=True)) / scale * norm.weight
         out = moved @ model.transformer.h[2].attn.c_attn.weight[:, 8:16]  # the query of head 1
         new = cache[parts.q[2]].clone()
@@ -108,7 +114,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(SiteNotFound, match="key=9: the run in the cache has 7 positions"):
         score_attribution(model, cache, parts.scores[1].head(0), 4, 9)
     with pytest.raises(NotCaptured, match=r"lacks|not in this cache: z\[0\]"):
-        score_attribution(model, dict(cache.select([str(part) for part in parts.resid_pre])), parts.scores[1].head(0), 4, 2)
+        score_attribution(
+            model, dict(cache.select([str(part) for part in parts.resid_pre])), parts.scores[1].head(0), 4, 2
+        )
     strange = seen(model, ids, position_ids=torch.tensor([[0, 5, 9, 11, 30, 31, 40]]))
     with pytest.raises(TreeMismatch, match=r"the positions of that run were not 0, 1, 2, …"):
         score_attribution(model, strange, parts.scores[1].head(0), 4, 2)
