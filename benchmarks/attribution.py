@@ -63,28 +63,31 @@ def shared_top(effects: Effects, exact: Effects) -> int:
     return len({effect.site for effect in effects.top(10)} & {effect.site for effect in exact.top(10)})
 
 
-def circuits(model: Any, pair: Any) -> None:
-    """Faithfulness over sizes, by the effects of edges, beside three random circuits of each size."""
+SIZES = (100, 300, 1000, 3000, 10_000)
+
+
+def circuits(model: Any, pair: Any, methods: list[str], points: int) -> None:
+    """Faithfulness over sizes, by the effects of edges, beside random circuits of each size."""
     parts = anatomy(model)
     with torch.no_grad(), capture(model, parts.resid_pre[0], parts.z, parts.mlp_out) as values:
         model(**pair.corrupted)
-    for method in ("eap", "eap-ig"):
-        run = {"method": method, **pair.clean}
-        found, seconds = timed(lambda run=run: edges(model, values, pair.logit_difference, **run))
+    for method in methods:
+        more = {"method": method, "points": points, **pair.clean}
+        found, seconds = timed(lambda more=more: edges(model, values, pair.logit_difference, **more))
         print(f"{method}: {found}, {seconds:.1f} s", flush=True)
+        run = {"sizes": SIZES, "random": 2, **pair.clean}
         largest = circuit(found, top=1)
-        for size in (100, 300, 1000, 3000, 10_000, 30_000):
-            beside = {"sizes": [size], "random": 3 if method == "eap-ig" else 0, **pair.clean}
-            curve, spent = timed(lambda b=beside, c=largest: faithfulness(model, c, values, pair.logit_difference, **b))
-            shares = curve.shares[0].tolist()
+        curve, spent = timed(lambda c=largest, run=run: faithfulness(model, c, values, pair.logit_difference, **run))
+        for size, shares in zip(SIZES, curve.shares.tolist(), strict=True):
             random = "".join([f"{share:8.2f}" for share in shares[1:]])
-            print(f"{size:8} edges: {shares[0]:6.2f}   random{random}   {spent:.1f} s", flush=True)
+            print(f"{size:8} edges: {shares[0]:6.2f}   random{random}", flush=True)
+        print(f"{len(SIZES) * 3 + 1} runs with edges patched: {spent:.1f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grids", "circuits"])
-    parser.add_argument("--methods", nargs="+", default=["gradient", "atp*", "integrated"])
+    parser.add_argument("--methods", nargs="+", help="of the estimates")
     parser.add_argument("--points", type=int, default=5, help="of integrated gradients")
     chosen = parser.parse_args()
     torch.manual_seed(SEED)
@@ -92,9 +95,9 @@ def main() -> None:
     model, tokenizer = load()
     pair = encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John")
     if chosen.what == "grids":
-        grids(model, pair, chosen.methods, chosen.points)
+        grids(model, pair, chosen.methods or ["gradient", "atp*", "integrated"], chosen.points)
     else:
-        circuits(model, pair)
+        circuits(model, pair, chosen.methods or ["eap", "eap-ig"], chosen.points)
 
 
 if __name__ == "__main__":

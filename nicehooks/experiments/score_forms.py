@@ -90,8 +90,10 @@ def score_form(wiring: Wiring, layer: int, head: int, query: int, key: int) -> S
     return ScoreForm(matrix, constant.float(), nodes[0].norm, nodes[1].norm)
 
 
-NO_FORM = "a score in layer {layer} of {kind} is no product of a query and a key: it is capped, or "
-    "something else is done to it."
+NO_FORM = (
+    "a score in layer {layer} of {kind} is no product of a query and a key: it is capped, or something else is done "
+    "to it."
+)
 
 
 def _like(value: Tensor, random: torch.Generator) -> Tensor:
