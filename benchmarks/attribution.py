@@ -33,14 +33,14 @@ def timed(what: Any) -> tuple[Any, float]:
     return what(), time.perf_counter() - begun
 
 
-def grids(model: Any, pair: Any, methods: list[str], points: int) -> None:
-    """The estimates of each method beside exact effects, on four grids."""
+def grids(model: Any, pair: Any, methods: list[str], points: int, every: int) -> None:
+    """The estimates of each method beside exact effects, on four grids, of every so many layers."""
     parts, last = anatomy(model), len(pair.tokens) - 1
     where = {
-        "z, layers × heads": [f"{part}[:, :, *]" for part in parts.z],
-        "resid_post, layers × positions": [f"{part}[:, *]" for part in parts.resid_post],
-        "q at the last position, layers × heads": [f"{part}[:, {last}, *]" for part in parts.q],
-        "k, layers × heads": [f"{part}[:, :, *]" for part in parts.k],
+        "z, layers × heads": [f"{part}[:, :, *]" for part in parts.z[::every]],
+        "q at the last position, layers × heads": [f"{part}[:, {last}, *]" for part in parts.q[::every]],
+        "resid_post, layers × positions": [f"{part}[:, *]" for part in parts.resid_post[::every]],
+        "k, layers × heads": [f"{part}[:, :, *]" for part in parts.k[::every]],
     }
     with torch.no_grad(), capture(model, parts.resid_post, parts.z, parts.q, parts.k) as clean:
         model(**pair.clean)
@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grids", "circuits"])
     parser.add_argument("--methods", nargs="+", help="of the estimates")
+    parser.add_argument("--every", type=int, default=1, help="so many layers, one")
     parser.add_argument("--points", type=int, default=5, help="of integrated gradients")
     chosen = parser.parse_args()
     torch.manual_seed(SEED)
@@ -95,7 +96,7 @@ def main() -> None:
     model, tokenizer = load()
     pair = encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John")
     if chosen.what == "grids":
-        grids(model, pair, chosen.methods or ["gradient", "atp*", "integrated"], chosen.points)
+        grids(model, pair, chosen.methods or ["gradient", "atp*", "integrated"], chosen.points, chosen.every)
     else:
         circuits(model, pair, chosen.methods or ["eap", "eap-ig"], chosen.points)
 

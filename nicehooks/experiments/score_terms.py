@@ -48,7 +48,7 @@ def score_attribution(model: nn.Module, cache: Mapping[Any, Any], part: Part, qu
     ...     _ = model(torch.tensor([[3, 1, 4, 1, 5]]))
     >>> terms = score_attribution(model, cache, parts.scores[1].head(0), query=-1, key=2)
     >>> terms.axes[0].labels
-    ('resid_pre[0]', 'z[0].head(0)', 'z[0].head(1)', 'attn_out[0] bias', 'mlp_out[0]', 'bias', 'rest')
+    ('resid_pre[0]', 'z[0].head(0)', 'z[0].head(1)', 'mlp_out[0]', 'bias', 'rest')
     >>> bool((terms.values.sum() - cache[parts.scores[1]][0, 0, -1, 2]).abs() < 1e-4)
     True
 
