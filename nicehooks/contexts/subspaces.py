@@ -45,14 +45,14 @@ def within(basis: Tensor, old: Any, new: Any) -> Any:
     if not any([isinstance(leaf, Tensor) for leaf in trees.leaves(old)]):
         raise TreeMismatch(f"there is no tensor in {trees.structure_of(old)} that could have a subspace")
     replaced = iter(trees.leaves(new))
-    return trees.map_tensors(lambda tensor: _moved(basis, tensor, _next_tensor(replaced)), old)
+    return trees.map_tensors(lambda tensor: _moved_within(basis, tensor, _next_tensor(replaced)), old)
 
 
 def _next_tensor(leaves: Iterator[Any]) -> Tensor:
     return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def _moved(basis: Tensor, old: Tensor, new: Tensor) -> Tensor:
+def _moved_within(basis: Tensor, old: Tensor, new: Tensor) -> Tensor:
     if old is new:
         return old
     if not old.ndim or old.shape[-1] != basis.shape[0] or not old.is_floating_point():

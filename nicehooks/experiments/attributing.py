@@ -91,13 +91,13 @@ def attribute(
         TreeMismatch: the metric is no number, or one per example; a value does not fit.
         UnsupportedModule: `method` is none of these, or `"atp*"` of a model that `anatomy` does not know.
     """
-    if method not in METHODS:
-        known = ", ".join(map(repr, METHODS))
+    if method not in ESTIMATES:
+        known = ", ".join(map(repr, ESTIMATES))
         raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
     experiment = experiment_of(model, where, values, metric, args, kwargs)
-    effects = grid_of_effects(METHODS[method](experiment, points), experiment.grid, experiment.baseline)
+    effects = grid_of_effects(ESTIMATES[method](experiment, points), experiment.grid, experiment.baseline)
     found = Attribution(
-        effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES[method]]
+        effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES_ON_ESTIMATES[method]]
     )
     found.experiment = experiment
     return found
@@ -107,13 +107,13 @@ def _by_gradient(experiment: Experiment, points: int) -> list[Tensor]:
     return [first_order(experiment, cell, experiment.gradients) for cell in experiment.grid.cells]
 
 
-METHODS: dict[str, Callable[[Experiment, int], list[Tensor]]] = {
+ESTIMATES: dict[str, Callable[[Experiment, int], list[Tensor]]] = {
     "gradient": _by_gradient,
     "integrated": along_the_line,
     "atp*": lambda experiment, points: corrected(experiment),
 }
 
-NOTES = {
+NOTES_ON_ESTIMATES = {
     "gradient": "estimated from one gradient: the change of the value times the slope of the metric",
     "integrated": "estimated from the gradients along a straight line, which all cells of one value go together",
     "atp*": "estimated by AtP*: attention of changed queries and keys computed anew, gradients with a layer left out",

@@ -148,6 +148,6 @@ def connected(wiring: Wiring, mask: Tensor) -> Tensor:
     return kept
 
 
-def places_of(mask: Tensor) -> Sequence[tuple[int, int]]:
+def edges_in(mask: Tensor) -> Sequence[tuple[int, int]]:
     """The places that are true, in order."""
     return [(sender, receiver) for sender, receiver in mask.nonzero().tolist()]

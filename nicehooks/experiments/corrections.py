@@ -41,12 +41,12 @@ def corrected(experiment: Experiment) -> list[Tensor]:
     sites = list(
         dict.fromkeys([str(cell.stem) for cell in experiment.grid.cells] + [one.pattern for one in moved if one])
     )
-    whole = _estimates(experiment, moved, _gradients(experiment, sites))
+    whole = _estimates(experiment, moved, _slopes_at_cells(experiment, sites))
     sizes, passes = [torch.zeros_like(one) for one in whole], [0] * len(whole)
     for layer in range(body.n_layers):
         outputs = [getattr(body, what)[layer] for what in ("attn_out", "mlp_out") if not body.lacks(what)]
         with edit(experiment.model, outputs, as_constant):
-            gradients = _gradients(experiment, sites)
+            gradients = _slopes_at_cells(experiment, sites)
         for at, estimate in enumerate(_estimates(experiment, moved, gradients)):
             sizes[at] += estimate.abs()
             passes[at] += _has_gradient(experiment.grid.cells[at], moved[at], gradients)
@@ -58,7 +58,7 @@ def as_constant(value: Tensor) -> Tensor:
     return torch.where(torch.zeros((), dtype=torch.bool, device=value.device), value, value.detach())
 
 
-def _gradients(experiment: Experiment, sites: Sequence[str]) -> Mapping[str, Any]:
+def _slopes_at_cells(experiment: Experiment, sites: Sequence[str]) -> Mapping[str, Any]:
     run = grad_at(experiment.model, sites, experiment.summed)
     return run(*experiment.args, **experiment.kwargs)[1]
 
@@ -117,11 +117,11 @@ def moved_attention(body: Anatomy, experiment: Experiment) -> list[MovedAttentio
         return moved
     base = _scores(body, experiment, layers, {}, None)
     for what, found in cells.items():
-        for together in _rounds(found):
+        for together in _apart(found):
             changes = {str(one.cell.path): experiment.value_at(one.cell) for one in together}
             new = _scores(body, experiment, layers, changes, base)
             for one in together:
-                moved[one.at] = _moved(body, what, one, base, new)
+                moved[one.at] = _change_of(body, what, one, base, new)
     return moved
 
 
@@ -148,7 +148,7 @@ def _touched(value: Tensor, chain: Any) -> Tensor:
     return mask.reshape(pos, heads)
 
 
-def _rounds(found: Sequence[_Projected]) -> list[list[_Projected]]:
+def _apart(found: Sequence[_Projected]) -> list[list[_Projected]]:
     """The cells, such that those of one round have no position of a head in common: they do not see each other."""
     rounds: list[tuple[dict[int, Tensor], list[_Projected]]] = []
     for one in found:
@@ -177,7 +177,9 @@ def _scores(
     return seen
 
 
-def _moved(body: Anatomy, what: str, one: _Projected, base: ActivationCache, new: ActivationCache) -> MovedAttention:
+def _change_of(
+    body: Anatomy, what: str, one: _Projected, base: ActivationCache, new: ActivationCache
+) -> MovedAttention:
     old, changed = base[body.scores[one.layer]].float(), new[body.scores[one.layer]].float()
     per_head = one.touched if what == "q" else one.touched.repeat_interleave(body.n_heads // body.n_kv_heads, 1)
     heads = per_head.any(0).nonzero().flatten().tolist()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.experiments.circuits import Circuit, connected, edge_at, places_of
+from nicehooks.experiments.circuits import Circuit, connected, edge_at, edges_in
 from nicehooks.experiments.edge_effects import TwoRuns
 from nicehooks.experiments.estimates import Metric
 from nicehooks.experiments.wiring import Wiring
@@ -66,7 +66,7 @@ def acdc(
                 kept[sender, receiver] = True
                 effects[sender, receiver] = without - now
     found = connected(wiring, kept)
-    return Circuit(wiring, [edge_at(wiring, effects, *place) for place in places_of(found)])
+    return Circuit(wiring, [edge_at(wiring, effects, *place) for place in edges_in(found)])
 
 
 def _leads_on(wiring: Wiring, kept: Tensor, receiver: int) -> bool:

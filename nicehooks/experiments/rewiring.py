@@ -39,20 +39,20 @@ def rewired(wiring: Wiring, patched: Tensor, new: Tensor) -> Generator[None]:
     if not patched.any():
         yield
         return
-    run = _Run(wiring, patched, new)
+    run = _EdgesInOneRun(wiring, patched, new)
     places = run.places()
-    with torch.no_grad(), edit(wiring.model, list(places), lambda value, site: _at(places, value, site)):
+    with torch.no_grad(), edit(wiring.model, list(places), lambda value, site: _act_at(places, value, site)):
         yield
 
 
-def _at(places: dict[str, list[At]], value: Tensor, site: Site) -> Tensor:
+def _act_at(places: dict[str, list[At]], value: Tensor, site: Site) -> Tensor:
     for act in places[str(site)]:
         changed = act(value)
         value = value if changed is None else changed
     return value
 
 
-class _Run:
+class _EdgesInOneRun:
     """The streams of the layers, and what senders have written, in one forward; see NOTE [A run with other edges]."""
 
     def __init__(self, wiring: Wiring, patched: Tensor, new: Tensor) -> None:

@@ -38,7 +38,7 @@ class ScoreForm(NamedTuple):
     key_norm: nn.Module | None
 
 
-class _Node(NamedTuple):
+class _EntryPoint(NamedTuple):
     """Where queries or keys are put in, and how they lie there.
 
     Attributes:
@@ -108,7 +108,7 @@ def _row(value: Tensor, d_head: int, layout: str, position: int, head: int) -> T
     return value[0, head, position] if layout == "heads" else value[0, position, head]
 
 
-def _node(wiring: Wiring, layer: int, what: str, ids: Tensor) -> _Node:
+def _node(wiring: Wiring, layer: int, what: str, ids: Tensor) -> _EntryPoint:
     """Where the queries or keys of a layer are last, before they are rotated: behind their norm, if they have one."""
     part: Part = getattr(wiring.body, what)[layer]
     attention = wiring.body.name("attn", layer)
@@ -120,8 +120,8 @@ def _node(wiring: Wiring, layer: int, what: str, ids: Tensor) -> _Node:
     for name, module in wiring.modules.items():
         for layout, value in ways.items():
             if _is_norm_of(seen, escape(name), value, module):
-                return _Node(escape(name), module, seen[escape(name)], layout)
-    return _Node(str(part), None, own, "positions")
+                return _EntryPoint(escape(name), module, seen[escape(name)], layout)
+    return _EntryPoint(str(part), None, own, "positions")
 
 
 def _is_norm_of(seen: ActivationCache, site: str, value: Tensor, module: nn.Module) -> bool:

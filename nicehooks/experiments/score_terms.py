@@ -83,7 +83,7 @@ def score_attribution(model: nn.Module, cache: Mapping[Any, Any], part: Part, qu
         _, keys = _terms_behind(wiring, read, layer, key, "k", form.key_norm)
         own = keys[:, :, head // (body.n_heads // body.n_kv_heads)]
         each = torch.einsum("nbi,ij,mbj->nmb", queries[:, :, head].double(), form.matrix.double(), own.double())
-    return _checked(body, names, each.float(), form, cache, (layer, head, query, key))
+    return _as_terms(body, names, each.float(), form, cache, (layer, head, query, key))
 
 
 def head_meant(body: Anatomy, part: Part) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def _behind_norm(norm: nn.Module, terms: Tensor) -> Tensor:
     return found.unflatten(-1, terms.shape[-2:]) if flat else found
 
 
-def _checked(
+def _as_terms(
     body: Anatomy,
     names: list[str],
     each: Tensor,
