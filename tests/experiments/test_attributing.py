@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from bodies import body
-from models import VOCABULARY, one_thread
+from by_hooks import one_thread
+from gallery.architectures import VOCABULARY
 from torch import Tensor, nn
 
 from nicehooks import ActivationCache, NotCaptured, TreeMismatch, UnsupportedModule, anatomy, attribute, capture, patch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import one_thread
+from by_hooks import one_thread
 from test_edge_effects import metric, prompts, seen, small
 
 from nicehooks import NiceHooksError, acdc, circuit, edges, faithfulness

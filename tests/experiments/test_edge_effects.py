@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bodies import body
-from models import VOCABULARY, gpt2, one_thread
+from by_hooks import one_thread
+from gallery.architectures import VOCABULARY, gpt2
 from torch import Tensor
 
 from nicehooks import ActivationCache, NotCaptured, SiteNotFound, UnsupportedModule, anatomy, capture, edges, patch

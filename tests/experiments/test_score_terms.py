@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from bodies import body
-from models import one_thread, tokens
+from by_hooks import one_thread
+from gallery.architectures import tokens
 from torch import Tensor
 
 from nicehooks import (
