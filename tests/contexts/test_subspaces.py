@@ -189,3 +189,19 @@ def test_a_subspace_is_learned_by_gradient_descent_and_beats_a_random_one(traine
     random = [accuracy(trained, torch.linalg.qr(torch.randn(16, 1)).Q) for _ in range(10)]
     assert learned > 0.95
     assert max(random) < learned - 0.1 and sum(random) / len(random) < 0.75
+
+
+@pytest.mark.slow
+def test_compiled_code_replaces_it_too_and_takes_new_values_without_compiling() -> None:
+    (model, x), q = model_and_input(), basis()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for new in (torch.randn(3, 5, 6), torch.randn(3, 5, 6)):
+        with patch(model, "1", new, subspace=q):
+            assert torch.allclose(compiled(x), model[2](expected(model[:2](x), new, q)), atol=1e-5)
+    assert len(graphs) == 1
