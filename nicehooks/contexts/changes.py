@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
+from nicehooks.contexts.subspaces import checked_basis, within
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.calling import has_forward
 from nicehooks.core.children import further_children, unwrap
@@ -85,7 +86,14 @@ class _Edit(Action):
         return value if new is None else trees.assign(value, new)
 
 
-def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None, calls: Any = None) -> edit:
+def ablate(
+    model: nn.Module,
+    *where: Where,
+    value: Any = 0.0,
+    subspace: Tensor | None = None,
+    steps: Any = None,
+    calls: Any = None,
+) -> edit:
     """Replaces values by a constant: zero, or a mean.
 
     >>> import torch
@@ -99,12 +107,14 @@ def ablate(model: nn.Module, *where: Where, value: Any = 0.0, steps: Any = None,
         model: any module.
         where: paths, sites, … (see `select`), at least one.
         value: a number, which fills every tensor at the site, or a tensor that broadcasts to it.
+        subspace: as for `patch`.
         steps: as for `edit`.
         calls: as for `edit`.
     """
     if not where:
         raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
-    constant = _Patch(value)  # a copy: a later in-place layer must not reach the user's own mean
+    # A copy: a later in-place layer must not reach the user's own mean.
+    constant = _Patch(value, checked_basis(subspace))
     return _with_verb(
         "ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls)
     )
@@ -251,12 +261,15 @@ class patch(Intervention):
         where: a path, a site, … (see `select`), or a mapping from them to values; an `ActivationCache` is one.
         value: a tensor, broadcast to the site and cast to its dtype; a number, which fills every tensor there; a tree,
             which replaces leaf by leaf, where `KEEP` leaves one alone.
+        subspace: an orthonormal basis `Q`, `[d, k]`, of the last dimension: only the component of the value within its
+            span is replaced, `v + (new - v) Q Qᵀ`. With a `Q` that is learned this is distributed alignment search
+            (Geiger et al. 2024); gradients go through it.
         steps: as for `edit`.
         calls: as for `edit`.
 
     Raises:
         SiteNotFound: on entry: a path selects nothing.
-        TreeMismatch: in the forward: a value does not fit its site.
+        TreeMismatch: in the forward: a value does not fit its site; at once: `subspace` is not orthonormal.
         SiteNotReached: on exit: a site was selected, but the forward did not come by.
     """
 
@@ -264,9 +277,17 @@ class patch(Intervention):
     keeps_plans = True
 
     def __init__(
-        self, model: nn.Module, where: Where, value: Any = ..., *, steps: Any = None, calls: Any = None
+        self,
+        model: nn.Module,
+        where: Where,
+        value: Any = ...,
+        *,
+        subspace: Tensor | None = None,
+        steps: Any = None,
+        calls: Any = None,
     ) -> None:
         super().__init__(model, steps, calls)
+        self.subspace = checked_basis(subspace)
         if (value is ...) != isinstance(where, Mapping) or isinstance(where, Tensor):
             raise TypeError("patch takes a path and a value, patch(model, path, value), or a mapping of them")
         self._together: dict[int, tuple[Any, list[RegionRule]]] = {}  # while a plan is made: the last rules of a module
@@ -277,7 +298,7 @@ class patch(Intervention):
         return f"patch(model, {{{', '.join(f'{show_where(where)}: …' for where, _ in self.values)}}})"
 
     def _actions(self) -> list[tuple[Where, Action]]:
-        return [(where, _Patch(value)) for where, value in self.values]
+        return [(where, _Patch(value, self.subspace)) for where, value in self.values]
 
     def _make_plan(self, actions: Actions | None = None) -> Plan:
         wheres = [where for where, _ in self.values]
@@ -311,10 +332,11 @@ class patch(Intervention):
 class _Patch(Action):
     """Puts a value in the place of another, as a copy: a later in-place layer must not reach the user's own tensor."""
 
-    __slots__ = ("value",)
+    __slots__ = ("subspace", "value")
     verb = "patch"
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, subspace: Tensor | None = None) -> None:
+        self.subspace = subspace
         # Dynamo compiles anew for each int, but not for each float.
         self.value = float(value) if type(value) is int and abs(value) < 2**53 else value
 
@@ -326,8 +348,13 @@ class _Patch(Action):
         number = isinstance(self.value, int | float | complex)
         if number and not isinstance(old, int | float | complex) and not any(map(_is_tensor, trees.leaves(old))):
             raise TreeMismatch(f"{self.value} came where {trees.structure_of(old)} stands, in which there is no tensor")
-        new = trees.assign(old, self.value)
+        new = self.placed(old)
         return old if trees.is_same(new, old) else _copied_into(new, old)
+
+    def placed(self, old: Any) -> Any:
+        """The value, as it fits `old`, before it is copied."""
+        new = trees.assign(old, self.value)
+        return new if self.subspace is None or trees.is_same(new, old) else within(self.subspace, old, new)
 
 
 def _is_traced() -> bool:

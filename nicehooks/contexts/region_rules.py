@@ -21,7 +21,6 @@ from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Site
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch
-from nicehooks.values import trees
 
 Shape = tuple[bool, ...]
 """Of a subscript: which of its items are indices; the others are whole dimensions."""
@@ -115,4 +114,4 @@ def _places_in_region(rules: list[RegionRule], dims: list[int], value: Tensor) -
 
 def _instead(rule: RegionRule, value: Tensor) -> Tensor:
     """What takes the place of the region of `rule` in `value`."""
-    return trees.assign(value[rule.chain[0]], rule.action.value)  # type: ignore[attr-defined]
+    return rule.action.placed(value[rule.chain[0]])  # type: ignore[attr-defined]

@@ -1,0 +1,120 @@
+"""`attribute`: the effects of a whole grid of interventions from a few gradients, and exact ones where it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from nicehooks.core.selection import Where
+from nicehooks.errors import UnsupportedModule
+from nicehooks.experiments.corrections import corrected
+from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_order, grid_of_effects
+from nicehooks.experiments.straight_lines import along_the_line
+from nicehooks.experiments.verifying import Verified, verified
+
+
+class Attribution(Effects):
+    """Effects that were estimated from gradients; `verify` makes the largest of them exact."""
+
+    experiment: Experiment
+
+    def verify(self, k: int = 10, samples: int = 64, seed: int = 0) -> Verified:
+        """The same grid, with exact effects at the `k` cells whose estimates are largest.
+
+        What the estimates may have missed among the other cells is tested as in AtP* (Kramár et al. 2024): random
+        halves of them are patched, all cells of a half together, and the effect of each cell is told from the halves
+        that have it and those that do not. So the bound holds for the effect of a cell on average over such halves.
+
+        Args:
+            k: how many cells; each costs one run of the model.
+            samples: how many random halves are patched, one run each; with 0, nothing is said of the other cells.
+            seed: of the halves.
+
+        Returns:
+            The effects. Their attributes say which are `exact`, what share of the runs of a whole sweep was `spent`,
+            and up to which `bound` a cell that was not verified may have an effect.
+        """
+        return verified(self, self.experiment, k, samples, seed)
+
+
+def attribute(
+    model: nn.Module,
+    where: Where,
+    values: Any,
+    metric: Metric,
+    *args: Any,
+    method: str = "gradient",
+    points: int = 10,
+    **kwargs: Any,
+) -> Attribution:
+    """What each of many interventions would do to a metric, each alone, from a few gradients.
+
+    It is the grid of `sweep`, estimated: the change of the value at a site, times the gradient of the metric there
+    (attribution patching, Nanda 2023). One forward and one backward serve the whole grid.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from nicehooks import capture
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    >>> clean, corrupted = torch.ones(1, 4), torch.zeros(1, 4)
+    >>> with capture(model, "{1,3}") as acts:
+    ...     _ = model(clean)
+    >>> effects = attribute(model, "{1,3}[:, *]", acts, lambda output: output.sum(), corrupted)
+    >>> effects.axes
+    (Axis(name='layer', labels=('1', '3')), Axis(name='neuron', labels=('0', '1', '2')))
+    >>> exact = effects.verify(6)
+    >>> exact.spent, torch.allclose(exact.values[1], effects.values[1], atol=1e-6)  # what follows the second is linear
+    (1.0, True)
+
+    Args:
+        model: any module.
+        where: what to intervene on, as for `sweep`: `"h.*[:, *]"` is layers × positions.
+        values: what takes the place of the values there: a cache from another run, a number, or a tensor.
+        metric: `metric(output)` is a scalar tensor, or one number per example, `[batch]`.
+        args: what the model is called with, in the run that is intervened on.
+        method: `"gradient"`; `"integrated"`, along the straight line from the value to what replaces it (Sundararajan
+            et al. 2017), `points` gradients for each module; `"atp*"`, for transformers that `anatomy` knows, with
+            the two corrections of AtP* (Kramár et al. 2024): for queries and keys the softmax of the attention is
+            computed anew, and the gradient is taken once for each layer with what that layer adds left out, so that
+            effects that cancel each other are seen. Its sizes are means of sizes, with the sign of the estimate that
+            leaves nothing out.
+        points: how many gradients `"integrated"` takes along each line.
+        kwargs: what the model is called with.
+
+    Raises:
+        NotCaptured: `values` has none for a site.
+        SiteNotReached: the metric does not depend on a site.
+        TreeMismatch: the metric is no number, or one per example; a value does not fit.
+        UnsupportedModule: `method` is none of these, or `"atp*"` of a model that `anatomy` does not know.
+    """
+    if method not in ESTIMATES:
+        known = ", ".join(map(repr, ESTIMATES))
+        raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
+    experiment = experiment_of(model, where, values, metric, args, kwargs)
+    effects = grid_of_effects(ESTIMATES[method](experiment, points), experiment.grid, experiment.baseline)
+    found = Attribution(
+        effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES_ON_ESTIMATES[method]]
+    )
+    found.experiment = experiment
+    return found
+
+
+def _by_gradient(experiment: Experiment, points: int) -> list[Tensor]:
+    return [first_order(experiment, cell, experiment.gradients) for cell in experiment.grid.cells]
+
+
+ESTIMATES: dict[str, Callable[[Experiment, int], list[Tensor]]] = {
+    "gradient": _by_gradient,
+    "integrated": along_the_line,
+    "atp*": lambda experiment, points: corrected(experiment),
+}
+
+NOTES_ON_ESTIMATES = {
+    "gradient": "estimated from one gradient: the change of the value times the slope of the metric",
+    "integrated": "estimated from the gradients along a straight line, which all cells of one value go together",
+    "atp*": "estimated by AtP*: attention of changed queries and keys computed anew, gradients with a layer left out",
+}

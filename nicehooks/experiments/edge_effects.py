@@ -1,0 +1,218 @@
+"""`edges`: the effect of one part of a transformer through another, for every pair or for chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.capturing import capture
+from nicehooks.contexts.changes import patch
+from nicehooks.contexts.differentiating import grad_at
+from nicehooks.errors import UnsupportedModule
+from nicehooks.experiments.contributions import base_of, values_for, written, written_parts
+from nicehooks.experiments.effects import Axis, Effects
+from nicehooks.experiments.estimates import Metric, checked_metric
+from nicehooks.experiments.reading import slopes_of
+from nicehooks.experiments.rewiring import rewired
+from nicehooks.experiments.wiring import Wiring
+
+
+class Edges(Effects):
+    """The effect of each sender through each receiver, `[sender, receiver]`; NaN where there is no such edge."""
+
+    wiring: Wiring
+
+    def __repr__(self) -> str:
+        there = self.values[~self.values.isnan()]
+        span = f"from {there.min().item():.4g} to {there.max().item():.4g}, " if there.numel() else ""
+        return f"Edges({there.numel()} edges, {span}baseline {self.baseline.mean().item():.4g})"
+
+
+@dataclass(frozen=True)
+class TwoRuns:
+    """A run, what each sender writes in it, and what it would write by the values of another.
+
+    Attributes:
+        wiring: the nodes of the model.
+        metric: of the output; `args` and `kwargs` are what the model is called with.
+        base: what was captured in the run.
+        baseline: its metric.
+        target: the values that are to be put in, by part.
+        new: what each sender writes by these, `[sender, batch, pos, d_model]`.
+    """
+
+    wiring: Wiring
+    metric: Metric
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    base: ActivationCache
+    baseline: Tensor
+    target: Mapping[str, Tensor]
+    new: Tensor
+
+    @staticmethod
+    def of(wiring: Wiring, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TwoRuns:
+        """Runs the model once, without an intervention."""
+        output, base = base_of(wiring, args, kwargs)
+        target = values_for(wiring, values, base)
+        baseline = checked_metric(metric(output)).detach()
+        return TwoRuns(wiring, metric, args, kwargs, base, baseline, target, written(wiring, target))
+
+    def patched(self, edges: Tensor) -> Tensor:
+        """The metric of the run with these edges, `[sender, receiver]`, patched."""
+        with torch.no_grad(), rewired(self.wiring, edges, self.new):
+            return checked_metric(self.metric(self.wiring.model(*self.args, **self.kwargs))).detach()
+
+
+def edges(
+    model: nn.Module,
+    values: Any,
+    metric: Metric,
+    *args: Any,
+    method: str = "eap-ig",
+    senders: Any = None,
+    receivers: Any = None,
+    points: int = 5,
+    **kwargs: Any,
+) -> Edges:
+    """The effect of one part of a transformer *through* another: for each pair, or for chosen ones.
+
+    What a part reads is a sum of what the parts before it have written. An edge's effect is that of replacing one term
+    of the sum, at one reader, by what `values` have for it, while every other reader gets the old one.
+
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from nicehooks import anatomy, capture
+    >>> _ = torch.manual_seed(0)
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50)).eval()
+    >>> clean, corrupted = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[3, 1, 7, 1, 5]])
+    >>> parts = anatomy(model)
+    >>> with capture(model, parts.resid_pre[0], parts.z, parts.mlp_out) as values:
+    ...     _ = model(corrupted)
+    >>> difference = lambda output: output.logits[:, -1, 8] - output.logits[:, -1, 9]
+    >>> edges(model, values, difference, clean).values.shape
+    torch.Size([7, 15])
+    >>> chosen = edges(model, values, difference, clean, method="exact", senders=parts.z[0].head(1), receivers="logits")
+    >>> chosen.axes
+    (Axis(name='sender', labels=('z[0].head(1)',)), Axis(name='receiver', labels=('logits',)))
+
+    Senders are `embed` (what the first layer reads), `z[l].head(h)` and `mlp_out[l]`, receivers `q[l].head(h)`, `k`,
+    `v`, `mlp_in[l]` and `logits`, as `anatomy` calls them. A whole layer, `attn_out[l]` or `q[l]`, stands for its heads
+    together.
+
+    Args:
+        model: a transformer that `anatomy` knows, with its norms on the branches.
+        values: what takes the place of what parts write: a cache with `resid_pre[0]`, `z` and `mlp_out` from another
+            run, or means of these; or a number.
+        metric: `metric(output)` is a scalar tensor, or one number per example, `[batch]`.
+        args: what the model is called with, in the run that is intervened on.
+        method: `"eap"`, edge attribution patching (Syed et al. 2023): the change times the gradient of the metric at
+            the reader, from one forward and one backward for all pairs; `"eap-ig"`, the mean of that gradient over
+            `points` runs between the embeddings of the run and those in `values` (Hanna et al. 2024); `"exact"`, path
+            patching (Goldowsky-Dill et al. 2023) with one run for each pair.
+        senders: which senders: parts, or their names; all if None.
+        receivers: which receivers, likewise.
+        points: how many runs `"eap-ig"` takes.
+        kwargs: what the model is called with.
+
+    Raises:
+        NotCaptured: `values` lack a part; the message has the line that captures it.
+        SiteNotFound: there is no such sender or receiver.
+        UnsupportedModule: the model has no anatomy, or its norms are on the stream; `method` is none of these.
+    """
+    if method not in METHODS_OF_EDGES:
+        known = ", ".join(map(repr, METHODS_OF_EDGES))
+        raise UnsupportedModule(f"edges(…, method={method!r}): the methods are {known}.")
+    wiring = Wiring(model)
+    names = wiring.chosen(senders, True), wiring.chosen(receivers, False)
+    runs = TwoRuns.of(wiring, values, metric, args, kwargs)
+    each = METHODS_OF_EDGES[method](runs, *names, points)  # [sender, receiver], with [batch] where the metric has it
+    there = torch.tensor([[bool(wiring.there[s][:, r].any()) for r in names[1].values()] for s in names[0].values()])
+    return _as_edges(wiring, each, there.to(each.device), names, runs.baseline, NOTES_ON_EDGES[method])
+
+
+Places = Mapping[str, list[int]]
+
+
+def _as_edges(
+    wiring: Wiring, each: Tensor, there: Tensor, names: tuple[Places, Places], baseline: Tensor, note: str
+) -> Edges:
+    examples = each.masked_fill(~there[..., None], float("nan")) if baseline.ndim else None
+    values = each.masked_fill(~there, float("nan")) if examples is None else examples.mean(-1)
+    axes = [Axis(what, tuple(places)) for what, places in zip(("sender", "receiver"), names, strict=True)]
+    sites = [f"{sender} → {receiver}" for sender in names[0] for receiver in names[1]]
+    found = Edges(values, axes, baseline, sites, examples, [note])
+    found.wiring = wiring
+    return found
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+
+def _exactly(runs: TwoRuns, senders: Places, receivers: Places, points: int) -> Tensor:
+    there = runs.wiring.there
+    rows: list[Tensor] = []
+    for sender in senders.values():
+        for receiver in receivers.values():
+            wanted = torch.zeros_like(there)
+            wanted[torch.tensor(sender)[:, None], torch.tensor(receiver)] = True
+            wanted &= there
+            rows.append(runs.patched(wanted) - runs.baseline if wanted.any() else torch.zeros_like(runs.baseline))
+    return torch.stack(rows).reshape(len(senders), len(receivers), *runs.baseline.shape)
+
+
+def _attributed(runs: TwoRuns, senders: Places, receivers: Places, shares: list[float]) -> Tensor:
+    """The change times the gradient, for all pairs, with the embeddings at each of `shares` of the way."""
+    wiring = runs.wiring
+    change = runs.new - written(wiring, {str(part): runs.base[part] for part in written_parts(wiring)})
+    every = change.new_zeros(len(wiring.senders), len(wiring.receivers), change.shape[1])
+    for share in shares:
+        for rows, before, slopes in _slopes(runs, share):
+            every[:before, rows] += torch.einsum("sbpd,rbpd->srb", change[:before], slopes) / len(shares)
+    every = every if runs.baseline.ndim else every.sum(-1)
+    picked = torch.stack([every[places].sum(0) for places in senders.values()])
+    return torch.stack([picked[:, places].sum(1) for places in receivers.values()], 1)
+
+
+def _slopes(runs: TwoRuns, share: float) -> list[tuple[slice, int, Tensor]]:
+    """By receivers: their places, how many senders write to them, and the gradient at the stream that each reads."""
+    wiring, body, model = runs.wiring, runs.wiring.body, runs.wiring.model
+    first = body.resid_pre[0]
+    embedded = torch.lerp(runs.base[first], runs.target[str(first)].to(runs.base[first].dtype), share)
+    kinds = ("q", "k", "v", *(("mlp_in",) if wiring.has_mlp else ()))
+    sites = [part for kind in kinds for part in getattr(body, kind)] + [body.resid_post[-1]]
+    streams = [*body.resid_pre, *(body.attn_out if wiring.has_mlp and not wiring.parallel else ())]
+    moved = patch(model, first, embedded) if share else nullcontext()
+    with moved, capture(model, *streams, detach=True) as seen:
+        metric: Callable[[Any], Tensor] = lambda output: checked_metric(runs.metric(output)).sum()  # noqa: E731
+        _, gradients = grad_at(model, sites, metric)(*runs.args, **runs.kwargs)
+    found = [(slice(-1, None), len(wiring.senders), gradients[body.resid_post[-1]].detach()[None])]
+    for layer in range(body.n_layers):
+        for kind in kinds:
+            is_mlp = kind == "mlp_in"
+            stream = seen[body.resid_pre[layer]]
+            stream = stream + seen[body.attn_out[layer]] if is_mlp and not wiring.parallel else stream
+            slopes = slopes_of(wiring, kind, layer, stream, gradients[getattr(body, kind)[layer]].detach())
+            found.append((wiring.rows(kind, layer), wiring.before(layer, is_mlp), slopes))
+    return found
+
+
+METHODS_OF_EDGES: dict[str, Callable[[TwoRuns, Places, Places, int], Tensor]] = {
+    "eap": lambda runs, senders, receivers, points: _attributed(runs, senders, receivers, [0.0]),
+    "eap-ig": lambda runs, senders, receivers, points: _attributed(
+        runs, senders, receivers, [(number + 0.5) / points for number in range(points)]
+    ),
+    "exact": _exactly,
+}
+
+NOTES_ON_EDGES = {
+    "eap": "estimated by edge attribution patching: the change of what is read, times the slope of the metric",
+    "eap-ig": "estimated by edge attribution patching with gradients along the way between the embeddings",
+    "exact": "exact: one run for each edge",
+}

@@ -1,0 +1,155 @@
+"""What gradients say of every cell of a grid: the change of the value, times the gradient of the metric there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.capturing import capture
+from nicehooks.contexts.changes import patch
+from nicehooks.contexts.differentiating import grad_at
+from nicehooks.core.selection import Where
+from nicehooks.errors import NotCaptured, TreeMismatch
+from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
+from nicehooks.values import trees
+
+Metric = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of interventions on one run: a value for each cell, and the metric that they are measured by.
+
+    Attributes:
+        model: any module; `args` and `kwargs` are what it is called with.
+        values: a mapping from paths to values, or one value for all cells.
+        metric: of the output, a scalar tensor or `[batch]`.
+        grid: the cells, and their axes.
+        base: the values around the cells in the run without an intervention.
+        baseline: the metric of that run.
+        gradients: of the metric, summed over the examples, with respect to the values around the cells.
+    """
+
+    model: nn.Module
+    values: Any
+    metric: Metric
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grid: Grid
+    base: ActivationCache
+    baseline: Tensor
+    gradients: Mapping[str, Any]
+
+    def base_at(self, cell: Cell) -> Any:
+        """The value of a cell in the run without an intervention."""
+        calls = self.base.calls(replace(cell.stem, call=None))
+        return trees.get(calls[-1 if cell.stem.call is None else int(cell.stem.call)], cell.chain)
+
+    def value_at(self, cell: Cell) -> Any:
+        """What the intervention puts into a cell."""
+        if not isinstance(self.values, Mapping):
+            return self.values
+        try:
+            return self.values[str(cell.path)]
+        except KeyError as error:
+            raise error if isinstance(error, NotCaptured) else NotCaptured(NO_VALUE.format(path=cell.path)) from None
+
+    def change_at(self, cell: Cell) -> Any:
+        """How far the intervention moves the value of a cell: a tensor, or a tree like the value."""
+        base = self.base_at(cell)
+        new = trees.assign(base, self.value_at(cell))
+        moved = iter([leaf for leaf in trees.leaves(new) if isinstance(leaf, Tensor)])
+        return trees.map_tensors(lambda old: next(moved) - old, base)
+
+    def run(self, changes: Mapping[str, Any]) -> Tensor:
+        """The metric of a run with these values patched in."""
+        with torch.no_grad(), patch(self.model, changes):
+            return self.metric(self.model(*self.args, **self.kwargs)).detach()
+
+    def summed(self, output: Any) -> Tensor:
+        """One number to differentiate: the metric of all examples together."""
+        return checked_metric(self.metric(output)).sum()
+
+
+NO_VALUE = "the values have none for {path!r}: capture it in the run whose values are to be patched in."
+
+
+def checked_metric(value: Any) -> Tensor:
+    """What a metric returned, if it is a scalar or one number per example.
+
+    Raises:
+        TreeMismatch: it is something else.
+    """
+    if isinstance(value, Tensor) and value.ndim < 2 and value.is_floating_point():
+        return value
+    raise TreeMismatch(
+        f"the metric returned {trees.structure_of(value)}, and not one number, or one per example, [batch].\n"
+        "    metric = lambda output: output.logits[:, -1, 42]  # for example"
+    )
+
+
+def experiment_of(
+    model: nn.Module, where: Where, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Experiment:
+    """The experiment, after one forward and one backward that give everything that it needs of the base run."""
+    if isinstance(values, Mapping) and not isinstance(values, ActivationCache):
+        values = ActivationCache({str(path): value for path, value in values.items()})
+    stems, baseline = stems_of(model, where, "attribute"), list[Tensor]()
+
+    def once(output: Any) -> Tensor:
+        value = checked_metric(metric(output))
+        baseline.append(value.detach())
+        return value.sum()
+
+    with capture(model, *stems, keep="all", detach=True, clone=True) as base:
+        _, gradients = grad_at(model, stems, once)(*args, **kwargs)
+    grid = grid_of(model, where, base, "attribute")
+    calls = {str(cell.stem) for cell in grid.cells if cell.stem.call is not None}
+    if calls:  # of modules that are called several times, the gradient of each call
+        _, gradients = grad_at(model, sorted(calls), once)(*args, **kwargs)
+    return Experiment(model, values, metric, args, kwargs, grid, base, baseline[0], gradients)
+
+
+# --- from gradients to effects ----------------------------------------------------------------------------------------
+
+
+def first_order(experiment: Experiment, cell: Cell, gradients: Mapping[str, Any]) -> Tensor:
+    """The first order of the effect at a cell: a scalar, or `[batch]` where the metric is."""
+    change = experiment.change_at(cell)
+    whole = gradients.get(str(cell.stem))
+    if whole is None:  # the metric does not depend on it
+        return torch.zeros_like(experiment.baseline)
+    products = [
+        (moved * slope).to(torch.promote_types(moved.dtype, torch.float32))
+        for moved, slope in zip(trees.leaves(change), trees.leaves(trees.get(whole, cell.chain)), strict=True)
+        if isinstance(slope, Tensor)
+    ]
+    if not products:
+        raise TreeMismatch(f"{str(cell.path)!r} is {trees.structure_of(change)}, which has no gradient.")
+    return sum_per_example(products, experiment.baseline)
+
+
+def sum_per_example(products: Sequence[Tensor], baseline: Tensor) -> Tensor:
+    """The sum of all numbers; for each example where the metric has one for each, and the first dimension counts them.
+
+    A value in which no dimension counts the examples has its sum spread over them: the mean is right in any case.
+    """
+    batch = len(baseline) if baseline.ndim else 1
+    if baseline.ndim and all([product.ndim and len(product) == batch for product in products]):
+        return torch.stack([product.flatten(1).sum(1) if product.ndim > 1 else product for product in products]).sum(0)
+    return torch.stack([product.sum() for product in products]).sum() / batch + torch.zeros_like(baseline)
+
+
+def grid_of_effects(each: Sequence[Tensor], grid: Grid, baseline: Tensor, notes: Sequence[str] = ()) -> Effects:
+    """The effects of the cells, each a scalar or `[batch]`, as a grid."""
+    shape = [len(axis.labels) for axis in grid.axes]
+    every = torch.stack(list(each)).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
+    if not baseline.ndim:
+        return Effects(every.reshape(shape), grid.axes, baseline, grid.sites, None, notes)
+    return Effects(every.mean(-1).reshape(shape), grid.axes, baseline, grid.sites, every.reshape(*shape, -1), notes)

@@ -1,0 +1,51 @@
+"""Integrated gradients of activations: the gradient along the straight line from the value to what replaces it.
+
+Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", with the value of a module in the place of the
+input: all cells of one value move together, so that their effects add up to that of replacing all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nicehooks.contexts.changes import patch
+from nicehooks.contexts.differentiating import grad_at
+from nicehooks.experiments.estimates import Experiment, first_order
+from nicehooks.experiments.grids import Cell
+from nicehooks.values import trees
+
+
+def along_the_line(experiment: Experiment, points: int) -> list[Tensor]:
+    """The effect at each cell, from `points` gradients for each value that cells are part of."""
+    found: dict[str, Tensor] = {}
+    for cells in _cells_by_value(experiment.grid.cells).values():
+        for number in range(points):
+            gradients = _gradients_at(experiment, cells, (number + 0.5) / points)
+            for cell in cells:
+                part = first_order(experiment, cell, gradients) / points
+                found[str(cell.path)] = found[str(cell.path)] + part if str(cell.path) in found else part
+    return [found[str(cell.path)] for cell in experiment.grid.cells]
+
+
+def _cells_by_value(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(str(cell.stem), []).append(cell)
+    return found
+
+
+def _gradients_at(experiment: Experiment, cells: Sequence[Cell], share: float) -> Any:
+    """The gradients at the value around `cells`, where all of them have gone `share` of the way."""
+    changes = {str(cell.path): _between(experiment, cell, share) for cell in cells}
+    with patch(experiment.model, changes):
+        run = grad_at(experiment.model, str(cells[0].stem), experiment.summed)
+        return run(*experiment.args, **experiment.kwargs)[1]
+
+
+def _between(experiment: Experiment, cell: Cell, share: float) -> Any:
+    moves = iter([leaf for leaf in trees.leaves(experiment.change_at(cell)) if isinstance(leaf, Tensor)])
+    return trees.map_tensors(lambda old: torch.add(old, next(moves), alpha=share), experiment.base_at(cell))

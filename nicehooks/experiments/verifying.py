@@ -1,0 +1,147 @@
+"""Exact effects where estimates are largest, and what the estimates may have missed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.estimates import Experiment
+from nicehooks.experiments.grids import Cell
+
+
+class Verified(Effects):
+    """Effects of which the largest are exact.
+
+    Attributes:
+        exact: `[*axes]`, which of them are.
+        spent: the runs of the model that it took, as a share of those of a whole sweep.
+        missed: what is known of the cells that are not exact; None if nothing was asked.
+    """
+
+    exact: Tensor
+    spent: float
+    missed: Missed | None
+
+
+class Missed(NamedTuple):
+    """What random halves of the cells that were not verified say of them; see `Attribution.verify`.
+
+    Attributes:
+        bound: no such cell has an effect larger than this, with `confidence`.
+        effects: `[*axes]`, the effect of each such cell on average over the halves; NaN where it was verified.
+        errors: `[*axes]`, the standard errors of these.
+        confidence: the probability with which the bound holds for a cell.
+        samples: how many halves there were.
+    """
+
+    bound: float
+    effects: Tensor
+    errors: Tensor
+    confidence: float
+    samples: int
+
+
+CONFIDENCE = 0.95
+
+
+def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, seed: int) -> Verified:
+    """`estimates` with exact effects at the `k` largest; see `Attribution.verify`."""
+    cells = experiment.grid.cells
+    sizes = estimates.values.flatten().abs()
+    chosen = sorted(sizes.topk(min(k, len(cells))).indices.tolist())
+    found = [effect_of(experiment, [cells[at]]) for at in chosen]
+    values, examples = estimates.values.clone(), None if estimates.examples is None else estimates.examples.clone()
+    for at, effect in zip(chosen, found, strict=True):
+        values.view(-1)[at] = effect.mean()
+        if examples is not None:
+            examples.view(-1, examples.shape[-1])[at] = effect
+    left = [at for at in range(len(cells)) if at not in set(chosen)]
+    missed = missed_among(experiment, left, samples, seed, estimates.values) if left and samples else None
+    runs = len(chosen) + (samples if missed else 0)
+    result = Verified(
+        values,
+        estimates.axes,
+        estimates.baseline,
+        estimates.sites,
+        examples,
+        [
+            *estimates.notes,
+            *_notes(found, len(cells), runs, missed),
+        ],
+    )
+    result.exact = torch.zeros(len(cells), dtype=torch.bool).index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
+    result.exact = result.exact.reshape(values.shape)
+    result.spent, result.missed = runs / max(len(cells), 1), missed
+    return result
+
+
+def effect_of(experiment: Experiment, cells: Sequence[Cell]) -> Tensor:
+    """The exact effect of intervening on all of `cells` together, a scalar or `[batch]`."""
+    return experiment.run({str(cell.path): experiment.value_at(cell) for cell in cells}) - experiment.baseline
+
+
+def missed_among(experiment: Experiment, left: Sequence[int], samples: int, seed: int, like: Tensor) -> Missed:
+    """What random halves of the cells `left` say of each (Kramár et al. 2024, the diagnostics of AtP*).
+
+    The mean effect of the halves with a cell, minus that of the halves without it, is the effect of the cell; how sure
+    that is says Welch's t-test. The bound is the largest effect that it does not exclude for some cell.
+    """
+    random = torch.Generator().manual_seed(seed)
+    halves = torch.rand(samples, len(left), generator=random) < 0.5
+    cells = experiment.grid.cells
+    results = torch.stack(
+        [
+            effect_of(experiment, [cells[left[at]] for at in half.nonzero().flatten().tolist()]).mean().double().cpu()
+            if half.any()
+            else torch.zeros((), dtype=torch.float64)
+            for half in halves
+        ]
+    )
+    means, errors, freedom = zip(*[_compared(results[half], results[~half]) for half in halves.T], strict=True)
+    bounds = [
+        abs(mean) + _quantile(CONFIDENCE, df) * error for mean, error, df in zip(means, errors, freedom, strict=True)
+    ]
+    spread = [torch.full((like.numel(),), float("nan")) for _ in range(2)]
+    for grid, numbers in zip(spread, (means, errors), strict=True):
+        grid[list(left)] = torch.tensor(numbers)
+    effects, of_effects = [grid.reshape(like.shape) for grid in spread]
+    return Missed(max(bounds), effects, of_effects, CONFIDENCE, samples)
+
+
+def _compared(having: Tensor, others: Tensor) -> tuple[float, float, float]:
+    """The difference of two means, its standard error, and the degrees of freedom of Welch's test."""
+    if len(having) < 2 or len(others) < 2:
+        return 0.0, float("inf"), 1.0
+    parts = [(group.var() / len(group)).item() for group in (having, others)]
+    total = sum(parts)
+    below = sum(part**2 / (len(group) - 1) for part, group in zip(parts, (having, others), strict=True))
+    freedom = total**2 / below if below else float(len(having) + len(others) - 2)
+    return (having.mean() - others.mean()).item(), total**0.5, freedom
+
+
+def _quantile(confidence: float, freedom: float) -> float:
+    """Of Student's distribution, from that of the normal one (Fisher and Cornish 1960; 1 % off at 3 degrees)."""
+    z = NormalDist().inv_cdf(confidence)
+    terms = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384]
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def _notes(found: Sequence[Tensor], cells: int, runs: int, missed: Missed | None) -> list[str]:
+    if not found:
+        return []
+    smallest = min(effect.mean().abs().item() for effect in found)
+    notes = [
+        f"{len(found)} of {cells} effects are exact, the smallest of them {smallest:.3g}; it took {runs} runs, "
+        f"{runs / cells:.0%} of those of a whole sweep"
+    ]
+    if missed is not None:
+        notes.append(
+            f"no other cell has an effect above {missed.bound:.3g}, as far as {missed.samples} random halves of them "
+            f"say ({missed.confidence:.0%} for each cell)"
+        )
+    return notes
