@@ -42,15 +42,15 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.experiments.effects import Axis, Effect, Effects
-from nicehooks.experiments.means import mean_activations
-from nicehooks.experiments.sweeping import sweep
 from nicehooks.experiments.attributing import attribute
 from nicehooks.experiments.circuits import circuit
 from nicehooks.experiments.edge_effects import edges
+from nicehooks.experiments.effects import Axis, Effect, Effects
 from nicehooks.experiments.faithful import faithfulness
 from nicehooks.experiments.greedy import acdc
+from nicehooks.experiments.means import mean_activations
 from nicehooks.experiments.score_terms import score_attribution
+from nicehooks.experiments.sweeping import sweep
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
