@@ -52,6 +52,8 @@ class capture(Intervention):
         to: a device or dtype, or a tuple of arguments for `Tensor.to`.
         map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
         stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+        steps: the steps to look at (calls of the model since entry): an int, a slice, a list, or a predicate.
+        calls: the calls to look at (calls of the module within one step), likewise.
 
     Raises:
         SiteNotFound: on entry: an item of `where` selects nothing.
@@ -71,8 +73,10 @@ class capture(Intervention):
         to: Any = None,
         map: Callable[..., Any] | None = None,
         stop: bool = False,
+        steps: Any = None,
+        calls: Any = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, steps, calls)
         if keep not in ("first", "last", "all"):
             raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
         self.where = where or (True,)
@@ -94,7 +98,7 @@ class capture(Intervention):
 
     def _rules(self, site: Site, action: Action) -> Pairs:
         whole = site.path.port.is_output and len(site.path.chain) == 0 and site.path.call is None
-        if whole and self._action.is_plain:
+        if whole and self._action.is_plain and self.steps is None and self.calls is None:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
 

@@ -36,7 +36,7 @@ from nicehooks.values import trees
 
 
 def grad_at(
-    model: nn.Module, where: Where, metric: Callable[[Any], Tensor]
+    model: nn.Module, where: Where, *more: Any, metric: Callable[[Any], Tensor] | None = None
 ) -> Callable[..., tuple[Tensor, ActivationCache]]:
     """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
 
@@ -51,27 +51,36 @@ def grad_at(
 
     Args:
         model: any module.
-        where: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
+        where, more: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
             of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None for
             what is no floating-point tensor.
-        metric: `metric(output)` is a scalar tensor.
+        metric: `metric(output)` is a scalar tensor. It comes last, or by its name.
 
     Raises:
         UnsupportedModule: a site is a gradient itself: write `h.3`, not `h.3@grad`.
         TreeMismatch: the metric returned something else than a scalar tensor.
         SiteNotReached: the metric does not depend on a site (on none of the sites of a wildcard).
     """
-    for site in select(model, where):
+    *places, measure = [where, *more] if metric is None else [where, *more, metric]
+    if not places or not callable(measure):
+        raise TypeError(NO_METRIC.format(kind=type(measure).__name__))
+    for site in select(model, *places):
         if site.path.port.is_gradient:
             text = f"{str(site)!r}: grad_at takes the paths of values, 'h.3': it adds the gradient by itself."
             raise UnsupportedModule(text)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
-        with _GradientsAt(model, where) as gradients:
-            value = gradients.differentiate(lambda: _only_number(metric(model(*args, **kwargs))))
+        with _GradientsAt(model, places) as gradients:
+            value = gradients.differentiate(lambda: _only_number(measure(model(*args, **kwargs))))
         return value, gradients.cache()
 
     return run
+
+
+NO_METRIC = (
+    "grad_at takes places and, behind them, a metric: a function of the output, not {kind}.\n"
+    '    grad_at(model, "h.3", "h.4", lambda output: output.sum())'
+)
 
 
 def _only_number(value: Any) -> Tensor:
