@@ -27,11 +27,11 @@ class Frame:
         contexts: what rules have entered around the call.
         inside: changes the result as if within the module's own forward: before any rule sees it.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
-        numbers: which call this is, for the rules that count.
+        counts: which call this is, for the rules that count.
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("args", "contexts", "inside", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
+    __slots__ = ("args", "contexts", "counts", "inside", "kept", "kwargs", "module", "tap", "value", "watcher")
 
     def __init__(self, tap: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -42,7 +42,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.inside: Any = None
         self.watcher: Any = None
-        self.numbers: dict[int, int] = {}
+        self.counts: dict[int, Any] = {}
         self.kept: dict[Any, Any] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:

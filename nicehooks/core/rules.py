@@ -14,7 +14,7 @@ from nicehooks.core import sessions
 from nicehooks.core.frames import Frame, Passing, Rule, StopForward
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
-from nicehooks.core.sessions import Session
+from nicehooks.core.sessions import Progress, Session
 from nicehooks.core.when import When
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath, with_chain
@@ -100,23 +100,27 @@ class SiteRule(Rule):
         """Counts this call, if calls matter."""
         if not self.when.counts:
             return
-        calls = self.session.progress().calls
-        before = calls.get(self.index, -1)
+        progress, first = self.session.progress(), self.when.first_call
+        before = progress.calls.get(self.index)
         if not torch.compiler.is_compiling() and torch_private.in_backward():  # a checkpointed region runs again
-            if before > 0 or (self.when.numbers_steps and self.session.progress().step > 0):
+            if any([count is not None and count.number > 0 for count in (before, progress.step)]):
                 raise UnsupportedModule(RECOMPUTED.format(key=self.key))
-            frame.numbers[self.index] = 0
-        else:
-            frame.numbers[self.index] = calls[self.index] = before + 1
+            frame.counts[self.index] = first
+        elif first is not None:
+            frame.counts[self.index] = progress.calls[self.index] = first if before is None else before.after()
 
     def key_of(self, frame: Frame | None) -> str | None:
         """The key of the site in this call; None where the rule does not act."""
         if frame is None or not self.when.counts:
             return self.key
-        number = frame.numbers[self.index]
-        if not self.when.admits(self.session.progress().step, number):
+        if self.when.no_step is not None and not self.session.progress().step.admits():
             return None
-        return self.key.replace("#*", f"#{number}", 1) if self.path.call == EVERY_CALL else self.key
+        if self.when.first_call is None:
+            return self.key
+        count = frame.counts[self.index]
+        if not count.admits():
+            return None
+        return self.key.replace("#*", f"#{count.number}", 1) if self.path.call == EVERY_CALL else self.key
 
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
@@ -254,6 +258,9 @@ class StepRule(Rule):
             return
         progress = self.session.progress()
         if progress.depth == 0:
+            if progress.part is not None:  # a part that ran alone before belonged to the first step
+                progress.start()
+            progress.rooted = True
             progress.next_step()
         frame.enter(_Deeper(progress))
 
@@ -261,8 +268,52 @@ class StepRule(Rule):
         return stop.session is self.session and self.session.progress().depth == 1
 
 
+class PartStepRule(Rule):
+    """Counts the steps where the root model does not run: a wrapper may call only a module inside of it.
+
+    A step is then a call of the outermost module that runs. Of two of them one inside the other the outer one counts,
+    which may come later (an encoder runs before the model around it does).
+
+    Attributes:
+        name: of the module.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def before(self, frame: Frame) -> None:
+        progress = self.session.progress()
+        if progress.rooted or (not torch.compiler.is_compiling() and torch_private.in_backward()):
+            return
+        if progress.depth == 0:
+            self._begin(progress)
+        frame.enter(_Deeper(progress))
+
+    def _begin(self, progress: Progress) -> None:
+        part, name = progress.part, self.name
+        if part is None or part.startswith(f"{name}."):
+            progress.start()
+            progress.part = name
+        elif part != name:
+            if name.startswith(f"{part}."):
+                return
+            if self.session.no_step is not None:
+                raise UnsupportedModule(NO_STEPS.format(label=self.session.label, part=part, name=name))
+        progress.next_step()
+
+
+NO_STEPS = (
+    "{label} counts steps, but the model itself is never called, and what is called in it are several modules: {part!r} "
+    "and {name!r} are in no common one that runs.\n"
+    "  A step is a call of the model: give the module that is called once in each.\n"
+    '    steer(model.get_submodule("{name}"), …, steps=…)'
+)
+
+
 class _Deeper(AbstractContextManager[None]):
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
     def __enter__(self) -> None:
