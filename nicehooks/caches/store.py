@@ -18,7 +18,7 @@ import torch
 from nicehooks.caches.containment import wholes_of
 from nicehooks.caches.messages import OUTLIVED, STALE, not_captured, text_of
 from nicehooks.caches.spellings import NO_NAMES, Names, spellings_of
-from nicehooks.caches.watching import Calls, Link, Watch, calls_of
+from nicehooks.caches.watching import Calls, GraphWatch, Link, Watch, calls_of
 from nicehooks.errors import NotCaptured, PathError, StaleActivation, TreeMismatch
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
@@ -36,6 +36,7 @@ class Store(dict[str, Any]):
         self._pass_starts: dict[str, int] = {}
         self._firsts: dict[str, bool] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
+        self._graph_watch: GraphWatch | None = None  # while the call of a model is being traced
         self._other_names: Names = NO_NAMES
         self._rest: Any = None  # see NOTE [What transforms take]; of this very cache, so a new item ends it
         if isinstance(values, Store):
@@ -118,7 +119,9 @@ class Store(dict[str, Any]):
         """The watch over the value at `key`, if it was captured; see NOTE [What a cache keeps alive]."""
         seen = self._seen.get(key)
         if type(seen) is tuple:
-            seen = self._seen[key] = Watch.before(*seen)
+            seen = self._seen[key] = Watch.before(*seen) if len(seen) > 1 else Watch.in_graph([*seen])
+        elif type(seen) is Link:
+            seen = self._seen[key] = Watch.in_graph(calls_of(seen))
         return seen
 
     def __iter__(self) -> Iterator[str]:
@@ -215,8 +218,10 @@ class Store(dict[str, Any]):
             if self._has_first(key):
                 return
             self._firsts[key] = True
-        if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
+        if torch.compiler.is_compiling():
             value = trees.as_it_is(value)
+            if self._graph_watch is not None:
+                self._graph_watch.note(key, value, keep == "all")
             dict.__setitem__(self, key, Link(dict.get(self, key), value) if keep == "all" else value)
             return
         watch = Watch.over(value)

@@ -32,6 +32,35 @@ class Link:
         self.value = value
 
 
+class GraphWatch:
+    """Compares the versions of what traced code has captured with those at the end of the model's call.
+
+    Compiled code has no versions to look at later: what it gives out are the final values of a graph. The number of
+    writes to each is a result of the graph like any other, and a constant in most.
+
+    Args:
+        seen: where the numbers are left, by key: alone in a tuple, or as `Link`s where all calls are kept.
+    """
+
+    def __init__(self, seen: dict[str, Any]) -> None:
+        self.seen = seen
+        self.pending: list[tuple[str, bool, Tensor, Any]] = []
+
+    def note(self, key: str, value: Any, all_calls: bool) -> None:
+        """From here on a write to a tensor of `value` counts."""
+        for leaf in trees.leaves(value):
+            if isinstance(leaf, Tensor):
+                self.pending.append((key, all_calls, leaf, leaf._version))
+
+    def settle(self) -> None:
+        """Leaves the numbers of writes so far."""
+        writes: dict[str, Any] = {}
+        for key, _, tensor, version in self.pending:
+            writes[key] = writes.get(key, 0) + tensor._version - version
+        for key, all_calls in {key: all_calls for key, all_calls, _, _ in self.pending}.items():
+            self.seen[key] = Link(self.seen.get(key), writes[key]) if all_calls else (writes[key],)
+
+
 def calls_of(link: Link) -> Calls[Any]:
     """The calls that `link` and those before it stand for."""
     values: list[Any] = []
@@ -46,11 +75,13 @@ class Watch(list[tuple[Any, Any]]):
     """The tensors of a captured value, held weakly, each with its version when it was captured.
 
     Attributes:
+        overwritten: whether compiled code has overwritten one of them before it gave them out.
         lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
         containers: those of the value that can change, by their ids, each with a copy of it as it was. They go with the
             watch: when the value leaves the cache.
     """
 
+    overwritten: bool = False
     lives: tuple[Any, ...] = ()
     containers: Mapping[int, tuple[Any, Any]] = MappingProxyType({})
 
@@ -92,6 +123,14 @@ class Watch(list[tuple[Any, Any]]):
         watch = Watch([*self, *other])
         watch.lives = (*self.lives, *other.lives)
         watch.containers = {**self.containers, **other.containers}
+        watch.overwritten = self.overwritten or other.overwritten
+        return watch
+
+    @staticmethod
+    def in_graph(changes: list[int]) -> Watch:
+        """A watch over what compiled code has given out, after so many writes to each value."""
+        watch = Watch()
+        watch.overwritten = any(changes)
         return watch
 
     @staticmethod
@@ -109,7 +148,7 @@ class Watch(list[tuple[Any, Any]]):
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
         pairs = zip(self, _tensors(value), strict=False)
-        return any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
+        return self.overwritten or any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
 
 
 def _tensors(value: Any) -> list[Tensor]:

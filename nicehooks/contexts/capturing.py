@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.spellings import Names
-from nicehooks.caches.watching import versions_of
+from nicehooks.caches.watching import GraphWatch, versions_of
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.frames import Frame, StopForward
@@ -235,10 +235,26 @@ class _StepOfCapture(StepRule):
 
     def before(self, frame: Frame) -> None:
         super().before(frame)
+        if torch.compiler.is_dynamo_compiling() and torch_private.transform_level() == 0:
+            frame.enter(_Watched(self.action.cache))
         if torch_private.is_exporting() and not self.session.exporting:
             if torch_private.is_part_of_export():
                 raise UnsupportedModule(PART_OF_EXPORT.format(label=self.session.label))
             frame.enter(_HandedOut(frame, self.session, self.action.cache))
+
+
+class _Watched(AbstractContextManager[None]):
+    """Counts the writes to what is captured in a call of the model that is being traced; see `GraphWatch`."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __enter__(self) -> None:
+        self.cache._graph_watch = GraphWatch(self.cache._seen)
+
+    def __exit__(self, *_: object) -> None:
+        self.cache._graph_watch.settle()
+        self.cache._graph_watch = None
 
 
 PART_OF_EXPORT = (

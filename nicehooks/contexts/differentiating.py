@@ -24,6 +24,7 @@ from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts import second_order
 from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.uncompiled import uncompiled
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core import sessions
 from nicehooks.core.census import unwrap
@@ -40,7 +41,8 @@ def grad_at(
 ) -> Callable[..., tuple[Tensor, ActivationCache]]:
     """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
 
-    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example.
+    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example. A model
+    that is compiled, or a part of it, runs as it was written meanwhile.
 
     >>> import torch
     >>> from torch import nn
@@ -70,12 +72,20 @@ def grad_at(
             raise UnsupportedModule(text)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
-        with _GradientsAt(model, places) as gradients:
+        if torch.compiler.is_dynamo_compiling():
+            raise UnsupportedModule(TRACED)
+        with uncompiled(model), _GradientsAt(model, places) as gradients:
             value = gradients.differentiate(lambda: _only_number(measure(model(*args, **kwargs))))
         return value, gradients.cache()
 
     return run
 
+
+TRACED = (
+    "grad_at cannot be traced by torch.compile: autograd is asked for places in its graph, and a compiled graph has none.\n"
+    "    grad_at(model, …)(x)                                # outside of compiled code; a compiled model may be given\n"
+    '    with capture(model, "h.3@grad"): loss.backward()    # around a compiled forward'
+)
 
 NO_METRIC = (
     "grad_at takes places and, behind them, a metric: a function of the output, not {kind}.\n"
@@ -202,6 +212,8 @@ class _Differentiate(Action):
         return value
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            raise UnsupportedModule(TRACED)
         entries: list[_Entry] = []
         self.keep(key, value, entries)
 

@@ -122,6 +122,11 @@ class Intervention:
         finally:
             self._left(session)
 
+    def restart(self) -> None:
+        """Counts steps from 0 again, as if it were entered anew: before the second of two generations, say."""
+        if self._session is not None:
+            self._session.start_counting()
+
     @property
     def active(self) -> bool:
         """Whether it is entered or attached now."""
