@@ -27,7 +27,7 @@ class Frame:
         contexts: what rules have entered around the call.
         inside: changes the result as if within the module's own forward: before any rule sees it.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
-        counts: which call this is, for the rules that count.
+        counts: which call this is, for each rule that counts calls.
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
@@ -42,7 +42,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.inside: Any = None
         self.watcher: Any = None
-        self.counts: dict[int, Any] = {}
+        self.counts: dict[Rule, Any] = {}
         self.kept: dict[Any, Any] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:

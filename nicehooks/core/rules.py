@@ -105,9 +105,9 @@ class SiteRule(Rule):
         if not torch.compiler.is_compiling() and torch_private.in_backward():  # a checkpointed region runs again
             if any([count is not None and count.number > 0 for count in (before, progress.step)]):
                 raise UnsupportedModule(RECOMPUTED.format(key=self.key))
-            frame.counts[self.index] = first
+            frame.counts[self] = first
         elif first is not None:
-            frame.counts[self.index] = progress.calls[self.index] = first if before is None else before.after()
+            frame.counts[self] = progress.calls[self.index] = first if before is None else before.after()
 
     def key_of(self, frame: Frame | None) -> str | None:
         """The key of the site in this call; None where the rule does not act."""
@@ -117,7 +117,7 @@ class SiteRule(Rule):
             return None
         if self.when.first_call is None:
             return self.key
-        count = frame.counts[self.index]
+        count = frame.counts[self]
         if not count.admits():
             return None
         return self.key.replace("#*", f"#{count.number}", 1) if self.path.call == EVERY_CALL else self.key
@@ -284,6 +284,7 @@ class PartStepRule(Rule):
         self.name = name
 
     def before(self, frame: Frame) -> None:
+        self.session.called = True
         progress = self.session.progress()
         if progress.rooted or (not torch.compiler.is_compiling() and torch_private.in_backward()):
             return
