@@ -148,7 +148,9 @@ class Watch(list[tuple[Any, Any]]):
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
         pairs = zip(self, _tensors(value), strict=False)
-        return self.overwritten or any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
+        return self.overwritten or any(
+            tensor() is now and version_of(now) != version for (tensor, version), now in pairs
+        )
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -53,9 +53,7 @@ class edit(Intervention):
     verb = "edit"
     keeps_plans = True
 
-    def __init__(
-        self, model: nn.Module, where: Where, fn: Any = None, *, steps: Any = None, calls: Any = None
-    ) -> None:
+    def __init__(self, model: nn.Module, where: Where, fn: Any = None, *, steps: Any = None, calls: Any = None) -> None:
         super().__init__(model, steps, calls)
         pairs = _pairs(self.verb, where, fn)
         for _, function in pairs:
@@ -76,7 +74,9 @@ def _pairs(verb: str, where: Where, value: Any) -> list[tuple[Where, Any]]:
     if not isinstance(where, Mapping) or isinstance(where, Tensor):
         return [(where, value)]
     if value is not None:
-        raise TypeError(f"{verb} takes a path with what belongs to it, or a mapping of both, and not a mapping with more")
+        raise TypeError(
+            f"{verb} takes a path with what belongs to it, or a mapping of both, and not a mapping with more"
+        )
     return list(where.items())
 
 

@@ -69,7 +69,8 @@ def plus(value):
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [(0, [2, 0, 0]), ([1, 2], [0, 2, 2]), (slice(1, None), [0, 2, 2]), (lambda n: n == 1, [0, 2, 0])]
+    ("steps", "expected"),
+    [(0, [2, 0, 0]), ([1, 2], [0, 2, 2]), (slice(1, None), [0, 2, 2]), (lambda n: n == 1, [0, 2, 0])],
 )
 @pytest.mark.parametrize("depth", [1, 2])
 def test_under_a_wrapper_a_step_is_a_call_of_the_outermost_module_that_runs(steps, expected, depth):
@@ -151,7 +152,9 @@ NUMBERS = st.one_of(
     st.none(),
     st.integers(-2, 6),
     st.lists(st.integers(0, 7), max_size=3),
-    st.builds(slice, st.one_of(st.none(), st.integers(0, 5)), st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 3)),
+    st.builds(
+        slice, st.one_of(st.none(), st.integers(0, 5)), st.one_of(st.none(), st.integers(0, 9)), st.integers(1, 3)
+    ),
     st.sampled_from([range(3), {1, 4}, lambda number: number % 3 == 1]),
 )
 
