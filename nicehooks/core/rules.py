@@ -306,8 +306,8 @@ class PartStepRule(Rule):
 
 
 NO_STEPS = (
-    "{label} counts steps, but the model itself is never called, and what is called in it are several modules: {part!r} "
-    "and {name!r} are in no common one that runs.\n"
+    "{label} counts steps, but the model itself is never called, and what is called in it are several modules: "
+    "{part!r} and {name!r} are in no common one that runs.\n"
     "  A step is a call of the model: give the module that is called once in each.\n"
     '    steer(model.get_submodule("{name}"), …, steps=…)'
 )

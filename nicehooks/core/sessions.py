@@ -12,8 +12,8 @@ for one.
 
 NOTE [Steps and calls are counted per thread]
 A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each
-thread counts its own steps, and its own calls within a step, in eager code as in traced code: a part of the model may be
-compiled, and the rest not.
+thread counts its own steps, and its own calls within a step, in eager code as in traced code: a part of the model may
+be compiled, and the rest not.
 """
 
 from __future__ import annotations

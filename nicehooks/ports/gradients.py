@@ -49,8 +49,8 @@ NO_GRADIENT = (
 
 
 COMPILED_BACKWARD = (
-    "{key!r}: torch._dynamo.config.compiled_autograd is on, and a backward that is compiled as one graph does not come back "
-    "to interventions on gradients.\n"
+    "{key!r}: torch._dynamo.config.compiled_autograd is on, and a backward that is compiled as one graph does not come "
+    "back to interventions on gradients.\n"
     "    torch._dynamo.config.compiled_autograd = False  # the forward may be compiled all the same"
 )
 

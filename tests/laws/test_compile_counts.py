@@ -156,7 +156,7 @@ def test_what_a_compiled_model_has_overwritten_is_not_given_out(backend, keep):
     assert graphs() <= 4
 
 
-# --- what is refused, and the way that works ----------------------------------------------------------------------------
+# --- what is refused, and the way that works --------------------------------------------------------------------------
 
 COMPILED = {
     "around": lambda model: compiled(model, "aot_eager"),
