@@ -41,8 +41,8 @@ def grad_at(
 ) -> Callable[..., tuple[Tensor, ActivationCache]]:
     """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
 
-    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example. What is
-    compiled of the model runs as it was written meanwhile.
+    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example. What
+    is compiled of the model runs as it was written meanwhile.
 
     >>> import torch
     >>> from torch import nn
@@ -54,8 +54,8 @@ def grad_at(
     Args:
         model: any module.
         where, more: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and
-            parts of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None for
-            what is no floating-point tensor.
+            parts of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None
+            for what is no floating-point tensor.
         metric: `metric(output)` is a scalar tensor. It comes last, or by its name.
 
     Raises:

@@ -3,8 +3,8 @@
 NOTE [Counting in traced code]
 Dynamo takes most ints for constants and would compile again for each. So a count is no int but an object that knows
 what the filter says to it, and which count comes after it: a chain that ends in a circle, as what a filter says to
-numbers does. Traced code goes along it, is guarded on the answers alone, and is compiled once for each. A predicate may say
-anything, and its counts are made as they are needed, from ints.
+numbers does. Traced code goes along it, is guarded on the answers alone, and is compiled once for each. A predicate may
+say anything, and its counts are made as they are needed, from ints.
 """
 
 from __future__ import annotations
