@@ -17,9 +17,10 @@ from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.frames import Frame, StopForward
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
+from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site, Where
 from nicehooks.core.sessions import Session, note_export
+from nicehooks.core.steps import StepRule
 from nicehooks.core.tap import overwrite
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule

@@ -55,7 +55,7 @@ class edit(Intervention):
 
     def __init__(self, model: nn.Module, where: Where, fn: Any = None, *, steps: Any = None, calls: Any = None) -> None:
         super().__init__(model, steps, calls)
-        pairs = _pairs(self.verb, where, fn)
+        pairs = _places_with(self.verb, where, fn)
         for _, function in pairs:
             if not callable(function):
                 kind = type(function).__name__
@@ -69,7 +69,7 @@ class edit(Intervention):
         return list(self._edits)
 
 
-def _pairs(verb: str, where: Where, value: Any) -> list[tuple[Where, Any]]:
+def _places_with(verb: str, where: Where, value: Any) -> list[tuple[Where, Any]]:
     """Each place with what belongs to it: those of a mapping, or one place with `value`."""
     if not isinstance(where, Mapping) or isinstance(where, Tensor):
         return [(where, value)]
@@ -251,7 +251,7 @@ def _changed(
     verb: str, model: nn.Module, where: Where, value: Any, make: Callable[[Any], Any], steps: Any, calls: Any
 ) -> edit:
     """An `edit` called `verb`, by the function that `make` makes of `value`, or of each value of a mapping."""
-    made = [(place, make(each)) for place, each in _pairs(verb, where, value)]
+    made = [(place, make(each)) for place, each in _places_with(verb, where, value)]
     context = edit(model, dict(made)) if isinstance(where, Mapping) else edit(model, *made[0])
     context.steps, context.calls, context.verb = steps, calls, verb
     for _, action in context._edits:  # pyright: ignore[reportPrivateUsage]

@@ -73,7 +73,7 @@ def grad_at(
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
         if torch.compiler.is_dynamo_compiling():
-            raise UnsupportedModule(TRACED)
+            raise UnsupportedModule(NOT_TRACED)
         with uncompiled(model), _GradientsAt(model, places) as gradients:
             value = gradients.differentiate(lambda: _only_number(measure(model(*args, **kwargs))))
         return value, gradients.cache()
@@ -81,7 +81,7 @@ def grad_at(
     return run
 
 
-TRACED = (
+NOT_TRACED = (
     "grad_at cannot be traced by torch.compile: autograd is asked for places in its graph; a compiled graph has none.\n"
     "    grad_at(model, …)(x)                              # outside of compiled code; a compiled model may be given\n"
     '    with capture(model, "h.3@grad"): loss.backward()  # around a compiled forward'
@@ -213,7 +213,7 @@ class _Differentiate(Action):
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            raise UnsupportedModule(TRACED)
+            raise UnsupportedModule(NOT_TRACED)
         entries: list[_Entry] = []
         self.keep(key, value, entries)
 

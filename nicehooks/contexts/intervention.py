@@ -15,11 +15,12 @@ from nicehooks.core import sessions
 from nicehooks.core.binding import bind, unbind
 from nicehooks.core.census import unwrap
 from nicehooks.core.exclusive import Exclusive, free_left_over
-from nicehooks.core.reaching import part_step_rules, rules_for, slow_path_rules
+from nicehooks.core.reaching import rules_for, slow_path_rules
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action, SiteRule, StepRule
+from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Group, Site, Where, select_groups
 from nicehooks.core.sessions import Progress, Session
+from nicehooks.core.steps import StepRule, part_step_rules
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
 from nicehooks.core.when import When
 from nicehooks.errors import (

@@ -6,7 +6,7 @@ from torch import nn
 
 from nicehooks.core.calling import has_forward
 from nicehooks.core.register import Pairs, kind_of
-from nicehooks.core.rules import Action, PartStepRule, RowsRule, SlowPathRule
+from nicehooks.core.rules import Action, RowsRule, SlowPathRule
 from nicehooks.core.selection import Site
 from nicehooks.core.walking import module_at
 from nicehooks.core.when import When
@@ -35,16 +35,3 @@ def slow_path_rules(sites: list[Site]) -> Pairs:
     """A rule for each encoder that contains one of `sites`."""
     encoders = {id(encoder): encoder for site in sites if site._encoders for encoder in site.encoders}
     return [(encoder, SlowPathRule()) for encoder in encoders.values()]
-
-
-def part_step_rules(sites: list[Site], root: nn.Module) -> Pairs:
-    """A rule for each module that `sites` are in, below the root model, and that can be called."""
-    around: dict[str, nn.Module] = {}
-    for site in sites:
-        name = site.name
-        while name and name not in around:
-            module = module_at(root, name)
-            if module is not None and has_forward(module):
-                around[name] = module
-            name = name.rpartition(".")[0]
-    return [(module, PartStepRule(name)) for name, module in around.items()]

@@ -98,30 +98,10 @@ class Session:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_progresses",
-        "acts_in",
-        "attached",
-        "called",
-        "checkpointed",
-        "counting",
-        "elsewhere",
-        "ended",
-        "exporting",
-        "label",
-        "level",
-        "mine",
-        "no_step",
-        "number",
-        "order",
-        "reached",
-        "recomputed",
-        "round",
-        "rules",
-        "suspended",
-        "tapped",
-        "ticket",
-    )
+        "__weakref__", "_progresses", "acts_in", "attached", "called", "checkpointed", "counting", "elsewhere",
+        "ended", "exporting", "label", "level", "mine", "no_step", "number", "order", "reached", "recomputed",
+        "round", "rules", "suspended", "tapped", "ticket"
+    )  # fmt: skip
 
     def __init__(self, label: str, attached: bool = False) -> None:
         self.label = label
@@ -146,16 +126,13 @@ class Session:
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
-        mine = self.mine
-        if torch.compiler.is_dynamo_compiling():
-            if mine is not None and (mine.thread == 0 or mine.thread == HERE.number):
-                return mine
-            found = self._progresses.get(HERE.number)
-            return self._new_progress() if found is None else found
+        mine, traced = self.mine, torch.compiler.is_dynamo_compiling()
+        if traced and mine is not None and (mine.thread == 0 or mine.thread == HERE.number):
+            return mine
         found = self._progresses.get(HERE.number)
         if found is not None:
             return found
-        if mine is not None and len(self._progresses) == 1 and torch_private.in_backward():
+        if not traced and mine is not None and len(self._progresses) == 1 and torch_private.in_backward():
             return mine  # a thread of autograd's own goes on with the forward's
         return self._new_progress()
 

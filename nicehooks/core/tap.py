@@ -66,24 +66,9 @@ class Tap:
     """
 
     __slots__ = (
-        "__weakref__",
-        "alive",
-        "attached",
-        "bound",
-        "copying",
-        "entries",
-        "forward",
-        "found",
-        "function",
-        "kind",
-        "mixed",
-        "module",
-        "only",
-        "parameters",
-        "previous",
-        "rules",
-        "simple",
-    )
+        "__weakref__", "alive", "attached", "bound", "copying", "entries", "forward", "found", "function", "kind",
+        "mixed", "module", "only", "parameters", "previous", "rules", "simple"
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)

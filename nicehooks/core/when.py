@@ -107,7 +107,7 @@ class When:
     __slots__ = ("counts", "first_call", "no_step", "optional", "shown")
 
     def __init__(self, steps: Any, calls: Any, call: int | str | None) -> None:
-        by_path = _Filter(_any, None) if call == EVERY_CALL else _filter("calls", call)
+        by_path = _Filter(lambda number: True, None) if call == EVERY_CALL else _filter("calls", call)
         by_option, by_step = _filter("calls", calls), _filter("steps", steps)
         numbers_calls = not (calls is None and call is None)
         self.first_call = (by_option & by_path).first() if numbers_calls else None
@@ -118,13 +118,9 @@ class When:
         self.shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
 
 
-def _any(number: int) -> bool:
-    return True
-
-
 def _filter(name: str, wanted: Any) -> _Filter:
     if wanted is None:
-        return _Filter(_any)
+        return _Filter(lambda number: True)
     if isinstance(wanted, int) and not isinstance(wanted, bool):
         return _Filter(lambda number: number == wanted, max(wanted, 0) + 1)
     if isinstance(wanted, slice):
@@ -135,11 +131,7 @@ def _filter(name: str, wanted: Any) -> _Filter:
         first, last, each = wanted.start or 0, wanted.stop, wanted.step or 1
         settled, circle = (max(first, 1), each) if last is None else (last + 1, 1)
         # as arithmetic: Dynamo has no `range` for it
-        return _Filter(
-            lambda number: number >= first and (last is None or number < last) and (number - first) % each == 0,
-            settled,
-            circle,
-        )
+        return _Filter(lambda n: first <= n and (last is None or n < last) and (n - first) % each == 0, settled, circle)
     if callable(wanted):
         return _Filter(lambda number: bool(wanted(number)), None)
     if isinstance(wanted, list | tuple | range | set | frozenset) and all(type(number) is int for number in wanted):
