@@ -37,6 +37,7 @@ class Store(dict[str, Any]):
         self._firsts: dict[str, bool] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
         self._graph_watch: GraphWatch | None = None  # while the call of a model is being traced
+        self._graph_writes: Any = None  # which that has left
         self._other_names: Names = NO_NAMES
         self._rest: Any = None  # see NOTE [What transforms take]; of this very cache, so a new item ends it
         if isinstance(values, Store):
@@ -105,6 +106,8 @@ class Store(dict[str, Any]):
         if isinstance(value, Link):
             value = calls_of(value)
             dict.__setitem__(self, key, value)
+        if self._graph_writes is not None and not torch.compiler.is_compiling():
+            self._note_graph_writes()
         watch = None if not self._seen or torch.compiler.is_compiling() else self._watch(key)
         if watch is None:
             return value
@@ -119,10 +122,17 @@ class Store(dict[str, Any]):
         """The watch over the value at `key`, if it was captured; see NOTE [What a cache keeps alive]."""
         seen = self._seen.get(key)
         if type(seen) is tuple:
-            seen = self._seen[key] = Watch.before(*seen) if len(seen) > 1 else Watch.in_graph([*seen])
-        elif type(seen) is Link:
-            seen = self._seen[key] = Watch.in_graph(calls_of(seen))
+            seen = self._seen[key] = Watch.before(*seen)
         return seen
+
+    def _note_graph_writes(self) -> None:
+        """Marks what compiled code has overwritten; see `GraphWatch`."""
+        left, self._graph_writes = self._graph_writes, None
+        for writes in calls_of(left) if type(left) is Link else [left]:
+            for key, (value, count) in writes.items():
+                if count and (type(left) is Link or dict.get(self, key) is value):
+                    watch = self._seen[key] = Watch(self._watch(key) or ())
+                    watch.overwritten = True
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(cache) and {**cache} read through __getitem__ too
@@ -156,6 +166,8 @@ class Store(dict[str, Any]):
         super().__delitem__(text)
 
     def _forget(self, key: str) -> None:
+        if self._graph_writes is not None and not torch.compiler.is_compiling():
+            self._note_graph_writes()
         self._seen.pop(key, None)
         self._rest = None
 

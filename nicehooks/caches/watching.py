@@ -36,29 +36,30 @@ class GraphWatch:
     """Compares the versions of what traced code has captured with those at the end of the model's call.
 
     Compiled code has no versions to look at later: what it gives out are the final values of a graph. The number of
-    writes to each is a result of the graph like any other, and a constant in most.
-
-    Args:
-        seen: where the numbers are left, by key: alone in a tuple, or as `Link`s where all calls are kept.
+    writes to each is a result of the graph like any other, and a constant in most. They are left in the cache without
+    a look at what is there, which Dynamo would guard: `[key] = (value, writes)`, or `Link`s of that for all calls.
     """
 
-    def __init__(self, seen: dict[str, Any]) -> None:
-        self.seen = seen
-        self.pending: list[tuple[str, bool, Tensor, Any]] = []
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.all_calls = False
+        self.pending: list[tuple[str, Any, Tensor, Any]] = []
 
     def note(self, key: str, value: Any, all_calls: bool) -> None:
         """From here on a write to a tensor of `value` counts."""
+        self.all_calls = all_calls
         for leaf in trees.leaves(value):
             if isinstance(leaf, Tensor):
-                self.pending.append((key, all_calls, leaf, leaf._version))
+                self.pending.append((key, value, leaf, leaf._version))
 
     def settle(self) -> None:
         """Leaves the numbers of writes so far."""
         writes: dict[str, Any] = {}
-        for key, _, tensor, version in self.pending:
-            writes[key] = writes.get(key, 0) + tensor._version - version
-        for key, all_calls in {key: all_calls for key, all_calls, _, _ in self.pending}.items():
-            self.seen[key] = Link(self.seen.get(key), writes[key]) if all_calls else (writes[key],)
+        for key, value, tensor, version in self.pending:
+            before = writes[key][1] if key in writes else 0
+            writes[key] = (value, before + tensor._version - version)
+        self.cache._graph_writes = Link(self.cache._graph_writes, writes) if self.all_calls else writes
+        self.cache._graph_watch = None
 
 
 def calls_of(link: Link) -> Calls[Any]:
@@ -124,13 +125,6 @@ class Watch(list[tuple[Any, Any]]):
         watch.lives = (*self.lives, *other.lives)
         watch.containers = {**self.containers, **other.containers}
         watch.overwritten = self.overwritten or other.overwritten
-        return watch
-
-    @staticmethod
-    def in_graph(changes: list[int]) -> Watch:
-        """A watch over what compiled code has given out, after so many writes to each value."""
-        watch = Watch()
-        watch.overwritten = any(changes)
         return watch
 
     @staticmethod

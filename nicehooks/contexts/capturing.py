@@ -251,11 +251,10 @@ class _Watched(AbstractContextManager[None]):
         self.cache = cache
 
     def __enter__(self) -> None:
-        self.cache._graph_watch = GraphWatch(self.cache._seen)
+        self.cache._graph_watch = GraphWatch(self.cache)
 
     def __exit__(self, *_: object) -> None:
         self.cache._graph_watch.settle()
-        self.cache._graph_watch = None
 
 
 PART_OF_EXPORT = (
