@@ -273,5 +273,5 @@ def _forget(key: int) -> None:
     tap = _taps.get(key)
     if tap is not None and tap.module() is None:
         del _taps[key]
-        tap.rules = ()
+        tap.rules = tap.attached = ()
         tap.forward = tap.entries = None
