@@ -154,7 +154,9 @@ class Intervention:
 
     def _start(self, session: Session, plan: Plan, actions: Actions | None) -> None:
         sessions.number(session)
-        session.counting, session.tapped = plan.counting, plan.tapped
+        session.counting = plan.counting
+        if not session.attached:  # of a handle, it would be a cycle
+            session.tapped = plan.tapped
         session.no_step = None if self.steps is None else self._when(None).no_step
         for companion in plan.companions:
             for rule in companion.rules:
