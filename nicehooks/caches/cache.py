@@ -46,7 +46,7 @@ class ActivationCache(Store):
 
     # parts
 
-    def select(self, where: Any) -> ActivationCache:
+    def select(self, where: Any, *more: Any) -> ActivationCache:
         """The part of the cache at `where`: paths, lists of them, regular expressions or predicates over the keys.
 
         A path selects what it would select in a model: without a port the output, and nothing else.
@@ -55,7 +55,7 @@ class ActivationCache(Store):
             SiteNotFound: an item of `where` selects nothing.
         """
         self.settle()
-        keys = list(dict.fromkeys(keys_chosen(self, where, self._other_names)))
+        keys = list(dict.fromkeys(keys_chosen(self, [where, *more] if more else where, self._other_names)))
         chosen = self._like([(key, self[key]) for key in keys])
         for key in keys:
             whole, chain = self._find(key) or (key, ())
@@ -63,14 +63,14 @@ class ActivationCache(Store):
                 chosen._seen[key] = Watch.over(dict.__getitem__(chosen, key))
         return chosen
 
-    def stack(self, where: Any = True) -> Tensor:
+    def stack(self, where: Any = True, *more: Any) -> Tensor:
         """The values at `where` as one tensor with a new leading dimension, `[site, …]`.
 
         Raises:
             SiteNotFound: there is nothing to stack.
             TreeMismatch: the values are not tensors of one shape.
         """
-        chosen = self.select(where)
+        chosen = self.select(where, *more)
         if not chosen:
             raise SiteNotFound(f"there is nothing to stack: {'no site is selected' if self else 'the cache is empty'}.")
         values = list(chosen.values())
@@ -131,10 +131,15 @@ class ActivationCache(Store):
     def index(self, key: Any) -> ActivationCache:
         """A cache with every tensor indexed by `key`: `cache.index(0)` is the first example of the batch.
 
+        A list of numbers, be they tensors of one number each, is a list of examples; for torch itself a list of tensors
+        is a tuple, with an item for each dimension.
+
         Raises:
             TreeMismatch: a tensor has no such index.
         """
-        return self._each(f"index({key!r})", lambda tensor: tensor[key])
+        numbers = type(key) is list and all([isinstance(one, Tensor) and one.ndim == 0 for one in key])
+        at = torch.stack(key) if numbers and key else key
+        return self._each(f"index({key!r})", lambda tensor: tensor[at])
 
     def abs(self) -> ActivationCache:
         """A cache of absolute values.

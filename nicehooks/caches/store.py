@@ -18,7 +18,7 @@ import torch
 from nicehooks.caches.containment import wholes_of
 from nicehooks.caches.messages import OUTLIVED, STALE, not_captured, text_of
 from nicehooks.caches.spellings import NO_NAMES, Names, spellings_of
-from nicehooks.caches.watching import Calls, Link, Watch, calls_of
+from nicehooks.caches.watching import Calls, GraphWatch, Link, Watch, calls_of
 from nicehooks.errors import NotCaptured, PathError, StaleActivation, TreeMismatch
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
@@ -36,6 +36,8 @@ class Store(dict[str, Any]):
         self._pass_starts: dict[str, int] = {}
         self._firsts: dict[str, bool] = {}
         self._seen: dict[str, Any] = {}  # see NOTE [What a cache keeps alive]
+        self._graph_watch: GraphWatch | None = None  # while the call of a model is being traced
+        self._graph_writes: Any = None  # which that has left
         self._other_names: Names = NO_NAMES
         self._rest: Any = None  # see NOTE [What transforms take]; of this very cache, so a new item ends it
         if isinstance(values, Store):
@@ -104,6 +106,8 @@ class Store(dict[str, Any]):
         if isinstance(value, Link):
             value = calls_of(value)
             dict.__setitem__(self, key, value)
+        if self._graph_writes is not None and not torch.compiler.is_compiling():
+            self._note_graph_writes()
         watch = None if not self._seen or torch.compiler.is_compiling() else self._watch(key)
         if watch is None:
             return value
@@ -120,6 +124,15 @@ class Store(dict[str, Any]):
         if type(seen) is tuple:
             seen = self._seen[key] = Watch.before(*seen)
         return seen
+
+    def _note_graph_writes(self) -> None:
+        """Marks what compiled code has overwritten; see `GraphWatch`."""
+        left, self._graph_writes = self._graph_writes, None
+        for writes in calls_of(left) if type(left) is Link else [left]:
+            for key, (value, count) in writes.items():
+                if count and (type(left) is Link or dict.get(self, key) is value):
+                    watch = self._seen[key] = Watch(self._watch(key) or ())
+                    watch.overwritten = True
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # overridden so that dict(cache) and {**cache} read through __getitem__ too
@@ -153,6 +166,8 @@ class Store(dict[str, Any]):
         super().__delitem__(text)
 
     def _forget(self, key: str) -> None:
+        if self._graph_writes is not None and not torch.compiler.is_compiling():
+            self._note_graph_writes()
         self._seen.pop(key, None)
         self._rest = None
 
@@ -215,8 +230,10 @@ class Store(dict[str, Any]):
             if self._has_first(key):
                 return
             self._firsts[key] = True
-        if torch.compiler.is_compiling():  # a compiled graph has no versions, and no in-place writes to what it returns
+        if torch.compiler.is_compiling():
             value = trees.as_it_is(value)
+            if self._graph_watch is not None:
+                self._graph_watch.note(key, value, keep == "all")
             dict.__setitem__(self, key, Link(dict.get(self, key), value) if keep == "all" else value)
             return
         watch = Watch.over(value)

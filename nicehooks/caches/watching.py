@@ -32,6 +32,36 @@ class Link:
         self.value = value
 
 
+class GraphWatch:
+    """Compares the versions of what traced code has captured with those at the end of the model's call.
+
+    Compiled code has no versions to look at later: what it gives out are the final values of a graph. The number of
+    writes to each is a result of the graph like any other, and a constant in most. They are left in the cache without
+    a look at what is there, which Dynamo would guard: `[key] = (value, writes)`, or `Link`s of that for all calls.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.all_calls = False
+        self.pending: list[tuple[str, Any, Tensor, Any]] = []
+
+    def note(self, key: str, value: Any, all_calls: bool) -> None:
+        """From here on a write to a tensor of `value` counts."""
+        self.all_calls = all_calls
+        for leaf in trees.leaves(value):
+            if isinstance(leaf, Tensor):
+                self.pending.append((key, value, leaf, leaf._version))
+
+    def settle(self) -> None:
+        """Leaves the numbers of writes so far."""
+        writes: dict[str, Any] = {}
+        for key, value, tensor, version in self.pending:
+            before = writes[key][1] if key in writes else 0
+            writes[key] = (value, before + tensor._version - version)
+        self.cache._graph_writes = Link(self.cache._graph_writes, writes) if self.all_calls else writes
+        self.cache._graph_watch = None
+
+
 def calls_of(link: Link) -> Calls[Any]:
     """The calls that `link` and those before it stand for."""
     values: list[Any] = []
@@ -46,11 +76,13 @@ class Watch(list[tuple[Any, Any]]):
     """The tensors of a captured value, held weakly, each with its version when it was captured.
 
     Attributes:
+        overwritten: whether compiled code has overwritten one of them before it gave them out.
         lives: of the transforms that the tensors belong to; see `torch_private_tensors.life_of`.
         containers: those of the value that can change, by their ids, each with a copy of it as it was. They go with the
             watch: when the value leaves the cache.
     """
 
+    overwritten: bool = False
     lives: tuple[Any, ...] = ()
     containers: Mapping[int, tuple[Any, Any]] = MappingProxyType({})
 
@@ -92,6 +124,7 @@ class Watch(list[tuple[Any, Any]]):
         watch = Watch([*self, *other])
         watch.lives = (*self.lives, *other.lives)
         watch.containers = {**self.containers, **other.containers}
+        watch.overwritten = self.overwritten or other.overwritten
         return watch
 
     @staticmethod
@@ -111,7 +144,9 @@ class Watch(list[tuple[Any, Any]]):
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
         pairs = zip(self, _tensors(value), strict=False)
-        return any(tensor() is now and version_of(now) != version for (tensor, version), now in pairs)
+        return self.overwritten or any(
+            tensor() is now and version_of(now) != version for (tensor, version), now in pairs
+        )
 
 
 def _tensors(value: Any) -> list[Tensor]:

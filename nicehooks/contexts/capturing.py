@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.spellings import Names
-from nicehooks.caches.watching import versions_of
+from nicehooks.caches.watching import GraphWatch, versions_of
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.frames import Frame, StopForward
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action, OutputRule, SiteRule, StepRule
+from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site, Where
 from nicehooks.core.sessions import Session, note_export
+from nicehooks.core.steps import StepRule
 from nicehooks.core.tap import overwrite
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
@@ -52,6 +53,8 @@ class capture(Intervention):
         to: a device or dtype, or a tuple of arguments for `Tensor.to`.
         map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
         stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+        steps: the steps to look at (calls of the model since entry): an int, a slice, a list, or a predicate.
+        calls: the calls to look at (calls of the module within one step), likewise.
 
     Raises:
         SiteNotFound: on entry: an item of `where` selects nothing.
@@ -71,8 +74,10 @@ class capture(Intervention):
         to: Any = None,
         map: Callable[..., Any] | None = None,
         stop: bool = False,
+        steps: Any = None,
+        calls: Any = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, steps, calls)
         if keep not in ("first", "last", "all"):
             raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
         self.where = where or (True,)
@@ -94,7 +99,7 @@ class capture(Intervention):
 
     def _rules(self, site: Site, action: Action) -> Pairs:
         whole = site.path.port.is_output and len(site.path.chain) == 0 and site.path.call is None
-        if whole and self._action.is_plain:
+        if whole and self._action.is_plain and self.steps is None and self.calls is None:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
         return super()._rules(site, action)
 
@@ -231,10 +236,25 @@ class _StepOfCapture(StepRule):
 
     def before(self, frame: Frame) -> None:
         super().before(frame)
+        if torch.compiler.is_dynamo_compiling() and torch_private.transform_level() == 0:
+            frame.enter(_Watched(self.action.cache))
         if torch_private.is_exporting() and not self.session.exporting:
             if torch_private_tensors.is_part_of_export():
                 raise UnsupportedModule(PART_OF_EXPORT.format(label=self.session.label))
             frame.enter(_HandedOut(frame, self.session, self.action.cache))
+
+
+class _Watched(AbstractContextManager[None]):
+    """Counts the writes to what is captured in a call of the model that is being traced; see `GraphWatch`."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __enter__(self) -> None:
+        self.cache._graph_watch = GraphWatch(self.cache)
+
+    def __exit__(self, *_: object) -> None:
+        self.cache._graph_watch.settle()
 
 
 PART_OF_EXPORT = (

@@ -39,7 +39,7 @@ class edit(Intervention):
 
     Args:
         model: any module.
-        where: a path, a site, … (see `select`).
+        where: a path, a site, … (see `select`), or a mapping from them to functions.
         fn: `fn(value)` or `fn(value, site=…)`; it returns the new value, or None to leave the old one. A tensor is
             broadcast to the shape of the old one and cast to its dtype, as in an assignment.
         steps: the steps to act at (calls of the model since entry): an int, a slice, a list, or a predicate.
@@ -54,20 +54,31 @@ class edit(Intervention):
     verb = "edit"
     keeps_plans = True
 
-    def __init__(
-        self, model: nn.Module, where: Where, fn: Callable[..., Any], *, steps: Any = None, calls: Any = None
-    ) -> None:
+    def __init__(self, model: nn.Module, where: Where, fn: Any = None, *, steps: Any = None, calls: Any = None) -> None:
         super().__init__(model, steps, calls)
-        if not callable(fn):
-            raise TypeError(f"edit(model, where, fn) takes a function of the value as fn, not {type(fn).__name__}")
-        self.where = where
-        self._action: Action = _Edit(self.verb, fn)
+        pairs = _places_with(self.verb, where, fn)
+        for _, function in pairs:
+            if not callable(function):
+                kind = type(function).__name__
+                raise TypeError(f"edit(model, where, fn) takes a function of the value as fn, not {kind}")
+        self._edits: list[tuple[Where, _Edit]] = [(place, _Edit(self.verb, function)) for place, function in pairs]
 
     def __repr__(self) -> str:
-        return f"{self._action.verb}(model, {show_where(self.where)}, …)"
+        return f"{self.verb}(model, {show_where([place for place, _ in self._edits])}, …)"
 
-    def _actions(self) -> list[tuple[Where, Action]]:
-        return [(self.where, self._action)]
+    def _actions(self) -> Actions:
+        return list(self._edits)
+
+
+def _places_with(verb: str, where: Where, value: Any) -> list[tuple[Where, Any]]:
+    """Each place with what belongs to it: those of a mapping, or one place with `value`."""
+    if not isinstance(where, Mapping) or isinstance(where, Tensor):
+        return [(where, value)]
+    if value is not None:
+        raise TypeError(
+            f"{verb} takes a path with what belongs to it, or a mapping of both, and not a mapping with more"
+        )
+    return list(where.items())
 
 
 class _Edit(Action):
@@ -115,13 +126,11 @@ def ablate(
         raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
     # A copy: a later in-place layer must not reach the user's own mean.
     constant = _Patch(value, checked_basis(subspace))
-    return _with_verb(
-        "ablate", edit(model, list(where), lambda old: constant.instead_of(old), steps=steps, calls=calls)
-    )
+    return _changed("ablate", model, list(where), constant, lambda each: each.instead_of, steps, calls)
 
 
 def steer(
-    model: nn.Module, where: Where, vector: Tensor, scale: float = 1.0, *, steps: Any = None, calls: Any = None
+    model: nn.Module, where: Where, vector: Any = None, scale: float = 1.0, *, steps: Any = None, calls: Any = None
 ) -> edit:
     """Adds `scale * vector` to values.
 
@@ -133,20 +142,25 @@ def steer(
     ...     steered = model(x)
     >>> (steered - model(x))[0].round().tolist()
     [2.0, 0.0, 0.0]
+    >>> with steer(model, {"0": direction, "1[:, 2]": torch.tensor(3.0)}):
+    ...     (model(x) - steered)[0].round().tolist()
+    [-1.0, 0.0, 3.0]
 
     Args:
         model: any module.
-        where: a path, a site, … (see `select`).
+        where: a path, a site, … (see `select`), or a mapping from them to vectors; an `ActivationCache` is one.
         vector: a tensor that broadcasts to the value, `[d_model]` for a residual stream of `[batch, pos, d_model]`.
         scale: how much of it to add.
         steps: as for `edit`.
         calls: as for `edit`.
     """
+    return _changed("steer", model, where, vector, lambda each: _shift_by(each, scale), steps, calls)
+
+
+def _shift_by(vector: Any, scale: float) -> Callable[[Any], Tensor]:
     if not isinstance(vector, Tensor):
         raise TypeError(f"steer(model, where, vector) takes a tensor as vector, not {type(vector).__name__}")
-    return _with_verb(
-        "steer", edit(model, where, lambda value: _shifted(value, vector, scale), steps=steps, calls=calls)
-    )
+    return lambda value: _shifted(value, vector, scale)
 
 
 def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
@@ -180,7 +194,7 @@ def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
 def splice(
     model: nn.Module,
     where: Where,
-    module: Callable[[Tensor], Any],
+    module: Any = None,
     error: bool = False,
     *,
     steps: Any = None,
@@ -204,7 +218,7 @@ def splice(
 
     Args:
         model: any module.
-        where: a path, a site, … (see `select`).
+        where: a path, a site, … (see `select`), or a mapping from them to modules.
         module: what the value, a tensor, goes through; it returns a tensor of the same shape. A module of another
             floating dtype gets the value in that, and what it returns is cast back.
         error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
@@ -212,17 +226,22 @@ def splice(
         steps: as for `edit`.
         calls: as for `edit`.
     """
+    return _changed("splice", model, where, module, lambda each: _sent_through(each, error), steps, calls)
+
+
+def _sent_through(module: Any, error: bool) -> Callable[[Any], Tensor]:
     if not callable(module):
         raise TypeError(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
-    return _with_verb(
-        "splice", edit(model, where, lambda value: _spliced(value, module, error), steps=steps, calls=calls)
-    )
+    return lambda value: _spliced(value, module, error)
 
 
 def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
     if not isinstance(value, Tensor):
         raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
-    new = _in_dtype_of(module, value)
+    try:
+        new = _in_dtype_of(module, value)
+    except TORCH_ERRORS as reason:
+        raise refused(reason, f"the module does not take {trees.structure_of(value)}") from reason
     if not isinstance(new, Tensor) or new.shape != value.shape:
         raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + (value - new).detach() if error else new
@@ -238,8 +257,15 @@ def _in_dtype_of(module: Callable[[Tensor], Any], value: Tensor) -> Any:
     return new.to(value.dtype) if isinstance(new, Tensor) and new.is_floating_point() else new
 
 
-def _with_verb(verb: str, context: edit) -> edit:
-    context.verb = context._action.verb = verb  # pyright: ignore
+def _changed(
+    verb: str, model: nn.Module, where: Where, value: Any, make: Callable[[Any], Any], steps: Any, calls: Any
+) -> edit:
+    """An `edit` called `verb`, by the function that `make` makes of `value`, or of each value of a mapping."""
+    made = [(place, make(each)) for place, each in _places_with(verb, where, value)]
+    context = edit(model, dict(made)) if isinstance(where, Mapping) else edit(model, *made[0])
+    context.steps, context.calls, context.verb = steps, calls, verb
+    for _, action in context._edits:  # pyright: ignore[reportPrivateUsage]
+        action.verb = verb
     return context
 
 

@@ -24,6 +24,7 @@ from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts import second_order
 from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.uncompiled import uncompiled
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core import sessions
 from nicehooks.core.children import unwrap
@@ -36,11 +37,12 @@ from nicehooks.values import trees
 
 
 def grad_at(
-    model: nn.Module, where: Where, metric: Callable[[Any], Tensor]
+    model: nn.Module, where: Where, *more: Any, metric: Callable[[Any], Tensor] | None = None
 ) -> Callable[..., tuple[Tensor, ActivationCache]]:
     """A function with the model's signature that returns `(value, gradients)`: those of a metric at the sites.
 
-    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example.
+    One forward and one backward serve any number of sites. Under `vmap` the gradients are those of each example. What
+    is compiled of the model runs as it was written meanwhile.
 
     >>> import torch
     >>> from torch import nn
@@ -51,27 +53,44 @@ def grad_at(
 
     Args:
         model: any module.
-        where: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and parts
-            of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None for
-            what is no floating-point tensor.
-        metric: `metric(output)` is a scalar tensor.
+        where, more: paths, sites, … (see `select`) of any port but gradients: outputs, inputs, parameters, calls, and
+            parts of them; the keys of a mapping, such as a cache. The gradient of a tree is a tree like it, with None
+            for what is no floating-point tensor.
+        metric: `metric(output)` is a scalar tensor. It comes last, or by its name.
 
     Raises:
         UnsupportedModule: a site is a gradient itself: write `h.3`, not `h.3@grad`.
         TreeMismatch: the metric returned something else than a scalar tensor.
         SiteNotReached: the metric does not depend on a site (on none of the sites of a wildcard).
     """
-    for site in select(model, where):
+    *places, measure = [where, *more] if metric is None else [where, *more, metric]
+    if not places or not callable(measure):
+        raise TypeError(NO_METRIC.format(kind=type(measure).__name__))
+    for site in select(model, *places):
         if site.path.port.is_gradient:
             text = f"{str(site)!r}: grad_at takes the paths of values, 'h.3': it adds the gradient by itself."
             raise UnsupportedModule(text)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, ActivationCache]:
-        with _GradientsAt(model, where) as gradients:
-            value = gradients.differentiate(lambda: _only_number(metric(model(*args, **kwargs))))
+        if torch.compiler.is_dynamo_compiling():
+            raise UnsupportedModule(NOT_TRACED)
+        with uncompiled(model), _GradientsAt(model, places) as gradients:
+            value = gradients.differentiate(lambda: _only_number(measure(model(*args, **kwargs))))
         return value, gradients.cache()
 
     return run
+
+
+NOT_TRACED = (
+    "grad_at cannot be traced by torch.compile: autograd is asked for places in its graph; a compiled graph has none.\n"
+    "    grad_at(model, …)(x)                              # outside of compiled code; a compiled model may be given\n"
+    '    with capture(model, "h.3@grad"): loss.backward()  # around a compiled forward'
+)
+
+NO_METRIC = (
+    "grad_at takes places and, behind them, a metric: a function of the output, not {kind}.\n"
+    '    grad_at(model, "h.3", "h.4", lambda output: output.sum())'
+)
 
 
 def _only_number(value: Any) -> Tensor:
@@ -193,6 +212,8 @@ class _Differentiate(Action):
         return value
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            raise UnsupportedModule(NOT_TRACED)
         entries: list[_Entry] = []
         self.keep(key, value, entries)
 

@@ -17,9 +17,10 @@ from nicehooks.core.exclusive import Exclusive, free_left_over
 from nicehooks.core.explaining import explained
 from nicehooks.core.reaching import rules_for, slow_path_rules
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action, SiteRule, StepRule
+from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Group, Site, Where, select_groups
-from nicehooks.core.sessions import Session
+from nicehooks.core.sessions import Progress, Session
+from nicehooks.core.steps import StepRule, part_step_rules
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
 from nicehooks.core.when import When
 from nicehooks.errors import (
@@ -57,6 +58,7 @@ class Intervention:
         self._plan: Plan | None = None
         self._has_given = False  # whether its plan waits for whoever comes first
         self._session: Session | None = None
+        self._whens: dict[Any, When] = {}  # by the call of the path: all sites have the same ones
 
     # what the interventions say
 
@@ -65,7 +67,12 @@ class Intervention:
         raise NotImplementedError  # abstract: every intervention has its own
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        return rules_for(site, action, When(self.steps, self.calls, site.path.call), unwrap(self.model))
+        return rules_for(site, action, self._when(site.path.call), unwrap(self.model))
+
+    def _when(self, call: Any) -> When:
+        if call not in self._whens:
+            self._whens[call] = When(self.steps, self.calls, call)
+        return self._whens[call]
 
     def _step_rule(self) -> StepRule:
         """What happens whenever the model itself is called."""
@@ -116,6 +123,11 @@ class Intervention:
         finally:
             self._left(session)
 
+    def restart(self) -> None:
+        """Counts steps from 0 again, as if it were entered anew: before the second of two generations, say."""
+        if self._session is not None:
+            self._session.start_counting()
+
     @property
     def active(self) -> bool:
         """Whether it is entered or attached now."""
@@ -143,6 +155,9 @@ class Intervention:
     def _start(self, session: Session, plan: Plan, actions: Actions | None) -> None:
         sessions.number(session)
         session.counting = plan.counting
+        if not session.attached:  # of a handle, it would be a cycle
+            session.tapped = plan.tapped
+        session.no_step = None if self.steps is None else self._when(None).no_step
         for companion in plan.companions:
             for rule in companion.rules:
                 rule.session = session
@@ -156,6 +171,8 @@ class Intervention:
         self._session = Session(self._plan.label)
         self._session.attached = True  # acts wherever its rules are: nobody else has them
         self._session.counting = self._plan.counting
+        self._session.no_step = None if self.steps is None else self._when(None).no_step
+        self._session.mine = Progress(0, self._session.no_step)
         for _, rule in self._plan.pairs:
             rule.session = self._session
         bind_traced(self._plan.pairs, self.first)
@@ -243,8 +260,10 @@ class Intervention:
             pairs += new_pairs
         if not groups:
             raise SiteNotFound(explained("misuse.empty", self.verb))
-        pairs += slow_path_rules(sites)
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
+        if any([rule.when.counts for rule in rules]) and not torch.compiler.is_dynamo_compiling():
+            pairs = [pairs[0], *part_step_rules(sites, unwrap(self.model)), *pairs[1:]]
+        pairs += slow_path_rules(sites)
         for index, rule in enumerate(rules):
             rule.index = index
         keys = frozenset([rule.key for rule in rules])

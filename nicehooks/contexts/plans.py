@@ -30,6 +30,7 @@ class Plan(NamedTuple):
         label: how the intervention is shown.
         pairs: the rules, each with the module whose tap it belongs to; only in code that is being traced.
         taps: the same with the taps, which know their modules weakly; only in eager code.
+        tapped: the rules by the `id` of the module; only in eager code.
         selected: what each `where` has selected.
         groups: the rules of the sites of each item of a `where`.
         companions: what these need for as long as a session lasts.
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     label: str
     pairs: Pairs
     taps: list[Bound]
+    tapped: dict[int, tuple[Any, ...]]
     selected: list[list[Group]]
     groups: list[RuleGroup]
     companions: list[Companion]
@@ -65,8 +67,12 @@ class Plan(NamedTuple):
         companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
         traced = torch.compiler.is_dynamo_compiling()
         taps = [] if traced else taps_for(pairs)
+        tapped: dict[int, tuple[Any, ...]] = {}
+        for module, rule in () if traced else pairs:
+            tapped[id(module)] = (*tapped.get(id(module), ()), rule)
+        pairs = pairs if traced else []
         key = key if all([rule.reusable for rule in rules]) else None
-        return Plan(label, pairs if traced else [], taps, selected or [], groups or [], companions, counting, keys, key)
+        return Plan(label, pairs, taps, tapped, selected or [], groups or [], companions, counting, keys, key)
 
 
 class Plans:

@@ -41,6 +41,8 @@ def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, 
                 continue
             tap.rules = alone
             tap.simple = rule.simple
+            if not contexts_only:
+                tap.attached = alone
             if rule.plain and contexts_only:
                 tap.bound = MethodType(tap.function, module)
                 tap.only = rule
@@ -52,7 +54,10 @@ def _bind_slowly(tap: Tap, module: Any, rule: Rule, first: bool) -> None:
     if not tap.rules:
         _put_in(module, tap)
     at = _behind_suspends(tap.rules) if first else len(tap.rules)
+    behind = len(tap.attached) if rule.session.attached else len(tap.rules)
+    tap.mixed = tap.mixed or at < len(tap.rules) or behind < len(tap.rules)
     tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
+    tap.attached = tuple([other for other in tap.rules if other.session.attached])
     tap.simple = tap.simple and rule.simple
 
 
@@ -97,6 +102,8 @@ def unbind(taps: list[Bound]) -> None:
 def _unbind_slowly(tap: Tap, module: Any, rule: Rule) -> None:
     tap.only = None
     tap.rules = tuple([r for r in tap.rules if r is not rule])
+    tap.attached = tuple([r for r in tap.attached if r is not rule])
+    tap.mixed = tap.mixed and len(tap.rules) > 1
     if not tap.rules:
         _put_back(module, tap)
         return

@@ -28,7 +28,7 @@ class Frame:
         inside: changes the result as if within the module's own forward: before any rule sees it.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
         answer: a tuple of the one value that is the result without a call of the module's own forward, if there is one.
-        numbers: which call this is, for the rules that count.
+        counts: which call this is, for each rule that counts calls.
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
@@ -36,11 +36,11 @@ class Frame:
         "answer",
         "args",
         "contexts",
+        "counts",
         "inside",
         "kept",
         "kwargs",
         "module",
-        "numbers",
         "tap",
         "value",
         "watcher",
@@ -56,7 +56,7 @@ class Frame:
         self.inside: Any = None
         self.watcher: Any = None
         self.answer: tuple[Any] | None = None
-        self.numbers: dict[int, int] = {}
+        self.counts: dict[Rule, Any] = {}
         self.kept: dict[Any, Any] = {}
 
     def enter(self, context: AbstractContextManager[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from nicehooks import torch_private
 from nicehooks.core import sessions
 from nicehooks.core.explaining import explained
-from nicehooks.core.frames import Frame, Passing, Rule, StopForward
+from nicehooks.core.frames import Frame, Passing, Rule
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
@@ -102,23 +101,27 @@ class SiteRule(Rule):
         """Counts this call, if calls matter."""
         if not self.when.counts:
             return
-        calls = self.session.progress().calls
-        before = calls.get(self.index, -1)
+        progress, first = self.session.progress(), self.when.first_call
+        before = progress.calls.get(self.index)
         if not torch.compiler.is_compiling() and torch_private.in_backward():  # a checkpointed region runs again
-            if before > 0 or (self.when.numbers_steps and self.session.progress().step > 0):
+            if any([count is not None and count.number > 0 for count in (before, progress.step)]):
                 raise explained("misuse.recomputed", self.key)
-            frame.numbers[self.index] = 0
-        else:
-            frame.numbers[self.index] = calls[self.index] = before + 1
+            frame.counts[self] = first
+        elif first is not None:
+            frame.counts[self] = progress.calls[self.index] = first if before is None else before.after()
 
     def key_of(self, frame: Frame | None) -> str | None:
         """The key of the site in this call; None where the rule does not act."""
         if frame is None or not self.when.counts:
             return self.key
-        number = frame.numbers[self.index]
-        if not self.when.admits(self.session.progress().step, number):
+        if self.when.no_step is not None and not self.session.progress().step.admits():
             return None
-        return self.key.replace("#*", f"#{number}", 1) if self.path.call == EVERY_CALL else self.key
+        if self.when.first_call is None:
+            return self.key
+        count = frame.counts[self]
+        if not count.admits():
+            return None
+        return self.key.replace("#*", f"#{count.number}", 1) if self.path.call == EVERY_CALL else self.key
 
     def through(self, frame: Frame | None, value: Any, chain: Chain | None = None) -> Any:
         """`value` after the action has been at the site in it."""
@@ -226,38 +229,6 @@ register_port(OutputPort())
 
 
 # --- rules that are of no site ----------------------------------------------------------------------------------------
-
-
-class StepRule(Rule):
-    """Counts the steps of the root model, and ends a forward that was stopped."""
-
-    __slots__ = ()
-
-    def before(self, frame: Frame) -> None:
-        self.session.called = True
-        if not torch.compiler.is_compiling() and not torch_private.in_backward():
-            sessions.new_round(self.session)
-        sessions.note_export(self.session)
-        if not self.session.counting:
-            return
-        progress = self.session.progress()
-        if progress.depth == 0:
-            progress.next_step()
-        frame.enter(_Deeper(progress))
-
-    def caught(self, stop: StopForward) -> bool:
-        return stop.session is self.session and self.session.progress().depth == 1
-
-
-class _Deeper(AbstractContextManager[None]):
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
-
-    def __enter__(self) -> None:
-        self.progress.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.depth -= 1
 
 
 class RowsRule(Rule):

@@ -4,32 +4,29 @@ NOTE [Two views of who is active]
 Eager code reads the active sessions from a `ContextVar`: it follows tasks and copies of contexts. Dynamo cannot trace a
 `ContextVar`, but it can trace a `threading.local`, with guards. So entering and leaving keep both equal, and a tap asks
 first whether Dynamo is tracing it, which Dynamo knows by itself, and which sends traced code to the `threading.local`.
-There, sessions are known by small numbers that are given again once they are free: numbers can be guarded, and a second
-context of the same kind gets the number of the first, so that nothing is compiled again. Eager code cannot use the
-numbers: a task may still hold a copy of the context in which a number belonged to somebody who has left.
 
-What traced code reads, it is guarded on, and what it is guarded on must be the same in the next entry: so traced code
-writes what it has seen, and reads a count only if an intervention asks for one.
+What traced code reads, it is guarded on, and what it is guarded on must be the same in the next entry and in the next
+thread. So it does not read who has rules at a tap, which may be any thread: each thread has its own sessions in order,
+and each session its rules by module. And it writes what it has seen, and reads a count only if an intervention asks
+for one.
 
 NOTE [Steps and calls are counted per thread]
 A session that is attached, or carried along by a copy of the context, may see two forwards at the same time. Each
-thread counts its own steps, and its own calls within a step. It finds its counts by the slot of the session, in eager
-code as in traced code: a part of the model may be compiled, and the rest not. Eager code also looks whether they are of
-this session, and not of one that had the slot before.
+thread counts its own steps, and its own calls within a step, in eager code as in traced code: a part of the model may
+be compiled, and the rest not.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from nicehooks import torch_private
-from nicehooks.core.exclusive import Exclusive
 
 _rounds = itertools.count(1)
 
@@ -38,29 +35,39 @@ class Progress:
     """How far one thread is: the step, how deep in the root model it is, and what has happened within this step.
 
     Attributes:
-        session: the number of the session whose progress it is.
-        thread: the number of the thread.
-        calls: how often each rule's module has been called, by the index of the rule.
+        thread: the number of the thread; 0 where no other one can meet it.
+        step: the count of the step, where an intervention asks for it.
+        depth: how many modules are being called that may be the outermost one.
+        rooted: whether the root model has been called.
+        part: the name of the outermost module that is called, as long as the root model has not been.
+        calls: the count of the calls of each rule's module, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
         rows: the leading dimensions of what the module around a site was called with last, for the step `/rows`.
     """
 
-    __slots__ = ("calls", "depth", "rows", "seen", "session", "step", "thread")
+    __slots__ = ("calls", "depth", "no_step", "part", "rooted", "rows", "seen", "step", "thread")
 
-    def __init__(self, session: int, thread: int) -> None:
-        self.session = session
+    def __init__(self, thread: int, no_step: Any) -> None:
         self.thread = thread
-        self.step = -1
-        self.depth = 0
-        self.calls: dict[int, int] = {}
-        self.seen: set[str] = set()
+        self.no_step = no_step
         self.rows: tuple[int, ...] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Counts from the first step again."""
+        self.step: Any = self.no_step
+        self.depth = 0
+        self.rooted = False
+        self.part: str | None = None
+        self.calls: dict[int, Any] = {}
+        self.seen: set[str] = set()
 
     def next_step(self) -> None:
         """The root model is called anew."""
-        self.step += 1
-        self.calls.clear()
-        self.seen.clear()
+        if self.step is not None:
+            self.step = self.step.after()
+        self.calls = {}
+        self.seen = set()
 
 
 class Session:
@@ -70,8 +77,9 @@ class Session:
         label: how the intervention is shown to the user.
         acts_in: a set of active sessions that this one is in, by identity: the cheapest way to know that it acts here.
         round: a new number for each call of the root model: what is seen twice in one may be running again in backward.
-        slot: a number that no other living session has; of an attached one, a number that no other has ever had.
         number: its own for ever, once it has begun.
+        tapped: its rules by the `id` of the module, for traced code; see NOTE [Two views of who is active].
+        no_step: the count before the first step, if any of its rules asks for a step.
         mine: how far the thread is that has entered it, or that was first to call the model under it.
         level: how many `torch.func` transforms were running at entry: captured values are those of this level.
         attached: whether it acts in every thread and task.
@@ -90,29 +98,10 @@ class Session:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_progresses",
-        "acts_in",
-        "attached",
-        "called",
-        "checkpointed",
-        "counting",
-        "elsewhere",
-        "ended",
-        "exporting",
-        "label",
-        "level",
-        "mine",
-        "number",
-        "order",
-        "reached",
-        "recomputed",
-        "round",
-        "rules",
-        "slot",
-        "suspended",
-        "ticket",
-    )
+        "__weakref__", "_progresses", "acts_in", "attached", "called", "checkpointed", "counting", "elsewhere",
+        "ended", "exporting", "label", "level", "mine", "no_step", "number", "order", "reached", "recomputed",
+        "round", "rules", "suspended", "tapped", "ticket"
+    )  # fmt: skip
 
     def __init__(self, label: str, attached: bool = False) -> None:
         self.label = label
@@ -125,69 +114,58 @@ class Session:
         self.order = self.round = self.checkpointed = self.number = 0
         self.called = self.elsewhere = self.suspended = self.recomputed = False
         self.reached: dict[str, bool] = {}
-        self.slot = -1
+        self.tapped: Mapping[int, tuple[Any, ...]] = NOTHING
+        self.no_step: Any = None
         self.ticket: torch.Tensor | None = None
         self.rules: dict[int, Any] = {}
-        self._progresses: list[Progress] = []
+        self._progresses: dict[int, Progress] = {}
         self.mine: Progress | None = None
 
     def progress(self) -> Progress:
         """How far this thread is; see NOTE [Steps and calls are counted per thread]."""
-        if self.slot < 0:  # entered in code that is being traced
-            self.mine = Progress(0, 0) if self.mine is None else self.mine
-            return self.mine
-        if torch.compiler.is_dynamo_compiling():
-            return self._progress_in_traced_code()
-        found = HERE.progress.get(self.slot)
-        if found is not None and found.session == self.number:
+        mine, traced = self.mine, torch.compiler.is_dynamo_compiling()
+        if traced and mine is not None and (mine.thread == 0 or mine.thread == HERE.number):
+            return mine
+        found = self._progresses.get(HERE.number)
+        if found is not None:
             return found
-        if len(self._progresses) == 1 and torch_private.in_backward():
-            return self._progresses[0]  # a thread of autograd's own goes on with the forward's
+        if not traced and mine is not None and len(self._progresses) == 1 and torch_private.in_backward():
+            return mine  # a thread of autograd's own goes on with the forward's
         return self._new_progress()
 
-    def _progress_in_traced_code(self) -> Progress:
-        """By way of the session, where it can be: what Dynamo finds by way of a thread it takes for a constant."""
-        if self.mine is not None and (not self.attached or self.mine.thread == HERE.number):
-            return self.mine
-        found = HERE.progress.get(self.slot)
-        return self._new_progress() if found is None else found
-
     def _new_progress(self) -> Progress:
-        found = HERE.progress[self.slot] = Progress(self.number, HERE.number)
-        self._progresses.append(found)
+        found = self._progresses[HERE.number] = Progress(HERE.number if self.attached else 0, self.no_step)
         if self.mine is None:
             self.mine = found
         return found
 
+    def start_counting(self) -> None:
+        """Counts from the first step again, in every thread."""
+        for progress in self._progresses.values():
+            progress.start()
 
+
+NOTHING: Mapping[int, tuple[Any, ...]] = {}
 _active: ContextVar[frozenset[Session]] = ContextVar("nicehooks.active", default=frozenset())
 active_sessions: Callable[[], frozenset[Session]] = _active.get
 """The sessions that act here; not in traced code. See NOTE [Two views of who is active]."""
-_used_slots: dict[int, int] = {}
-"""The number of the session that has each slot."""
 _session_numbers = itertools.count(1)
 _thread_numbers = itertools.count(1)
-ATTACHED = 1_000_000
-"""The slots of attached sessions are numbers behind this one."""
 
 
 class _Here(threading.local):
     """What belongs to this thread.
 
     Attributes:
-        slots: the slots of the sessions that act in it, for traced code.
+        entered: the sessions that were entered in it, and not left in it, in order; traced code looks for rules there.
         traced: what traced code has entered itself, by the `id` of the module: the forward that stood in its `__dict__`
             before, and the rules. Empty whenever no such code is being traced.
-        progress: how far each session is, by its slot.
-        entered: the sessions that were entered in it, and not left in it.
         number: its own for ever; the identifier of a thread that has ended is given to another.
     """
 
     def __init__(self) -> None:
-        self.slots: tuple[int, ...] = ()
+        self.entered: tuple[Session, ...] = ()
         self.traced: dict[int, tuple[Any, tuple[Any, ...]]] = {}
-        self.progress: dict[int, Progress] = {}
-        self.entered: list[Session] = []
         self.number = next(_thread_numbers)
 
 
@@ -201,18 +179,13 @@ def number(session: Session) -> None:
 
 
 def begin(session: Session) -> None:
-    """From here on `session` acts in this thread or task."""
+    """From here on `session` acts in this thread or task; one that is attached acts wherever its rules are."""
     if session.attached:
-        session.slot = ATTACHED + session.number
         return
     _forget_ended()
-    with Exclusive():
-        session.slot = next(number for number in range(len(_used_slots) + 1) if number not in _used_slots)
-        _used_slots[session.slot] = session.number
-    HERE.entered.append(session)
     session.acts_in = _active.get() | {session}
+    HERE.entered = (*HERE.entered, session)
     _active.set(session.acts_in)
-    HERE.slots = (*HERE.slots, session.slot)
     if session.counting:
         session.progress()  # traced code looks no further than this
 
@@ -221,25 +194,17 @@ def end(session: Session) -> None:
     """Undoes `begin`, by value and not by token: a fixture or a generator may leave in another context."""
     session.ended = True
     session.acts_in = None
-    HERE.progress.pop(session.slot, None)
+    session.tapped = NOTHING  # the thread that entered it may be another one, and not know yet
     _forget_ended()
 
 
 def _forget_ended() -> None:
-    """Lets go of the sessions that were entered in this thread and are over, in whichever thread they were left.
-
-    Only here are their slots given free: until then traced code of this thread takes them for active.
-    """
+    """Lets go of the sessions that were entered in this thread and are over, in whichever thread they were left."""
     active = _active.get()
     if any([session.ended for session in active]):
         _active.set(frozenset([session for session in active if not session.ended]))
-    ended = [session for session in HERE.entered if session.ended]
-    for session in ended:
-        HERE.slots = tuple([slot for slot in HERE.slots if slot != session.slot])
-        with Exclusive():
-            if _used_slots.get(session.slot) == session.number:
-                del _used_slots[session.slot]
-        HERE.entered.remove(session)
+    if any([session.ended for session in HERE.entered]):
+        HERE.entered = tuple([session for session in HERE.entered if not session.ended])
 
 
 def new_round(session: Session) -> None:

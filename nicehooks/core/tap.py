@@ -59,7 +59,8 @@ class Tap:
         function: the same as a function of the module and the arguments.
         previous: a forward that stood in the instance's `__dict__` before.
         parameters: of the forward that it calls: see `parameters_of`.
-        rules: in the order in which they act.
+        rules: in the order in which they act; those of them that are attached, once more in `attached`.
+        mixed: whether their order is another one than first what is attached, then what each thread has entered.
         simple: whether `output` is all there is to each of them.
         only: the one rule, where it is plain, and `bound` what is called then; see NOTE [The shortest way].
         alive: whether it may be bound again.
@@ -68,22 +69,9 @@ class Tap:
     """
 
     __slots__ = (
-        "__weakref__",
-        "alive",
-        "bound",
-        "copying",
-        "entries",
-        "forward",
-        "found",
-        "function",
-        "kind",
-        "module",
-        "only",
-        "parameters",
-        "previous",
-        "rules",
-        "simple",
-    )
+        "__weakref__", "alive", "attached", "bound", "copying", "entries", "forward", "found", "function", "kind",
+        "mixed", "module", "only", "parameters", "previous", "rules", "simple"
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
@@ -93,6 +81,8 @@ class Tap:
         self.previous: Any = None
         self.parameters: Any = parameters_of(signature_of(self.function))
         self.rules: tuple[Rule, ...] = ()
+        self.attached: tuple[Rule, ...] = ()
+        self.mixed = False
         self.simple = True
         self.only: Any = None
         self.bound: Any = None
@@ -203,21 +193,19 @@ def _acting(tap: Tap, active: frozenset[Session]) -> list[Rule]:
 
 def acting_in_traced_code(tap: Any) -> list[Rule]:
     """As `_acting`; see NOTE [Two views of who is active]."""
+    key = id(tap.module())
+    rules = [*tap.attached, *[rule for session in HERE.entered for rule in session.tapped.get(key, ())]]
+    if tap.mixed:
+        rules = [rule for rule in tap.rules if any([rule is own for own in rules])]
+    if key in HERE.traced:  # the contexts that the very code that is being traced has entered come after all others
+        rules += HERE.traced[key][1]
     acting: list[Rule] = []
-    here = HERE.slots
-    for rule in (*tap.rules, *entered_in_traced_code(tap.module())):
-        if rule.session.attached or rule.session.slot in here:
-            if rule.suspends:
-                acting = []
-            else:
-                acting.append(rule)
+    for rule in rules:
+        if rule.suspends:
+            acting = []
+        else:
+            acting.append(rule)
     return acting
-
-
-def entered_in_traced_code(module: Any) -> tuple[Rule, ...]:
-    """The rules of the contexts that the very code that is being traced has entered: they come after all others."""
-    found = HERE.traced.get(id(module))
-    return () if found is None else found[1]
 
 
 # --- signatures -------------------------------------------------------------------------------------------------------
@@ -287,5 +275,5 @@ def _forget(key: int) -> None:
     tap = _taps.get(key)
     if tap is not None and tap.module() is None:
         del _taps[key]
-        tap.rules = ()
+        tap.rules = tap.attached = ()
         tap.forward = tap.entries = None

@@ -85,7 +85,8 @@ class _TracedTap:
         self.of = module
         self.previous: Any = module.__dict__.get("forward")
         self.parameters = _parameters_at(module)
-        self.rules: tuple[Rule, ...] = ()
+        self.attached: tuple[Rule, ...] = ()
+        self.mixed = False
 
     def module(self) -> nn.Module:
         return self.of

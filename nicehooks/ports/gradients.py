@@ -27,7 +27,7 @@ from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.core.when import When
-from nicehooks.errors import TreeMismatch
+from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.paths.grammar import with_chain
 from nicehooks.paths.ports import Port, Words
 from nicehooks.ports.arguments import InputRule
@@ -45,6 +45,13 @@ from nicehooks.values.trees import Chain, place_in
 NO_GRADIENT = (
     "no gradient came by. Run backward inside the context, of something that depends on this value, with gradients "
     "enabled in the forward. (An in-place layer overwrites its input: take the gradient of the module before it.)"
+)
+
+
+COMPILED_BACKWARD = (
+    "{key!r}: torch._dynamo.config.compiled_autograd is on, and a backward that is compiled as one graph does not come "
+    "back to interventions on gradients.\n"
+    "    torch._dynamo.config.compiled_autograd = False  # the forward may be compiled all the same"
 )
 
 
@@ -67,6 +74,8 @@ class ComesBack(Companion):
     """Lets the backward of compiled code come back to the rules; see NOTE [Gradients of compiled code]."""
 
     def begin(self, session: Session) -> None:
+        if torch_private.is_backward_compiled():
+            raise UnsupportedModule(COMPILED_BACKWARD.format(key=self.rules[0].key))
         if torch_private.innermost_transform() is None:
             give_token(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
 
@@ -207,6 +216,8 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
         rule.session.reached[rule.key] = True  # backward may come later than anybody can ask
     session, order = rule.session, next_order()
     if torch.compiler.is_dynamo_compiling() and session.ticket is not None:
+        if torch_private.is_backward_compiled():
+            raise UnsupportedModule(COMPILED_BACKWARD.format(key=key))
         token, index, steps = session.ticket, rule.index, len(rest)
         return found.lines.watch(
             [tensor], lambda gradients: list(passed(gradients[0], token, index, key, steps, order)), token=token

@@ -210,7 +210,7 @@ class ParameterPort(OfParameter):
 
     def rules(self, site: Site, action: Action, when: When, root: nn.Module) -> Pairs:
         owner, name = site.module, site.path.port.name
-        if when.numbers_calls:
+        if when.first_call is not None:
             raise UnsupportedModule(NO_CALLS.format(site=str(site)))
         if name in getattr(owner, "parametrizations", {}):
             return [(owner.parametrizations[name], OutputRule(site, action, when))]  # type: ignore[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES
+from gallery.architectures import ARCHITECTURES
 from torch import nn
 
 from nicehooks import anatomy, capture

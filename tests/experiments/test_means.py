@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, tokens
+from gallery.architectures import ARCHITECTURES, tokens
 from sweep_by_hand import Tagger, far_from_loop, made
 from torch import nn
 

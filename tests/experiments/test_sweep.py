@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from models import ARCHITECTURES, answer
+from gallery.architectures import ARCHITECTURES, answer
 from sweep_by_hand import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger, far_from_loop, made, recorded
 from torch import nn
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from models import ARCHITECTURES, answer, tokens
+from gallery.architectures import ARCHITECTURES, answer, tokens
 from sweep_by_hand import MeanOfBatch, far_from_loop, made
 from torch import nn
 from transformers import DynamicCache
