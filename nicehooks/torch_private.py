@@ -100,12 +100,6 @@ def tracing_lock() -> list[Any]:
 
 
 @evaluated_while_tracing
-def is_backward_compiled() -> bool:
-    """Whether Dynamo compiles the backward of what it compiles, too (torch 2.4 … 2.13)."""
-    config = sys.modules.get("torch._dynamo.config")
-    return bool(getattr(config, "compiled_autograd", False))
-
-
 def is_exporting() -> bool:
     """Whether `torch.export` runs around this line (torch 2.7 … 2.13; False before)."""
     return _is_exporting()
@@ -132,14 +126,6 @@ def wrapped_child(module: nn.Module) -> str | None:
     """The name of the child that `module` transparently wraps, if it is such a wrapper."""
     name = WRAPPED_CHILD.get(type(module).__name__)
     return name if name is not None and type(module).__module__.startswith("torch.") else None
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a call of `module` runs what `torch.compile` has made of it (torch 2.4 … 2.13)."""
-    own = vars(module)
-    forward: Any = own.get("forward")
-    made = own.get("_compiled_call_impl") is not None or hasattr(forward, "_torchdynamo_orig_callable")
-    return made or wrapped_child(module) == WRAPPED_CHILD["OptimizedModule"]
 
 
 def nested_sizes(tensor: Tensor) -> list[int | str]:

@@ -20,7 +20,14 @@ from torch._functorch.pyfunctorch import (
 )
 from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
 
-from nicehooks.torch_private import evaluated_while_tracing, innermost_transform, nested_sizes, transform_level
+from nicehooks.torch_private import (
+    WRAPPED_CHILD,
+    evaluated_while_tracing,
+    innermost_transform,
+    nested_sizes,
+    transform_level,
+    wrapped_child,
+)
 
 OnTensors = Callable[[list[Tensor]], list[Tensor]]
 
@@ -362,3 +369,17 @@ def is_registering() -> bool:
 def in_eager(function: Callable[..., Any], *args: Any) -> Any:
     """Calls `function` so that Dynamo, where it runs the code around in parts, does not trace what it calls."""
     return torch.compiler.disable(function)(*args) if "torch._dynamo" in sys.modules else function(*args)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of `module` runs what `torch.compile` has made of it (torch 2.4 … 2.13)."""
+    own = vars(module)
+    forward: Any = own.get("forward")
+    made = own.get("_compiled_call_impl") is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return made or wrapped_child(module) == WRAPPED_CHILD["OptimizedModule"]
+
+
+def is_backward_compiled() -> bool:
+    """Whether Dynamo compiles the backward of what it compiles, too (torch 2.4 … 2.13)."""
+    config = sys.modules.get("torch._dynamo.config")
+    return bool(getattr(config, "compiled_autograd", False))

@@ -1,8 +1,9 @@
 """Mutants of the library, sampled, each against the tests that run its line: `make mutants N=300`.
 
-The changes are those of cosmic-ray; which tests run a line, coverage has noted (`make mutants` has them in an environment of its
-own). Torch is loaded once, and each mutant is tried in a fork that loads the library anew, so that a mutant costs its tests and
-no more. What no test kills is printed with its line: either it does what the line did, or a test is missing.
+The changes are those of cosmic-ray; which tests run a line, coverage has noted (`make mutants` has them in an
+environment of its own). Torch is loaded once, and each mutant is tried in a fork that loads the library anew, so that
+a mutant costs its tests and no more. What no test kills is printed with its line: either it does what the line did,
+or a test is missing.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def running(code: str) -> str:
 
 
 def tests_of(data: CoverageData, root: Path, mutant: Mutant, rng: random.Random, costs: dict[str, float]) -> list[str]:
-    """The tests that run the line of `mutant`, of as many files as there are at first; those of its file if it is no line."""
+    """The tests that run the line of `mutant`, of as many files as there are at first; else those of its file."""
     by_line = data.contexts_by_lineno(str(root / mutant.file))
     found = {test for test in by_line.get(mutant.line, []) if test}
     found = found or {test for tests in by_line.values() for test in tests if test}

@@ -15,12 +15,11 @@ from nicehooks.core.binding import bind, unbind
 from nicehooks.core.children import unwrap
 from nicehooks.core.exclusive import Exclusive, free_left_over
 from nicehooks.core.explaining import explained
-from nicehooks.core.reaching import rules_for, slow_path_rules
-from nicehooks.core.register import Pairs
+from nicehooks.core.register import Pairs, kind_of, rules_around
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Group, Site, Where, select_groups
 from nicehooks.core.sessions import Progress, Session
-from nicehooks.core.steps import StepRule, part_step_rules
+from nicehooks.core.steps import StepRule
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
 from nicehooks.core.when import When
 from nicehooks.errors import (
@@ -67,7 +66,7 @@ class Intervention:
         raise NotImplementedError  # abstract: every intervention has its own
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        return rules_for(site, action, self._when(site.path.call), unwrap(self.model))
+        return kind_of(site.path.port).rules(site, action, self._when(site.path.call), unwrap(self.model))
 
     def _when(self, call: Any) -> When:
         if call not in self._whens:
@@ -261,9 +260,7 @@ class Intervention:
         if not groups:
             raise SiteNotFound(explained("misuse.empty", self.verb))
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
-        if any([rule.when.counts for rule in rules]) and not torch.compiler.is_dynamo_compiling():
-            pairs = [pairs[0], *part_step_rules(sites, unwrap(self.model)), *pairs[1:]]
-        pairs += slow_path_rules(sites)
+        pairs[1:1] = rules_around(sites, unwrap(self.model), any([rule.when.counts for rule in rules]))
         for index, rule in enumerate(rules):
             rule.index = index
         keys = frozenset([rule.key for rule in rules])
@@ -284,7 +281,8 @@ class Intervention:
 
     def _check(self, session: Session, plan: Plan) -> None:
         missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
-        if missed is not None and not session.called and not self._acted(session, plan):
+        acted = session.called or any(self._was_reached(session, rule) for of in plan.groups for rule in of.rules)
+        if missed is not None and not acted:
             warn_caller(explained("not_reached.not_called", self, session), NotCalledWarning)
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
@@ -293,9 +291,6 @@ class Intervention:
         # inside of the region itself, backward enters the context again
         if outlived and session.checkpointed > torch_private.checkpoint_depth():
             warn_caller(explained("misuse.checkpointed", self), CheckpointWarning)
-
-    def _acted(self, session: Session, plan: Plan) -> bool:
-        return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)
 
     def _unreached(self, session: Session, plan: Plan) -> Iterator[SiteRule]:
         """One rule of each group that was not reached as it should have been."""

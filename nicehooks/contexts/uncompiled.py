@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private_tensors
 
 
 class _Users:
@@ -43,7 +43,7 @@ _USERS = _Users()
 @contextmanager
 def uncompiled(model: nn.Module) -> Generator[None]:
     """Inside it, `model` and what is in it run as they were written, if any of them was compiled."""
-    if "torch._dynamo" not in sys.modules or not any(map(torch_private.is_compiled, model.modules())):
+    if "torch._dynamo" not in sys.modules or not any(map(torch_private_tensors.is_compiled, model.modules())):
         yield
         return
     _USERS.come()

@@ -3,4 +3,5 @@
 Knows values and paths; no port but a module's output, and nothing of what an intervention does.
 """
 
-from nicehooks.core import copies as copies  # which puts what it makes into every tap
+# ruff: noqa: F401  # each of these puts what it is into a table
+from nicehooks.core import copies, fused_encoders, part_steps, rows

@@ -17,11 +17,6 @@ def has_forward_by_type(module: nn.Module) -> bool:
     return torch_private.is_scripted(module) or type(module).forward is not torch_private.no_forward
 
 
-def has_own_call(module: nn.Module) -> bool:
-    """Whether the class of `module` has a `__call__` of its own, which may never get to `forward`."""
-    return type(module).__call__ is not nn.Module.__call__
-
-
 SCRIPTED = (
     "{name!r} is a {kind}: TorchScript runs its forward outside of Python, where nothing can be captured or changed.\n"
     "  Use the original nn.Module instead of the scripted one, or select only modules around it."

@@ -10,7 +10,9 @@ from torch import nn
 
 from nicehooks import torch_private, torch_private_tensors
 from nicehooks.core.children import further_children
-from nicehooks.core.walking import ENCODERS, WRAPPED, joined
+from nicehooks.core.walking import ENCODERS, WRAPPED, Walk, joined
+from nicehooks.paths.names import escape
+from nicehooks.paths.patterns import Pattern
 
 
 class Census:
@@ -89,3 +91,9 @@ def parameter_names(module: nn.Module) -> list[str]:
     parametrized = list(getattr(module, "parametrizations", {}))
     named = [getattr(hook, "name", None) for hook in torch_private_tensors.pre_hooks(module)]
     return [*own, *parametrized, *(name for name in named if name in vars(module))]
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of `model` called `name`, if there is one."""
+    found = Walk(model, Pattern.of(escape(name))).named(())
+    return found[0].module if found else None

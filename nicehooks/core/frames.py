@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-
 from nicehooks.core.sessions import Session
 
 
@@ -33,18 +31,8 @@ class Frame:
     """
 
     __slots__ = (
-        "answer",
-        "args",
-        "contexts",
-        "counts",
-        "inside",
-        "kept",
-        "kwargs",
-        "module",
-        "tap",
-        "value",
-        "watcher",
-    )
+        "answer", "args", "contexts", "counts", "inside", "kept", "kwargs", "module", "tap", "value", "watcher"
+    )  # fmt: skip
 
     def __init__(self, tap: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -119,7 +107,7 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
-        if not _is_caught(stop, rules):
+        if not any([rule.caught(stop) for rule in rules]):
             raise
         frame.value = None
     finally:
@@ -130,17 +118,6 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
     return frame.value
 
 
-def _is_caught(stop: StopForward, rules: list[Rule]) -> bool:
-    return any([rule.caught(stop) for rule in rules])
-
-
 def _watched_call(tap: Any, frame: Frame) -> Any:
     with frame.watcher:
         return tap.call(frame.module, frame.args, frame.kwargs)
-
-
-class Passing(torch.overrides.TorchFunctionMode):
-    """Does nothing, but PyTorch's fused fast paths see that it is there, in this thread, and stand back."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))

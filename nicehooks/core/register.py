@@ -6,6 +6,7 @@ rules reach it; a rule says what it needs for as long as its session lasts (`Com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -66,6 +67,22 @@ class Companion:
 
     def end(self, session: Session) -> None:
         """After they acted last."""
+
+
+Around = Callable[[list[Any], nn.Module, bool], Pairs]
+"""From the sites of an intervention, its root model, and whether steps or calls matter, to rules around the sites."""
+
+_around: list[Around] = []
+
+
+def add_around(rules: Around) -> None:
+    """Adds what finds rules that stand around sites: they note or prevent something, and bring no value anywhere."""
+    _around.append(rules)
+
+
+def rules_around(sites: list[Any], root: nn.Module, counting: bool) -> Pairs:
+    """The rules that stand around `sites`."""
+    return [pair for rules in _around for pair in rules(sites, root, counting)]
 
 
 def register_port(kind: PortKind) -> None:

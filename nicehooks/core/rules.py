@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nicehooks import torch_private
 from nicehooks.core import sessions
 from nicehooks.core.explaining import explained
-from nicehooks.core.frames import Frame, Passing, Rule
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
@@ -226,25 +226,3 @@ class OutputPort(OutputSpelling, PortKind):
 
 
 register_port(OutputPort())
-
-
-# --- rules that are of no site ----------------------------------------------------------------------------------------
-
-
-class RowsRule(Rule):
-    """Notes the dimensions that the module around a site may flatten; see `Rows`."""
-
-    __slots__ = ()
-
-    def before(self, frame: Frame) -> None:
-        given = [value for value in (*frame.args, *frame.kwargs.values()) if isinstance(value, Tensor)]
-        self.session.progress().rows = tuple(given[0].shape[:-1]) if given else None
-
-
-class SlowPathRule(Rule):
-    """Keeps an `nn.TransformerEncoder` or its layer from a fused kernel that would not call its submodules."""
-
-    __slots__ = ()
-
-    def before(self, frame: Frame) -> None:
-        frame.enter(Passing())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.calling import SCRIPTED, has_own_call
+from nicehooks.core.calling import SCRIPTED
 from nicehooks.core.explaining import explained
 from nicehooks.core.register import kind_of
 from nicehooks.core.sites import Site
@@ -161,10 +161,8 @@ class _Finder:
         name, module = found.name, found.module
         if torch_private.is_scripted(module):
             raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-        if not path.is_wild and kind_of(path.port).needs_forward and has_own_call(module):
-            why = explained("own_calls.own_call", name, module)
-            if why is not None:
-                raise UnsupportedModule(why)
+        if not path.is_wild and kind_of(path.port).needs_forward:
+            explained("own_calls.refuse_own_call", name, module)
         answer = has_port(module, path.port)
         self.trace.asked(module, path.port, answer)
         return answer

@@ -1,22 +1,15 @@
-"""The rules that count the steps: calls of the model, or of the outermost module that runs."""
+"""The rule that counts the steps: calls of the model."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from itertools import accumulate, chain
 
 import torch
-from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
-from nicehooks.core.calling import has_forward
 from nicehooks.core.frames import Frame, Rule, StopForward
-from nicehooks.core.register import Pairs
-from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Progress
-from nicehooks.core.walking import module_at
-from nicehooks.errors import UnsupportedModule
 
 
 class StepRule(Rule):
@@ -37,58 +30,15 @@ class StepRule(Rule):
                 progress.start()
             progress.rooted = True
             progress.next_step()
-        frame.enter(_Deeper(progress))
+        frame.enter(Deeper(progress))
 
     def caught(self, stop: StopForward) -> bool:
         return stop.session is self.session and self.session.progress().depth == 1
 
 
-class PartStepRule(Rule):
-    """Counts the steps where the root model does not run: a wrapper may call only a module inside of it.
+class Deeper(AbstractContextManager[None]):
+    """Inside a call that steps are counted by."""
 
-    A step is then a call of the outermost module that runs. Of two of them one inside the other the outer one counts,
-    which may come later (an encoder runs before the model around it does).
-
-    Attributes:
-        name: of the module.
-    """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def before(self, frame: Frame) -> None:
-        self.session.called = True
-        progress = self.session.progress()
-        if progress.rooted or (not torch.compiler.is_compiling() and torch_private.in_backward()):
-            return
-        if progress.depth == 0:
-            self._begin(progress)
-        frame.enter(_Deeper(progress))
-
-    def _begin(self, progress: Progress) -> None:
-        part, name = progress.part, self.name
-        if part is None or part.startswith(f"{name}."):
-            progress.start()
-            progress.part = name
-        elif part != name:
-            if name.startswith(f"{part}."):
-                return
-            if self.session.no_step is not None:
-                raise UnsupportedModule(NO_STEPS.format(label=self.session.label, part=part, name=name))
-        progress.next_step()
-
-
-NO_STEPS = (
-    "{label} counts steps, but the model itself is never called, and what is called in it are several modules: "
-    "{part!r} and {name!r} are in no common one that runs.\n"
-    "  A step is a call of the model: give the module that is called once in each.\n"
-    '    steer(model.get_submodule("{name}"), …, steps=…)'
-)
-
-
-class _Deeper(AbstractContextManager[None]):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
@@ -97,10 +47,3 @@ class _Deeper(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.progress.depth -= 1
-
-
-def part_step_rules(sites: list[Site], root: nn.Module) -> Pairs:
-    """A rule for each module that `sites` are in, below the root model, and that can be called."""
-    ways = [accumulate(site.name.split("."), "{}.{}".format) for site in sites if site.name]
-    modules = [(name, module_at(root, name)) for name in dict.fromkeys(chain.from_iterable(ways))]
-    return [(module, PartStepRule(name)) for name, module in modules if module is not None and has_forward(module)]

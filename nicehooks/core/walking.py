@@ -18,7 +18,6 @@ from torch import nn
 from nicehooks import torch_private
 from nicehooks.core.children import further_children
 from nicehooks.core.traces import Trace
-from nicehooks.paths.names import escape
 from nicehooks.paths.patterns import Choice, Pattern, Reading
 
 ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -172,9 +171,3 @@ class Walk:
 def joined(name: str, key: str) -> str:
     """The name of the child called `key` of the module called `name`."""
     return f"{name}.{key}" if name else key
-
-
-def module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of `model` called `name`, if there is one."""
-    found = Walk(model, Pattern.of(escape(name))).named(())
-    return found[0].module if found else None

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from operator import methodcaller
 from typing import Any
 
-from nicehooks.paths.names import ESCAPED, RANGE, escape, has_wildcard, unescape
+from nicehooks.paths.names import ESCAPED, RANGE, escape, unescape
 from nicehooks.paths.patterns import Choice, Pattern
 from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
@@ -109,7 +109,7 @@ class ModulePath:
     @cached_property
     def is_wild(self) -> bool:
         """Whether the name has a `*`: then it may select sites that a forward never reaches."""
-        return has_wildcard(self.name)
+        return "*" in ESCAPED.sub("", self.name)
 
     @property
     def pattern(self) -> Pattern:

@@ -25,11 +25,6 @@ def unescape(text: str) -> str:
     return ESCAPED.sub(r"\1", text)
 
 
-def has_wildcard(text: str) -> bool:
-    """Whether `text` has a `*` that no backslash protects."""
-    return "*" in ESCAPED.sub("", text)
-
-
 def in_braces(text: str) -> tuple[list[str], list[list[str]]]:
     """The text before, between and behind the braces in `text`, and the different options in each."""
     parts: list[str] = []

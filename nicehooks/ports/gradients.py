@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, SiteRule
@@ -74,7 +74,7 @@ class ComesBack(Companion):
     """Lets the backward of compiled code come back to the rules; see NOTE [Gradients of compiled code]."""
 
     def begin(self, session: Session) -> None:
-        if torch_private.is_backward_compiled():
+        if torch_private_tensors.is_backward_compiled():
             raise UnsupportedModule(COMPILED_BACKWARD.format(key=self.rules[0].key))
         if torch_private.innermost_transform() is None:
             give_token(session, {rule.index: partial(act_on_gradient, rule) for rule in self.rules})
@@ -216,7 +216,7 @@ def _watch(found: _Found, tensor: Tensor, key: str) -> Tensor:
         rule.session.reached[rule.key] = True  # backward may come later than anybody can ask
     session, order = rule.session, next_order()
     if torch.compiler.is_dynamo_compiling() and session.ticket is not None:
-        if torch_private.is_backward_compiled():
+        if torch_private_tensors.is_backward_compiled():
             raise UnsupportedModule(COMPILED_BACKWARD.format(key=key))
         token, index, steps = session.ticket, rule.index, len(rest)
         return found.lines.watch(

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from nicehooks import torch_private_tensors
+from nicehooks.errors import UnsupportedModule
 
 
-def own_call(name: str, module: nn.Module) -> str | None:
-    """That nothing can be done with `module` at a forward that its class never calls, if that is so."""
-    owner = _owner_of_call(module)
-    return None if owner is None else OWN_CALL.format(name=name, kind=type(module).__name__, owner=owner)
+def refuse_own_call(name: str, module: nn.Module) -> None:
+    """Says so if nothing can be done with `module`, because calling it does not get to its forward."""
+    owner = None if type(module).__call__ is nn.Module.__call__ else _owner_of_call(module)
+    if owner is not None:
+        raise UnsupportedModule(OWN_CALL.format(name=name, kind=type(module).__name__, owner=owner))
 
 
 OWN_CALL = (
