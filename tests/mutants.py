@@ -1,8 +1,8 @@
 """Mutants of the library, sampled, each against the tests that run its line: `make mutants N=300`.
 
-The changes are those of cosmic-ray; which tests run a line, coverage has noted (`make mutants` has them in an environment
-of its own). Torch is loaded once, and each mutant is tried in a fork that loads the library anew, so that a mutant costs
-its tests and no more. What no test kills is printed with its line: it does what the line did, or a test is missing.
+The changes are those of cosmic-ray; which tests run a line, coverage has noted (`make mutants` has them in an
+environment of its own). Torch is loaded once, and each mutant is tried in a fork that loads the library anew, so that a
+mutant costs its tests and no more. What no test kills is printed: it does what the line did, or a test is missing.
 """
 
 from __future__ import annotations
