@@ -4,6 +4,7 @@
 # make test-newest   make test against the newest release of everything, in an environment of its own
 # make test-libraries  PEFT, bitsandbytes, torchao and tensordict beside this library, in an environment of its own
 # make lock          writes requirements.lock anew, from the newest releases
+# make mutants N=300  changes of single lines against the tests that run them; SEED= for those of another time
 # make messages      writes the list of messages in docs/errors.md anew, from the source
 # make fuzz N=10000  random programs against the same by hand; SEED= for those of another time
 # make bench         what the library costs, against raw hooks
@@ -31,7 +32,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest test-libraries lock lint format fuzz messages bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format fuzz mutants messages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -73,6 +74,11 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz.py $(N) $(if $(SEED),--seed $(SEED))
 	$(BIN)/python tests/fuzz.py $$(($(N) / 20)) --kind interrupts $(if $(SEED),--seed $(SEED))
 
+mutants:
+	$(MAKE) .venv-mutants/.mutants VENV=.venv-mutants
+	PYTHONPATH=tests .venv-mutants/bin/python -m coverage run --source=nicehooks -m pytest -q -m "not slow" -p noting
+	.venv-mutants/bin/python tests/mutants.py $(if $(filter file,$(origin N)),300,$(N)) $(if $(SEED),--seed $(SEED))
+
 messages: $(VENV)/.dev
 	$(BIN)/python tests/messages.py
 
@@ -81,7 +87,7 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/compiled.py
 
 clean:
-	rm -rf .venv .venv-newest .venv-libraries
+	rm -rf .venv .venv-newest .venv-libraries .venv-mutants
 
 # The stamps .demo and .dev make repeated runs quick: an environment is made or changed only after one of these files.
 $(VENV)/.demo: pyproject.toml $(LOCK) Makefile
@@ -101,4 +107,8 @@ $(VENV)/.dev: $(VENV)/.demo
 $(VENV)/.libraries: $(VENV)/.dev $(LIBRARIES).in $(LIBRARIES).lock
 	@echo "Installing the other libraries into $(VENV)"
 	@$(INSTALL) -c $(LIBRARIES).lock -r $(LIBRARIES).in
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev tests/mutants.lock
+	@$(INSTALL) -c tests/mutants.lock cosmic-ray coverage
 	@touch $@
