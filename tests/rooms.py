@@ -23,6 +23,7 @@ DOORS = {"hookpoints", "hooktrees"}
 ORDER = [
     "errors",
     "extras",
+    "pictures",
     "torch_private",
     "moved",
     "values",
@@ -33,7 +34,6 @@ ORDER = [
     "contexts",
     "anatomies",
     "experiments",
-    "pictures",
     "harvest",
     "serving",
     "compat",
