@@ -1,0 +1,176 @@
+"""In which chunks the interventions of a sweep run, and by which way; how far it is, and what is checked."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nicehooks.errors import NiceHooksError, SweepMismatch
+from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.lanes import Base, Item, Unfit, is_close
+from nicehooks.experiments.singly import OneByOne
+
+BUDGET = 1 << 30
+"""Bytes that a chunk may take, as far as they can be told beforehand; of a GPU half of what is free."""
+
+
+SHARE = 0.01
+"""Of the interventions, how many are compared with the plain loop, beside the first one."""
+
+CHANGES = (
+    "sweep: runs of the model that should be equal are not, so there is no effect to measure: {what}.\n"
+    "  It may draw random numbers, or change something in itself when it runs (running statistics, a cache). Is it in "
+    "training mode?\n"
+    "    model.eval()"
+)
+
+ENGINE = "sweep(…, engine={name!r}) does not fit this model: {what}\n    engine='auto' finds a way that does."
+
+
+class Differs(Unfit):
+    """A way to run a sweep gives another number than the plain loop."""
+
+
+class Schedule:
+    """Runs interventions in chunks.
+
+    Attributes:
+        notes: how it went, in sentences.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        items: list[Item],
+        ways: list[tuple[str, Any]],
+        chunk_size: int | Literal["auto"],
+        check: bool,
+        progress: bool | Callable[[int, int], None],
+    ) -> None:
+        self.base = base
+        self.items = items
+        self.ways = ways
+        self.size = base.run.lanes_in(BUDGET) if chunk_size == "auto" else max(chunk_size, 1)
+        self.notes: list[str] = []
+        self.metrics = torch.full((len(items), *base.metric.shape), torch.nan, dtype=base.metric.dtype)
+        self.metrics = self.metrics.to(base.metric.device)
+        self.asked = self.todo = sorted(items, key=_time_of)
+        self.check = check
+        self.expected: dict[int, Tensor] = {}
+        self.show = _shown_on_stderr() if progress is True else progress or _not_shown
+
+    def resume(self, effects: Effects | None) -> None:
+        """Takes over what is done in `effects`."""
+        if effects is None:
+            return
+        if effects.values.numel() != len(self.items):
+            raise NiceHooksError(
+                f"resume=…: these are the effects of another sweep, with {effects.values.numel()} cells and not "
+                f"{len(self.items)}."
+            )
+        done = effects.examples if self.base.metric.ndim else effects.values
+        if done is None:
+            raise NiceHooksError("resume=…: these are the effects of another metric, one number for all examples.")
+        self.metrics = done.reshape(self.metrics.shape).to(self.metrics) + self.base.metric
+        missing = self.metrics.reshape(len(self.items), -1).isnan().any(1).tolist()
+        self.asked = sorted([item for item, gone in zip(self.items, missing, strict=True) if gone], key=_time_of)
+
+    def run(self, plain: OneByOne) -> Tensor:
+        """The metric under each intervention; NaN where an interrupt came before.
+
+        Args:
+            plain: the plain loop, which a sample is compared with.
+        """
+        self.todo = list(self.asked)
+        try:
+            while self.todo:
+                self._next_chunk(plain)
+        except KeyboardInterrupt:
+            done = len(self.items) - len(self.todo)
+            self.notes.append(f"interrupted: {done} of {len(self.items)} are done; sweep(…, resume=effects) goes on.")
+        return self.metrics
+
+    def _next_chunk(self, plain: OneByOne) -> None:
+        chunk = self.todo[: self.size]
+        _, way = self.ways[0]
+        try:
+            metrics = way.measure(chunk)
+            self._compare(plain, chunk, metrics)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            self.size = (len(chunk) + 1) // 2
+            self.notes.append(f"out of memory with {len(chunk)} at once: {self.size} at once from there on.")
+            return
+        except (Unfit, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._give_up(error)
+            return
+        self.metrics[[item.at for item in chunk]] = metrics.to(self.metrics)
+        del self.todo[: len(chunk)]
+        self.show(len(self.items) - len(self.todo), len(self.items))
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on to the next way; raises if there is none."""
+        name, way = self.ways.pop(0)
+        if isinstance(error, Differs):
+            self.todo = list(self.asked)  # what it did before is no better
+        if not self.ways:
+            raise self._reason(error, name, way) from error
+        if self.ways[0][0] != name:
+            self.notes.append(f"{name} does not fit: {_first_line(error)}")
+
+    def _reason(self, error: Exception, name: str, way: Any) -> Exception:
+        """What to raise where no way is left."""
+        if isinstance(error, Differs) and isinstance(way, OneByOne) and not way.answers:
+            return SweepMismatch(CHANGES.format(what=error))
+        return Unfit(ENGINE.format(name=name, what=error)) if isinstance(error, Unfit) else error
+
+    def _compare(self, plain: OneByOne, chunk: Sequence[Item], metrics: Tensor) -> None:
+        """Compares one of a chunk with the plain loop, as long as that is little beside all that was done."""
+        if not self.check:
+            return
+        known = [at for at, item in enumerate(chunk) if item.at in self.expected]
+        done = len(self.asked) - len(self.todo)
+        if not known and len(self.expected) <= SHARE * done:
+            known = [random.randrange(len(chunk))]
+            self.expected[chunk[known[0]].at] = plain.metric(chunk[known[0]])
+        for at in known:
+            self._is_as_expected(chunk[at], metrics[at])
+
+    def _is_as_expected(self, item: Item, metric: Tensor) -> None:
+        expected = self.expected[item.at]
+        if not is_close(metric, expected, self.base.metric, self.base.run.sample):
+            raise Differs(f"{str(item.cell.path)!r} is {_shown(metric)}, and in the plain loop {_shown(expected)}")
+
+
+def _shown(metric: Tensor) -> str:
+    return ", ".join([f"{one:.6g}" for one in metric.flatten().tolist()[:3]])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _time_of(item: Item) -> tuple[int, int]:
+    return (0 if item.call is None else item.call.begin), item.at
+
+
+def _not_shown(done: int, count: int) -> None:
+    pass
+
+
+def _shown_on_stderr() -> Callable[[int, int], None]:
+    start = time.perf_counter()
+
+    def show(done: int, count: int) -> None:
+        rate = done / max(time.perf_counter() - start, 1e-9)
+        end = "\n" if done == count else ""
+        print(f"\rsweep: {done} of {count}, {rate:.3g}/s", end=end, file=sys.stderr, flush=True)
+
+    return show
