@@ -6,11 +6,11 @@ import csv
 from pathlib import Path
 
 from nicehooks.experiments.effects import Effects
-from nicehooks.pictures.heat_map import check_file, check_folder, heat_map, save
+from nicehooks.pictures.heat_map import check_file, check_folder, save
 from nicehooks.pictures.pages import PlotError
 
 
-def check(file: str) -> None:
+def check_output(file: str) -> None:
     """Asks whether `file` can be written; worth asking before a long run.
 
     Raises:
@@ -23,8 +23,8 @@ def check(file: str) -> None:
         check_file(file)
 
 
-def write(effects: Effects, file: str, title: str) -> str:
-    """Writes `effects` of layers and positions to `file`, and says so in a sentence.
+def write_output(effects: Effects, file: str, title: str) -> str:
+    """Writes `effects` to `file`, and says so in a sentence.
 
     Raises:
         PlotError: the file cannot be written.
@@ -33,9 +33,8 @@ def write(effects: Effects, file: str, title: str) -> str:
         return f"The page is in {effects.to_html(file, title)}"
     if Path(file).suffix == ".csv":
         return f"The table is in {_write_table(effects, Path(file).expanduser())}"
-    rows, columns = [axis.labels for axis in effects.axes]
-    figure = heat_map(effects.values, rows, columns, title, scale_title="restored logit difference")
-    return f"The heat map is in {save(figure, file)}"
+    drawn = effects.plot(title=title)
+    return f"The heat map is in {save((drawn[0] if isinstance(drawn, list) else drawn).figure, file)}"
 
 
 def _write_table(effects: Effects, path: Path) -> Path:
