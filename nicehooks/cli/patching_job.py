@@ -61,7 +61,7 @@ def patched(
     if not (clean - corrupted).abs() > 0:  # NaN too
         raise NothingToPatch(f"both prompts have the logit difference {corrupted:.2f}: there is no effect to look for.")
     where = sites_of(model, pairs, what, layers, positions)
-    with torch.no_grad(), capture(model, *stems_of(model, where), keep="all") as values:
+    with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
         model(**pairs.clean)
     kind: dict = {"engine": engine, "progress": show}
     effects = sweep(model, where, values, pairs.logit_difference, **kind, **pairs.corrupted)
