@@ -61,12 +61,12 @@ def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
         _ask_for_space(tokenizer, row["clean"], row["answer"])
         _ask_for_space(tokenizer, row["corrupted"], row["wrong"])
     clean, corrupted = [each.item() for each in differences(model, pairs)]
+    with terminal.bar("patching") as show:
+        effects = patched(model, pairs, options.sites, options.layers, options.positions, show)
     if clean <= 0:
         _doubt("the clean run prefers the wrong answer: it does not do what is looked for.")
     if corrupted >= 0:
         _doubt("the corrupted run prefers the answer of the clean run as well: the corruption does little.")
-    with terminal.bar("patching") as show:
-        effects = patched(model, pairs, options.sites, options.layers, options.positions, show)
     _report(effects, rows, clean, corrupted, options)
 
 

@@ -60,12 +60,12 @@ def patched(
     clean, corrupted = differences(model, pairs)
     if not (clean - corrupted).abs() > 0:  # NaN too
         raise NothingToPatch(f"both prompts have the logit difference {corrupted:.2f}: there is no effect to look for.")
-    where = sites_of(model, pairs, what, layers, positions)
+    where, axes = sites_of(model, pairs, what, layers, positions)
     with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
         model(**pairs.clean)
     kind: dict = {"engine": engine, "progress": show}
     effects = sweep(model, where, values, pairs.logit_difference, **kind, **pairs.corrupted)
-    return labelled(effects.normalized(clean, corrupted), pairs)
+    return labelled(effects.normalized(clean, corrupted), axes)
 
 
 def differences(model: nn.Module, pairs: PromptPairs) -> tuple[Tensor, Tensor]:
@@ -84,16 +84,22 @@ def sites_of(
     what: str,
     layers: Sequence[int] | None,
     positions: Sequence[int] | None,
-) -> list[str]:
-    """The paths to patch: of a part of each of these layers, by positions or heads; else `what` itself."""
+) -> tuple[list[str], list[Axis]]:
+    """The paths to patch: of a part of each of these layers, by positions or heads; else `what` itself.
+
+    Returns:
+        The paths, and the axes that are known of them: a layer or a position alone is an axis, too.
+    """
     parts = _parts(model, pairs, what)
     if not parts:
-        return [what]
+        return [what], []
     rows = _existing("layer", layers, len(parts))
+    axes = [Axis("layer", tuple(map(str, rows)))]
     if what in HEADS:
-        return [f"{parts[row]}[{':, ' * HEADS[what]}*]" for row in rows]
+        return [f"{parts[row]}[{':, ' * HEADS[what]}*]" for row in rows], axes
     columns = _existing("position", positions, len(pairs.tokens))
-    return [f"{parts[row]}[:, {column}]" for row in rows for column in columns]
+    paths = [f"{parts[row]}[:, {column}]" for row in rows for column in columns]
+    return paths, [*axes, Axis("position", tuple([f"{column} {pairs.tokens[column]}" for column in columns]))]
 
 
 def _parts(model: nn.Module, pairs: PromptPairs, what: str) -> list[str]:
@@ -120,15 +126,14 @@ def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def labelled(effects: Effects, pairs: PromptPairs) -> Effects:
-    """`effects` with the tokens at the axis of positions."""
-
-    def at(label: str) -> str:
-        known = label.isdigit() and int(label) < len(pairs.tokens)
-        return f"{label} {pairs.tokens[int(label)]}" if known else label
-
-    axes = [Axis(name, tuple(map(at, labels)) if name == "position" else labels) for name, labels in effects.axes]
-    return Effects(effects.values, axes, effects.baseline, effects.sites, effects.examples, effects.notes)
+def labelled(effects: Effects, axes: list[Axis]) -> Effects:
+    """`effects` along `axes`; where these have only the layers, the heads are what `effects` has last."""
+    if not axes:
+        return effects
+    axes = axes if len(axes) == 2 else [*axes, effects.axes[-1]]
+    shape = [len(axis.labels) for axis in axes]
+    examples = None if effects.examples is None else effects.examples.reshape(*shape, -1)
+    return Effects(effects.values.reshape(shape), axes, effects.baseline, effects.sites, examples, effects.notes)
 
 
 def findings(effects: Effects) -> str:

@@ -30,9 +30,17 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as shown:
-        task = shown.add_task(description, total=None)
-        yield lambda done, count: shown.update(task, completed=done, total=count)
+    shown = Progress(console=Console(stderr=True))
+    task = shown.add_task(description, total=None)
+
+    def show(done: int, count: int) -> None:
+        shown.start()  # not before there is something to show: an error may come first
+        shown.update(task, completed=done, total=count)
+
+    try:
+        yield show
+    finally:
+        shown.stop()
 
 
 def print_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], corner: str) -> None:
