@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nicehooks.errors import NiceHooksError
 from nicehooks.extras import needs
+from nicehooks.pictures.pages import PlotError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class PlotError(NiceHooksError, OSError):
-    """A picture cannot be written where it was asked for."""
 
 
 def heat_map(
