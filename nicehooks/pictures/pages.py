@@ -63,7 +63,7 @@ class Page:
         )
 
     def _repr_html_(self) -> str:
-        """The page in a frame, so that its style and script are its own; the script makes the frame as high as the page."""
+        """The page in a frame, where style and script are its own; the script makes the frame as high as the page."""
         return FRAME.format(title=html.escape(self.title), document=html.escape(self.document()))
 
     def __repr__(self) -> str:
