@@ -59,6 +59,7 @@ __all__ = [
     "UnsupportedModule",
     "ablate",
     "anatomy",
+    "attention_view",
     "capture",
     "captured",
     "describe",

@@ -43,6 +43,7 @@ from nicehooks.errors import (
     UnsupportedModule,
 )
 from nicehooks.paths.grammar import ModulePath
+from nicehooks.pictures.attention import attention_view
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP

@@ -24,6 +24,7 @@ from nicehooks.core.tap import Tap, tap_of
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
+from nicehooks.pictures.tables import table_html, tree_html
 from nicehooks.values import trees
 
 
@@ -98,6 +99,9 @@ class SiteTable(Sequence[SiteRecord]):
             del branches[depth:]
             branches.append(branches[-1].add(text) if branches else Tree(text))
         return branches[0]
+
+    def _repr_html_(self) -> str:
+        return tree_html(list(self._lines()))
 
     def _lines(self) -> Iterator[tuple[int, str, str]]:
         """Depth, name within the parent, and the rest, of each record; parents that are no sites have a line too."""
@@ -242,6 +246,12 @@ class ActiveTable(list[ActiveRecord]):
         )
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A row for each intervention at each site."""
+        rows = [(each.path, each.intervention, each.scope, "yes" if each.acting else "not here") for each in self]
+        heads = ["site", "intervention", "scope", "acts"]
+        return table_html(f"{len(self)} active" if self else str(self), heads, rows)
 
 
 def describe(model: nn.Module) -> ActiveTable:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.pictures.pages import Page
 
-Tokens = Sequence[str] | Sequence[Sequence[str]]
+TokenTexts = Sequence[str] | Sequence[Sequence[str]]
 """The texts of the tokens of one sequence, or of each sequence of a batch."""
 
 MOST_WEIGHTS = 20_000_000
@@ -28,8 +28,8 @@ FINEST = 65535
 def attention_view(
     cache: Mapping[Any, Any],
     parts: Any,
-    tokens: Tokens,
-    key_tokens: Tokens | None = None,
+    tokens: TokenTexts,
+    key_tokens: TokenTexts | None = None,
     title: str = "attention",
 ) -> Page:
     """The attention patterns of all heads that were captured, layers × heads, as a page.
@@ -113,7 +113,7 @@ def _layer_of(path: Any, index: int) -> str:
     return said[1] if said else str(index)
 
 
-def _by_sequence(tokens: Tokens, batch: int, count: int, what: str) -> list[list[str]]:
+def _by_sequence(tokens: TokenTexts, batch: int, count: int, what: str) -> list[list[str]]:
     """The tokens of each sequence of the batch; one list for all serves every one."""
     lists = [tokens] * batch if all([isinstance(token, str) for token in tokens]) else tokens
     made = [[str(token) for token in each] for each in lists]

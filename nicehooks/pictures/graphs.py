@@ -26,7 +26,7 @@ class GraphEdge(NamedTuple):
     label: str = ""
 
 
-class Place(NamedTuple):
+class Middle(NamedTuple):
     """Where a node is drawn: its middle."""
 
     x: float
@@ -69,7 +69,7 @@ def graph_view(
                 )
     drawn.sort(key=lambda edge: abs(edge.effect))  # the thick ones are drawn last, on top
     data = {"edges": [[edge.sender, edge.receiver, edge.label, _short(edge.effect)] for edge in reversed(drawn)]}
-    return Page(title, "graph", data, _drawing(_places(layers, drawn), drawn, title))
+    return Page(title, "graph", data, _drawing(_laid_out(layers, drawn), drawn, title))
 
 
 # --- where the nodes stand --------------------------------------------------------------------------------------------
@@ -78,23 +78,23 @@ ACROSS, UP, MARGIN = 84.0, 70.0, 56.0
 """From one node to the next, from one layer to the next, and around the whole, in the units of the drawing."""
 
 
-def _places(layers: Mapping[str, float], edges: Sequence[GraphEdge]) -> dict[str, Place]:
+def _laid_out(layers: Mapping[str, float], edges: Sequence[GraphEdge]) -> dict[str, Middle]:
     """The layers one above the other, each in the middle; within a layer, nodes stand near those that they talk to."""
     rows = [[node for node in layers if layers[node] == layer] for layer in sorted(set(layers.values()))]
     widest = max(map(len, rows), default=0)
     for _ in range(4):  # each pass brings the nodes of a row nearer to the middle of their neighbours
         across = {node: index - (len(row) - 1) / 2 for row in rows for index, node in enumerate(row)}
-        rows = [sorted(row, key=lambda node: _middle(node, across, edges)) for row in rows]
-    places: dict[str, Place] = {}
+        rows = [sorted(row, key=lambda node: _pull(node, across, edges)) for row in rows]
+    places: dict[str, Middle] = {}
     for number, row in enumerate(reversed(rows)):
         for index, node in enumerate(row):
             x = MARGIN + ACROSS * (index + (widest - len(row)) / 2)
             # Neighbours are a little higher and lower in turn, so that the edges between them tell apart.
-            places[node] = Place(x, MARGIN + UP * number + (10.0 * (index % 2) if len(row) > 2 else 0.0))
+            places[node] = Middle(x, MARGIN + UP * number + (10.0 * (index % 2) if len(row) > 2 else 0.0))
     return places
 
 
-def _middle(node: str, across: Mapping[str, float], edges: Sequence[GraphEdge]) -> float:
+def _pull(node: str, across: Mapping[str, float], edges: Sequence[GraphEdge]) -> float:
     """The mean place of the nodes at the other ends of the edges of `node`."""
     ends = [across[edge.receiver] for edge in edges if edge.sender == node]
     ends += [across[edge.sender] for edge in edges if edge.receiver == node]
@@ -104,7 +104,7 @@ def _middle(node: str, across: Mapping[str, float], edges: Sequence[GraphEdge]) 
 # --- the drawing ------------------------------------------------------------------------------------------------------
 
 
-def _drawing(places: Mapping[str, Place], edges: Sequence[GraphEdge], title: str) -> str:
+def _drawing(places: Mapping[str, Middle], edges: Sequence[GraphEdge], title: str) -> str:
     width = max((place.x for place in places.values()), default=0.0) + MARGIN
     height = max((place.y for place in places.values()), default=0.0) + MARGIN
     most = max((abs(edge.effect) for edge in edges), default=1.0) or 1.0
@@ -116,7 +116,7 @@ def _drawing(places: Mapping[str, Place], edges: Sequence[GraphEdge], title: str
     )
 
 
-def _line(edge: GraphEdge, number: int, places: Mapping[str, Place], most: float) -> str:
+def _line(edge: GraphEdge, number: int, places: Mapping[str, Middle], most: float) -> str:
     """An S from sender to receiver; where one pair has several edges, their bends lie apart."""
     start, end = places[edge.sender], places[edge.receiver]
     bend = (start.y - end.y) / 2 or UP / 2
@@ -135,7 +135,7 @@ def _line(edge: GraphEdge, number: int, places: Mapping[str, Place], most: float
     return f'<path class="edge {sign}" {ends} d="{path}" stroke-width="{thick:.2f}"><title>{said}</title></path>'
 
 
-def _box(node: str, place: Place) -> str:
+def _box(node: str, place: Middle) -> str:
     name = html.escape(node)
     wide = min(76.0, 14 + 7.2 * len(node))
     squeezed = f' textLength="{wide - 8:.0f}" lengthAdjust="spacingAndGlyphs"' if 14 + 7.2 * len(node) > 76 else ""

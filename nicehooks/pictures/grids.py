@@ -13,7 +13,7 @@ from nicehooks.pictures.pages import Page
 Labelled = tuple[str, Sequence[str]]
 """An axis: what it is ("layer"), and a label for each index."""
 
-MOST = 400
+MOST_LABELS = 400
 """How many labels of an axis are shown; a page with more takes browsers seconds to lay out."""
 
 
@@ -50,7 +50,9 @@ def grid_view(
         kept = _largest(numbers, axis)
         if len(kept) < numbers.shape[axis]:
             name, labels = named[axis]
-            said.append(f"Of {len(labels)} along the axis {name!r}, the {MOST} with the largest values are shown.")
+            said.append(
+                f"Of {len(labels)} along the axis {name!r}, the {MOST_LABELS} with the largest values are shown."
+            )
             named[axis] = (name, [labels[index] for index in kept.tolist()])
             numbers, cells = numbers.index_select(axis, kept), cells.index_select(axis, kept)
     order = [*grid_axes(numbers.shape), *further_axes(numbers.shape)]
@@ -78,9 +80,18 @@ def further_axes(shape: Sequence[int]) -> list[int]:
 def _largest(numbers: Tensor, axis: int) -> Tensor:
     """The indices along `axis` that have the largest numbers, of either sign, in their order."""
     count = numbers.shape[axis]
-    if count <= MOST or not numbers.numel():
+    if count <= MOST_LABELS or not numbers.numel():
         return torch.arange(count)
-    return numbers.abs().nan_to_num(-1.0).movedim(axis, 0).reshape(count, -1).amax(1).topk(MOST).indices.sort().values
+    return (
+        numbers.abs()
+        .nan_to_num(-1.0)
+        .movedim(axis, 0)
+        .reshape(count, -1)
+        .amax(1)
+        .topk(MOST_LABELS)
+        .indices.sort()
+        .values
+    )
 
 
 def _digits(numbers: Tensor) -> list[float | None]:

@@ -43,6 +43,7 @@ def test_these_are_the_public_names() -> None:
         "UnsupportedModule",
         "ablate",
         "anatomy",
+        "attention_view",
         "capture",
         "captured",
         "describe",

@@ -15,7 +15,7 @@ function draw(canvas, head, most) {
   const [width, height] = [Math.min(keys, most), Math.min(queries, most)];
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d"), picture = context.createImageData(width, height);
-  const colour = getComputedStyle(document.documentElement).getPropertyValue("--pattern").match(/[0-9a-f]{2}/gi).map((two) => parseInt(two, 16));
+  const colour = getComputedStyle(canvas).color.match(/[0-9]+/g).slice(0, 3).map(Number);
   const alpha = new Float64Array(width * height);
   for (let query = 0; query < queries; query++) {
     for (let key = 0; key < keys; key++) {
@@ -35,7 +35,7 @@ const buttons = heads.map(({ layer, head }, index) =>
     onclick: () => { state.head = index; show(); } }, make("canvas")));
 let next = 0;
 const table = make("table", { className: "heads" },
-  make("thead", {}, make("tr", {}, make("th", {}, "layer \\ head"), ...[...Array(count).keys()].map((head) => make("th", { scope: "col" }, String(head))))),
+  make("thead", {}, make("tr", {}, make("th", { title: "layers down, heads across" }, "layer"), ...[...Array(count).keys()].map((head) => make("th", { scope: "col" }, String(head))))),
   make("tbody", {}, ...data.layers.map(({ label, heads }) => make("tr", {}, make("th", { scope: "row" }, label),
     ...[...Array(heads).keys()].map(() => make("td", {}, buttons[next++]))))));
 moveByArrows(table, () => [...table.tBodies[0].rows].map((row) => [...row.querySelectorAll("button")]));
@@ -102,8 +102,9 @@ if (data.queries.length > 1) controls.prepend(make("label", {}, "example ", exam
 for (const side of Object.values(texts)) moveByArrows(side, () => [[...side.children]]);
 
 main.append(controls, title, ...(data.cross ? [texts.queries, texts.keys] : [texts.keys]), said,
-  make("div", { className: "scroll" }, table), whole,
+  make("div", { className: "pair" }, make("div", { className: "scroll" }, table), whole),
   make("p", { className: "faint" }, "A picture chooses its head. A token under the pointer, or reached by the tab and arrow keys, shows its weights."));
 drawAll();
 putTokens();
 show();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawAll(); show(); });
