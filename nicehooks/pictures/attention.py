@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks.errors import NiceHooksError, TreeMismatch
+from nicehooks.errors import NiceHooksError, NotCaptured, TreeMismatch
 from nicehooks.pictures.pages import Page
 
 TokenTexts = Sequence[str] | Sequence[Sequence[str]]
@@ -88,6 +88,12 @@ these patterns have more than {MOST_WEIGHTS:,} weights, too many for a page. Sho
     attention_view(acts, parts.pattern[4:8], tokens)"""
 
 
+NO_PATTERN = """\
+the cache holds no attention pattern of these layers.
+    with capture(model, parts.pattern) as acts:
+        model(ids)"""
+
+
 def _patterns(cache: Mapping[Any, Any], paths: list[Any]) -> dict[str, Tensor]:
     """The patterns that `cache` holds, by the number of their layer."""
     found: dict[str, Tensor] = {}
@@ -97,13 +103,13 @@ def _patterns(cache: Mapping[Any, Any], paths: list[Any]) -> dict[str, Tensor]:
         except LookupError:
             continue
         if not isinstance(pattern, Tensor) or pattern.dim() != 4:
-            shape = (
-                f" of shape {tuple(pattern.shape)}" if isinstance(pattern, Tensor) else f", {type(pattern).__name__}"
+            what = (
+                f"a tensor of shape {tuple(pattern.shape)}" if isinstance(pattern, Tensor) else type(pattern).__name__
             )
-            raise TreeMismatch(f"{path} is no attention pattern [batch, head, query, key]: it is a value{shape}.")
+            raise TreeMismatch(f"{path} is no attention pattern [batch, head, query, key], but {what}.")
         found[_layer_of(path, index)] = pattern.detach()
     if not found:
-        cache[paths[0] if paths else "pattern"]  # which says that it is not there, and what is
+        raise NotCaptured(NO_PATTERN)
     return found
 
 

@@ -82,9 +82,13 @@ def _laid_out(layers: Mapping[str, float], edges: Sequence[GraphEdge]) -> dict[s
     """The layers one above the other, each in the middle; within a layer, nodes stand near those that they talk to."""
     rows = [[node for node in layers if layers[node] == layer] for layer in sorted(set(layers.values()))]
     widest = max(map(len, rows), default=0)
-    for _ in range(4):  # each pass brings the nodes of a row nearer to the middle of their neighbours
-        across = {node: index - (len(row) - 1) / 2 for row in rows for index, node in enumerate(row)}
-        rows = [sorted(row, key=lambda node: _pull(node, across, edges)) for row in rows]
+    across = {node: index - (len(row) - 1) / 2 for row in rows for index, node in enumerate(row)}
+    for number in [
+        *range(len(rows)),
+        *reversed(range(len(rows))),
+    ] * 2:  # up and down, each row by the others as they are
+        rows[number].sort(key=lambda node: _pull(node, across, edges))
+        across |= {node: index - (len(rows[number]) - 1) / 2 for index, node in enumerate(rows[number])}
     places: dict[str, Middle] = {}
     for number, row in enumerate(reversed(rows)):
         for index, node in enumerate(row):

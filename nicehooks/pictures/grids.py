@@ -68,8 +68,8 @@ def grid_view(
 
 
 def grid_axes(shape: Sequence[int]) -> list[int]:
-    """Which dimensions are the rows and the columns: the two longest, in their order."""
-    return sorted(sorted(range(len(shape)), key=lambda axis: -shape[axis])[:2])
+    """Which dimensions are the rows and the columns: the two longest, in their order; of equal ones, the later."""
+    return sorted(sorted(range(len(shape)), key=lambda axis: (-shape[axis], -axis))[:2])
 
 
 def further_axes(shape: Sequence[int]) -> list[int]:
