@@ -97,7 +97,7 @@ FRAME = '<iframe title="{title}" srcdoc="{document}" style="width: 100%; height:
 
 
 def _asset(name: str) -> str:
-    return files("nicehooks.pictures").joinpath("assets", name).read_text(encoding="utf-8")
+    return (files("nicehooks.pictures") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _safe_json(data: Any) -> str:
