@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from nicehooks import __version__
-from nicehooks.cli.loading import DEFAULT_MODEL
+from nicehooks.cli.loading import DEFAULT_MODEL, check_model
 from nicehooks.errors import NiceHooksError
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
@@ -24,7 +24,9 @@ ANSWER, WRONG = " Mary", " John"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code: 0, or 2 with a message on stderr."""
     options = _parser().parse_args(arguments)
+    os.environ |= {name: "1" for name in NO_BARS if name not in os.environ}
     try:
+        check_model(options.model)
         getattr(import_module("nicehooks.cli.jobs"), options.job)(options)
         sys.stdout.flush()
     except NiceHooksError as error:
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""What keeps the progress bars of other libraries away; they read it when they are imported."""
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -59,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--wrong", metavar="TOKEN", required=True, help="what continues the corrupted prompt: ' John'")
     patch.set_defaults(job="patch_job")
     tree = jobs.add_parser("sites", parents=[model], help="the tree of everything that can be captured or changed")
+    tree.add_argument("paths", metavar="PATH", nargs="*", help="only these: paths, or parts of the anatomy such as z")
     tree.add_argument("--prompt", metavar="TEXT", default=CLEAN, help="what the model reads to find the shapes")
     tree.set_defaults(job="sites_job")
     demo = jobs.add_parser("demo", parents=[model, grid], help="patching and steering, with prompts of its own")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nicehooks.cli import terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
 from nicehooks.cli.prompts import encode, encode_pair
+from nicehooks.cli.sites_job import named_sites
 from nicehooks.cli.steering_job import steered
-from nicehooks.contexts.listing import sites
 from nicehooks.pictures import heat_map
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def demo_job(options: argparse.Namespace) -> None:
 def sites_job(options: argparse.Namespace) -> None:
     """`nicehooks sites`: every place of a model where a value can be seen or replaced."""
     model, tokenizer = load(options.model, options.device)
-    inputs: dict[str, Any] = {**encode(tokenizer, options.prompt, options.device)}
-    print(sites(model, **inputs))
+    inputs = encode(tokenizer, options.prompt, options.device)
+    print(named_sites(model, options.paths, inputs))
 
 
 def _check_extras(options: argparse.Namespace) -> None:

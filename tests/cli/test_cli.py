@@ -20,6 +20,7 @@ from nicehooks.cli import command, jobs, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
 from nicehooks.cli.prompts import PromptPair, encode, encode_pair
+from nicehooks.cli.sites_job import named_sites
 from nicehooks.pictures import heat_map
 
 CLEAN, CORRUPTED = "When Mary and John went, John gave to", "When Mary and John went, Mary gave to"
@@ -249,7 +250,27 @@ def test_tokens_are_no_markup(tiny: str, here: Path, capsys: pytest.CaptureFixtu
 def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert command.main(["sites", "--model", tiny]) == 0
     model, tokenizer = load(tiny)
-    assert capsys.readouterr().out == f"{sites(model, **encode(tokenizer, command.CLEAN))}\n"
+    inputs = encode(tokenizer, command.CLEAN)
+    assert capsys.readouterr().out == f"{named_sites(model, [], inputs)}\n"
+    assert [*named_sites(model, [], inputs)] == [*sites(model, **inputs)]
+
+
+def test_sites_shows_the_names_of_parts_and_takes_them(tiny: str, capsys: pytest.CaptureFixture[str]):
+    assert command.main(["sites", "transformer.h.0.**", "z", "--model", tiny]) == 0
+    lines = [line.lstrip("│ ├└─").rstrip() for line in capsys.readouterr().out.splitlines()]
+    projection = "c_proj  Conv1D  Tensor[1, 15, 16] float32  @weight, @bias  ·  z[{0}] = @input[0]/2"
+    assert lines[:3] == ["(model)  GPT2LMHeadModel", "transformer", "h"]
+    assert lines.count(projection.format(0)) == lines.count(projection.format(1)) == 1
+    assert "mlp  GPT2MLP  Tensor[1, 15, 16] float32  ·  = mlp_out[0]  mlp_in[0] = @input[0]" in lines
+    assert not any("mlp_out[1]" in line for line in lines)
+    assert refusal(capsys, "sites", "transformer.x", "--model", tiny).startswith("nicehooks: no module matches")
+
+
+def test_sites_of_a_model_without_an_anatomy():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    assert named_sites(model, ["1"], {"input": torch.ones(1, 2)}).plain() == (
+        "(model)  Sequential\n  1  ReLU  Tensor[1, 2] float32"
+    )
 
 
 A_LINE = "import sys; from nicehooks.cli import command, jobs; jobs.sites_job = print; exit(command.main(['sites']))"
@@ -352,12 +373,33 @@ def test_the_same_answer_twice(tiny: str, capsys: pytest.CaptureFixture[str]):
     )
 
 
-def test_an_unknown_model(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_model(capsys: pytest.CaptureFixture[str]):
+    here = "there is no such directory or .gguf file here"
     error = refusal(capsys, "patch", "--model", "no/such-model", *WORDS)
     assert error.startswith(
-        "nicehooks: cannot load 'no/such-model' as a causal language model.\n"
-        f"  tried: a directory or .gguf file 'no/such-model' in {here}, then 'no/such-model' on the Hugging Face Hub\n"
+        f"nicehooks: cannot load 'no/such-model': {here}, and the Hugging Face Hub cannot be reached: "
     )
+    assert error.count("\n") == 1
+    for name in ("./model", "no-such.gguf", "a/b/c"):
+        assert refusal(capsys, "sites", "--model", name) == f"nicehooks: cannot load {name!r}: {here}.\n"
+    error = refusal(capsys, "sites", "--model", "no model")
+    assert error == f"nicehooks: cannot load 'no model': {here}, and no such language model on the Hugging Face Hub.\n"
+
+
+QUIET = """
+import sys
+from nicehooks.cli import command
+command.main(["sites", "--model", "nothing/there"])
+print("torch" in sys.modules)
+assert command.main(["sites", "transformer.h.*", "--model", sys.argv[1]]) == 0
+"""
+
+
+def test_only_the_command_itself_writes_to_the_terminal(tiny: str):
+    """A name that is none is refused before torch is loaded, and no other library shows how far it is."""
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny], capture_output=True, text=True, timeout=300)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("nicehooks: cannot load 'nothing/there': ")
+    assert done.stdout.startswith("False\n(model)  GPT2LMHeadModel\n")
 
 
 def test_a_layer_or_position_that_is_not_there(tiny: str, capsys: pytest.CaptureFixture[str]):
@@ -387,10 +429,12 @@ def test_prompts_between_which_the_model_sees_no_difference(tiny: str, capsys: p
     )
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(here: Path, capsys: pytest.CaptureFixture[str]):
-    error = refusal(capsys, "patch", "--model", "never loaded", *WORDS, "--out", "missing/grid.png")
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tiny: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    error = refusal(capsys, "patch", "--model", tiny, *WORDS, "--out", "missing/grid.png")
     assert error == "nicehooks: cannot write 'missing/grid.png': there is no directory 'missing'.\n"
-    error = refusal(capsys, "patch", "--model", "never loaded", *WORDS, "--out", "grid.docx")
+    error = refusal(capsys, "patch", "--model", tiny, *WORDS, "--out", "grid.docx")
     assert error.startswith("nicehooks: cannot write 'grid.docx': its name should end in .")
     (here / "taken.png").mkdir()
     figure = heat_map.heat_map(torch.zeros(1, 1), ["0"], ["When"])
