@@ -258,10 +258,10 @@ def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
 def test_sites_shows_the_names_of_parts_and_takes_them(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert command.main(["sites", "transformer.h.0.**", "z", "--model", tiny]) == 0
     lines = [line.lstrip("│ ├└─").rstrip() for line in capsys.readouterr().out.splitlines()]
-    projection = "c_proj  Conv1D  Tensor[1, 15, 16] float32  @weight, @bias  ·  z[{0}] = @input[0]/2"
+    projection = "c_proj  Conv1D  Tensor[1, 14, 16] float32  @weight, @bias  ·  z[{0}] = @input[0]/2"
     assert lines[:3] == ["(model)  GPT2LMHeadModel", "transformer", "h"]
     assert lines.count(projection.format(0)) == lines.count(projection.format(1)) == 1
-    assert "mlp  GPT2MLP  Tensor[1, 15, 16] float32  ·  = mlp_out[0]  mlp_in[0] = @input[0]" in lines
+    assert "mlp  GPT2MLP  Tensor[1, 14, 16] float32  ·  = mlp_out[0]  mlp_in[0] = @input[0]" in lines
     assert not any("mlp_out[1]" in line for line in lines)
     assert refusal(capsys, "sites", "transformer.x", "--model", tiny).startswith("nicehooks: no module matches")
 
