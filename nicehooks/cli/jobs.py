@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
-from nicehooks.cli import terminal
+from nicehooks.cli import outputs, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
-from nicehooks.cli.prompts import encode, encode_pair
+from nicehooks.cli.prompts import encode, encode_pair, without_space
 from nicehooks.cli.sites_job import named_sites
 from nicehooks.cli.steering_job import steered
-from nicehooks.pictures import heat_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,28 +48,39 @@ def sites_job(options: argparse.Namespace) -> None:
 def _check_extras(options: argparse.Namespace) -> None:
     """Asks now for what would otherwise be missed only when the work is done."""
     terminal.check()
-    heat_map.check_file(options.out)
+    for file in options.out:
+        outputs.check(file)
 
 
 def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     pair = encode_pair(tokenizer, options.clean, options.corrupted, options.answer, options.wrong, options.device)
+    for prompt, answer in [(options.clean, options.answer), (options.corrupted, options.wrong)]:
+        if (better := without_space(tokenizer, prompt, answer)) is not None:
+            _note(f"the answer {answer!r} has no space before it, where this model would go on with {better!r}.")
     grid = residual_grid(
         model, pair, options.layers, options.positions, lambda cells: terminal.progress(cells, "patching")
     )
+    if grid.clean <= 0:
+        _note(f"the clean run prefers the wrong answer, {options.wrong!r}: it does not do what is looked for.")
+    if grid.corrupted >= 0:
+        _note(f"the corrupted run prefers {options.answer!r} as well: the corruption does little.")
     _report(grid, options)
+
+
+def _note(text: str) -> None:
+    """Something that makes a result doubtful, but is no error."""
+    print(f"nicehooks: note: {text}", file=sys.stderr)
 
 
 def _report(grid: ResidualGrid, options: argparse.Namespace) -> None:
     rows = [str(layer) for layer in grid.layers]
-    columns = list(zip(map(str, grid.positions), grid.tokens, strict=True))
+    columns = ["\n".join(column) for column in zip(map(str, grid.positions), grid.tokens, strict=True)]
     print(f"\nlogit difference of {options.answer!r} and {options.wrong!r}:")
     print(f"  {grid.clean:+6.2f}  clean      {options.clean!r}")
     print(f"  {grid.corrupted:+6.2f}  corrupted  {options.corrupted!r}")
     print("\nIts part, in percent, that one patch of the residual stream restores:")
-    terminal.print_table(grid.effects, rows, ["\n".join(column) for column in columns], "layer")
+    terminal.print_table(grid.effects, rows, columns, "layer")
     print(grid.findings())
     title = f"effect of patching the residual stream, {options.model}"
-    figure = heat_map.heat_map(
-        grid.effects, rows, [" ".join(column) for column in columns], title, scale_title="restored logit difference"
-    )
-    print(f"\nThe heat map is in {heat_map.save(figure, options.out)}")
+    for file in options.out:
+        print(f"\n{outputs.write(grid.as_effects(), file, title)}")

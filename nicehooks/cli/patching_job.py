@@ -13,6 +13,7 @@ from nicehooks import patch
 from nicehooks.anatomies.residual import residual_stream
 from nicehooks.cli.prompts import PromptPair
 from nicehooks.errors import NiceHooksError
+from nicehooks.experiments.effects import Axis, Effects
 
 Patches = tuple[int, list[int]]
 """A layer, and the positions to patch in it, each alone."""
@@ -37,6 +38,7 @@ class ResidualGrid:
         tokens: a label for each of these positions.
         clean: the logit difference of the clean run.
         corrupted: the logit difference of the corrupted run.
+        sites: the path of the residual stream after each of these layers.
     """
 
     effects: Tensor
@@ -45,6 +47,14 @@ class ResidualGrid:
     tokens: list[str]
     clean: float
     corrupted: float
+    sites: list[str]
+
+    def as_effects(self) -> Effects:
+        """The same numbers with labelled axes, to be drawn and written."""
+        columns = [" ".join(column) for column in zip(map(str, self.positions), self.tokens, strict=True)]
+        axes = [Axis("layer", tuple(map(str, self.layers))), Axis("position", tuple(columns))]
+        sites = [f"{site}[:, {position}]" for site in self.sites for position in self.positions]
+        return Effects(self.effects, axes, torch.tensor(0.0, dtype=self.effects.dtype), sites)
 
     def findings(self) -> str:
         """What the grid shows, in two sentences."""
@@ -131,7 +141,8 @@ def residual_grid(
     batches = [columns[start : start + batch] for start in range(0, len(columns), batch)]
     done = [effects(*patches) for patches in track([(layer, places) for layer in rows for places in batches])]
     grid = torch.cat(done).reshape(len(rows), len(columns)).cpu()
-    return ResidualGrid(grid, rows, columns, [pair.tokens[i] for i in columns], floor + span, floor)
+    tokens = [pair.tokens[column] for column in columns]
+    return ResidualGrid(grid, rows, columns, tokens, floor + span, floor, [sites[row] for row in rows])
 
 
 def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:

@@ -95,13 +95,15 @@ class Effects:
         few = self.examples is None or self.examples.shape[-1] < 2
         return None if few else self.examples.std(dim=-1)  # type: ignore[union-attr]
 
+    def cells(self) -> list[Effect]:
+        """Every cell, in the order of `values.flatten()`."""
+        return list(map(Effect, self.sites, self._labels(), self.values.flatten().tolist()))
+
     def top(self, k: int = 10) -> list[Effect]:
         """The `k` largest effects, of either sign, largest first."""
-        flat = self.values.flatten()
-        ranks = flat.abs().nan_to_num(-1.0)
-        largest = ranks.topk(min(k, len(flat))).indices.tolist()
-        labels = list(self._labels())
-        return [Effect(self.sites[cell], labels[cell], flat[cell].item()) for cell in largest]
+        ranks = self.values.flatten().abs().nan_to_num(-1.0)
+        cells = self.cells()
+        return [cells[index] for index in ranks.topk(min(k, len(ranks))).indices.tolist()]
 
     def normalized(self, clean: float | Tensor, corrupted: float | Tensor) -> Effects:
         """The effects in parts of the way from the metric `corrupted` to the metric `clean`.

@@ -75,6 +75,11 @@ def check_file(file: str | Path) -> Path:
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.lstrip(".") not in known:
         raise PlotError(f"cannot write {str(path)!r}: its name should end in .{', .'.join(sorted(known))}.")
+    check_folder(path)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raises a `PlotError` where the directory that `path` should be in is not there."""
     if not path.parent.is_dir():
         raise PlotError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
-    return path

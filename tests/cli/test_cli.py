@@ -19,7 +19,7 @@ from nicehooks.anatomies.residual import decoder_blocks, residual_stream
 from nicehooks.cli import command, jobs, terminal
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
-from nicehooks.cli.prompts import PromptPair, encode, encode_pair
+from nicehooks.cli.prompts import PromptPair, encode, encode_pair, without_space
 from nicehooks.cli.sites_job import named_sites
 from nicehooks.pictures import heat_map
 
@@ -163,7 +163,9 @@ def test_the_residual_stream_of_an_unknown_model_is_what_its_blocks_return():
 
 def findings(*rows: list[float]) -> str:
     tokens = ["When", "John/Mary", "to"]
-    return ResidualGrid(torch.tensor(rows), list(range(len(rows))), [0, 9, 13], tokens, 6.0, -5.0).findings()
+    return ResidualGrid(
+        torch.tensor(rows), list(range(len(rows))), [0, 9, 13], tokens, 6.0, -5.0, ["h"] * len(rows)
+    ).findings()
 
 
 def test_findings_where_the_effect_moves():
@@ -188,7 +190,7 @@ def test_findings_where_there_is_none():
 
 
 def test_findings_of_a_single_position():
-    grid = ResidualGrid(torch.tensor([[0.5]]), [3], [9], ["John"], 6.0, -5.0)
+    grid = ResidualGrid(torch.tensor([[0.5]]), [3], [9], ["John"], 6.0, -5.0, ["h.3"])
     assert grid.findings() == (
         "At layer 3, the effect is largest at position 9 (John): one patch restores up to 50%. "
         "No other position restores anything, as none was tried."
@@ -239,6 +241,48 @@ def test_patch_takes_some_layers_and_positions(tiny: str, here: Path, capsys: py
     assert lines[header - 1].split() == ["0", "6", "7", "8"]
     assert lines[header].split() == ["layer", "When", "John/Mary", "gave", "to"]
     assert (here / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_patch_writes_a_page_and_a_table(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    out = ["--out", "a.html", "a.csv"]
+    assert command.main(["patch", "--model", tiny, *WORDS, "--layers", "1", "--positions", "0,6", *out]) == 0
+    assert capsys.readouterr().out.endswith("\n\nThe page is in a.html\n\nThe table is in a.csv\n")
+    model, tokenizer = load(tiny)
+    grid = residual_grid(model, encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John"), [1], [0, 6])
+    head, *rows = [line.split(",") for line in (here / "a.csv").read_text().splitlines()]
+    assert head == ["layer", "position", "effect", "site"]
+    assert [row[1] for row in rows] == ["0 When", "6 John/Mary"]
+    assert [float(row[2]) for row in rows] == grid.effects.flatten().tolist()
+    assert (here / "a.csv").read_text().endswith('"transformer.h.1[:, 6]"\n')
+    assert '"labels":["0 When","6 John/Mary"]' in (here / "a.html").read_text()
+
+
+def test_what_makes_a_result_doubtful_is_said(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    """With the answers exchanged, whichever run preferred the right one prefers the wrong one."""
+    said = []
+    for answers in ({}, {"answer": " John", "wrong": " Mary"}):
+        assert command.main(["patch", "--model", tiny, *words(**answers), "--layers", "0", "--positions", "0"]) == 0
+        said.append(capsys.readouterr())
+    model, tokenizer = load(tiny)
+    grid = residual_grid(model, encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John"), [0], [0])
+    prefers = "the clean run prefers the wrong answer"
+    assert [prefers in one.err for one in said] == [grid.clean <= 0, grid.clean >= 0]
+    also = "the corrupted run prefers"
+    assert [also in one.err for one in said] == [grid.corrupted >= 0, grid.corrupted <= 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "better"),
+    [("gave to", "Mary", " Mary"), ("gave to ", "Mary", None), ("gave to", " Mary", None), ("gave to", ",", None)],
+)
+def test_an_answer_without_its_space(prompt: str, answer: str, better: str | None):
+    class Tokens:
+        unk_token_id = 0
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [{" Mary": 2, "Mary": 3}.get(text, 0)]
+
+    assert without_space(Tokens(), prompt, answer) == better
 
 
 def test_tokens_are_no_markup(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):

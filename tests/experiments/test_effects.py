@@ -49,7 +49,8 @@ def test_top_is_the_largest_of_either_sign() -> None:
         Effect("h.0[:, 1]", ("0", "cat"), 2.0),
         Effect("h.1[:, 2]", ("1", "the"), 1.5),
     ]
-    assert len(effects().top(100)) == 6
+    assert len(effects().top(100)) == len(effects().cells()) == 6
+    assert effects().cells()[1] == Effect("h.0[:, 1]", ("0", "cat"), 2.0)
 
 
 def test_what_is_not_done_comes_last_and_is_left_out_of_the_summary() -> None:
