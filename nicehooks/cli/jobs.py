@@ -49,25 +49,25 @@ def _check_extras(options: argparse.Namespace) -> None:
     """Asks now for what would otherwise be missed only when the work is done."""
     terminal.check()
     for file in options.out:
-        outputs.check(file)
+        outputs.check_output(file)
 
 
 def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     pair = encode_pair(tokenizer, options.clean, options.corrupted, options.answer, options.wrong, options.device)
     for prompt, answer in [(options.clean, options.answer), (options.corrupted, options.wrong)]:
         if (better := without_space(tokenizer, prompt, answer)) is not None:
-            _note(f"the answer {answer!r} has no space before it, where this model would go on with {better!r}.")
+            _doubt(f"the answer {answer!r} has no space before it, where this model would go on with {better!r}.")
     grid = residual_grid(
         model, pair, options.layers, options.positions, lambda cells: terminal.progress(cells, "patching")
     )
     if grid.clean <= 0:
-        _note(f"the clean run prefers the wrong answer, {options.wrong!r}: it does not do what is looked for.")
+        _doubt(f"the clean run prefers the wrong answer, {options.wrong!r}: it does not do what is looked for.")
     if grid.corrupted >= 0:
-        _note(f"the corrupted run prefers {options.answer!r} as well: the corruption does little.")
+        _doubt(f"the corrupted run prefers {options.answer!r} as well: the corruption does little.")
     _report(grid, options)
 
 
-def _note(text: str) -> None:
+def _doubt(text: str) -> None:
     """Something that makes a result doubtful, but is no error."""
     print(f"nicehooks: note: {text}", file=sys.stderr)
 
@@ -83,4 +83,4 @@ def _report(grid: ResidualGrid, options: argparse.Namespace) -> None:
     print(grid.findings())
     title = f"effect of patching the residual stream, {options.model}"
     for file in options.out:
-        print(f"\n{outputs.write(grid.as_effects(), file, title)}")
+        print(f"\n{outputs.write_output(grid.as_effects(), file, title)}")

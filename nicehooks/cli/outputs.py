@@ -10,7 +10,7 @@ from nicehooks.pictures.heat_map import check_file, check_folder, heat_map, save
 from nicehooks.pictures.pages import PlotError
 
 
-def check(file: str) -> None:
+def check_output(file: str) -> None:
     """Asks whether `file` can be written; worth asking before a long run.
 
     Raises:
@@ -23,7 +23,7 @@ def check(file: str) -> None:
         check_file(file)
 
 
-def write(effects: Effects, file: str, title: str) -> str:
+def write_output(effects: Effects, file: str, title: str) -> str:
     """Writes `effects` of layers and positions to `file`, and says so in a sentence.
 
     Raises:
