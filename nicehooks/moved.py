@@ -5,7 +5,9 @@ A pickle names the module and the name of each class and function in it. What is
 `nicehooks`, `nicehooks.hookpoints` or `nicehooks.hooktrees`, so that pickles do not know of our files. Those that were
 written before it did so name files that have moved since. Under each old name lies a module in `compat/old_names`,
 where `nicehooks.__path__` leads Python after all others; what is asked of it is looked for in the files that there are.
-Four of the old names are rooms now, which answer likewise.
+Four of the old names are rooms now, which answer likewise. That is a file for each name, because Python asks a folder
+for a file: one table of them would need a finder in `sys.meta_path`, or entries of its own in `sys.modules`, and to
+import nicehooks touches neither.
 """
 
 from __future__ import annotations

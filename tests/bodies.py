@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import VOCABULARY, tokens
+from gallery.architectures import VOCABULARY, tokens
 from torch import Tensor, nn
 
 SIZES = {

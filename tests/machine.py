@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.attention import Mixer
+from gallery.calling import Boom
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
-from reference import FORWARDS, PLACES, Active, Boom, Mixer, Run
+from reference import FORWARDS, PLACES, Active, Run
 from torch import Tensor, nn
 from worlds import make, state
 

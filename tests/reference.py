@@ -12,42 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from gallery.calling import Trip
+from gallery.values import Box, Pair
+from torch import Tensor
 from torch.nn import functional
-from worlds import Box, Pair
-
-
-class Boom(Exception):
-    """What the test itself raises."""
-
-
-class Trip(nn.Module):
-    """Raises where it stands, when told."""
-
-    armed = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if Trip.armed:
-            raise Boom
-        return x * 1
-
-
-class Mixer(nn.Module):
-    """Calls torch functions and a method, one module twice; two modules have one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.out.weight = self.key.weight
-        self.trip = Trip()
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.matmul(q, k.transpose(-1, -2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        pattern = torch.softmax(self.scores(self.query(x), self.key(x)), dim=-1)
-        return self.out(self.out(self.trip(torch.matmul(pattern, x))))
-
 
 # --- who is active ----------------------------------------------------------------------------------------------------
 

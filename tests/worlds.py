@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
+from gallery.plain import Mlp, Normed
+from gallery.shared import Thrice
+from gallery.trees import Nested
 from torch import Tensor, nn
 
+from nicehooks import describe
 from nicehooks.values import trees
 
 Fn = Callable[[Tensor], Any]
@@ -74,76 +76,6 @@ def same(a: Any, b: Any) -> bool:
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
-Pair = namedtuple("Pair", ["left", "right"])
-
-
-@dataclass
-class Box:
-    content: Any
-    note: str = "kept"
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(4, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-class Nest(nn.Module):
-    """Returns every kind of container, in each other."""
-
-    def forward(self, x: Tensor) -> Any:
-        return Pair(x, [x * 2, None]), OrderedDict(b=x * 3, a=(x * 4,)), {"box": Box((x * 5, None))}
-
-
-class Nested(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.nest = Nest()
-
-    def forward(self, x: Tensor) -> Tensor:
-        pair, ordered, boxed = self.nest(self.inner(x))
-        assert type(pair) is Pair and type(ordered) is OrderedDict and type(boxed["box"]) is Box
-        return pair.left + pair.right[0] + ordered["b"] + ordered["a"][0] + boxed["box"].content[0]
-
-
-class Thrice(nn.Module):
-    """Calls one block three times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.block(self.block(x)))
-
-
-class Normed(nn.Module):
-    """Layer norm and a gate that takes keyword arguments alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4)
-        self.gate = Gate()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(value=self.norm(x), by=x)
-
-
-class Gate(nn.Module):
-    def forward(self, value: Tensor, by: Tensor, scale: float = 1.0) -> Tensor:
-        return value * by.sigmoid() * scale
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {kind.__name__: kind for kind in (Mlp, Nested, Thrice, Normed)}
 
 
@@ -167,6 +99,11 @@ def state(model: nn.Module) -> Any:
         (name, id(module), type(module), {k: id(v) for k, v in vars(module).items()}, list(vars(module)))
         for name, module in model.named_modules()
     ] + [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
+
+
+def unchanged(model):
+    before = state(model)
+    return lambda: state(model) == before and not describe(model)
 
 
 # --- transforms of a function of `inputs()` ---------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class _NormInSteps:
 
 
 def has_kept(old: Tensor, new: Tensor) -> Tensor:
-    """Whether `new` has the values of `old`, as a tensor; see NOTE [Changed in place]."""
+    """Whether `new` has the values of `old`, as a tensor: transforms and graphs ask no value for its truth."""
     old, new = old.detach(), new.detach()
     return ((new == old) | (new.isnan() & old.isnan())).all()
 

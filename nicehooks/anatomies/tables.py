@@ -80,7 +80,7 @@ PARTS_WITH_HEADS: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """The table of one family of transformers; see NOTE [How a table is written] in `anatomy_tables.py`.
+    """The table of one family of transformers; see NOTE [How a table is written] in this file.
 
     >>> own = Family(blocks="layers", attn="attention", attn_proj="attention.out", parts={"attn_out": "attention"})
     >>> own.parts["attn_out"]

@@ -17,7 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.store import Store
 from nicehooks.values import trees
 
@@ -36,9 +36,12 @@ def register_cache(kind: type[Store]) -> None:
     def build(values: Iterable[Any], context: Any) -> Store:
         return build_cache(kind, values, context)
 
-    torch_private.register_torch_node(kind, flatten_cache, build)
+    torch_private_tensors.register_torch_node(kind, flatten_cache, build)
     optree.register_pytree_node(
-        kind, _flatten_for_optree, lambda keys, values: build(values, keys), namespace=torch_private.EVERY_NAMESPACE
+        kind,
+        _flatten_for_optree,
+        lambda keys, values: build(values, keys),
+        namespace=torch_private_tensors.EVERY_NAMESPACE,
     )
 
 
@@ -58,7 +61,7 @@ def flatten_cache(cache: Store) -> tuple[list[Any], Any]:
         return values, list(cache)
     if rest is not None:
         return list(_picked(rest.values, values)), rest
-    if torch_private.innermost_transform() is None or torch_private.holds_tensors_alone(values):
+    if torch_private.innermost_transform() is None or torch_private_tensors.holds_tensors_alone(values):
         return values, list(cache)
     tensors: list[Tensor] = []
     templates = trees.map_tensors(lambda tensor: (tensors.append(tensor), Tensor)[1], values)

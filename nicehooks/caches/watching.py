@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.values import trees
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ class Watch(list[tuple[Any, Any]]):
     """The tensors of a captured value, held weakly, each with its version when it was captured.
 
     Attributes:
-        lives: of the transforms that the tensors belong to; see `torch_private.life_of`.
+        lives: of the transforms that the tensors belong to; see `torch_private_tensors.life_of`.
         containers: those of the value that can change, by their ids, each with a copy of it as it was. They go with the
             watch: when the value leaves the cache.
     """
@@ -60,7 +60,7 @@ class Watch(list[tuple[Any, Any]]):
         tensors = _tensors(value)
         watch = Watch((weakref.ref(tensor), version_of(tensor)) for tensor in tensors)
         if torch_private.innermost_transform() is not None:
-            lives = [torch_private.life_of(tensor) for tensor in tensors]
+            lives = [torch_private_tensors.life_of(tensor) for tensor in tensors]
             watch.lives = tuple(life for life in lives if life is not None)
         each = [(one, trees.as_it_is(one)) for one in (value if type(value) is Calls else [value])]
         watch.containers = {id(one): (one, kept) for one, kept in each if kept is not one}
@@ -104,7 +104,9 @@ class Watch(list[tuple[Any, Any]]):
 
     def outlived(self, value: Any) -> bool:
         """Whether a transform is over that `value`, or what it was computed from, belongs to."""
-        return any(map(torch_private.is_over, self.lives)) and any(map(torch_private.is_wrapped, _tensors(value)))
+        return any(map(torch_private_tensors.is_over, self.lives)) and any(
+            map(torch_private_tensors.is_wrapped, _tensors(value))
+        )
 
     def notices(self, value: Any) -> bool:
         """Whether a tensor of `value` was overwritten; other tensors than those that are watched do not count."""
@@ -134,9 +136,9 @@ def version_of(tensor: Tensor) -> Any:
     Tensors made under `inference_mode` have none; a checksum stands in for it there.
     """
     if not tensor.is_inference():
-        return torch_private.version(tensor)
-    with torch_private.outside_transforms(0):  # under vmap no tensor gives its numbers away
-        return _checksum(torch_private.unwrapped(tensor))
+        return torch_private_tensors.version(tensor)
+    with torch_private_tensors.outside_transforms(0):  # under vmap no tensor gives its numbers away
+        return _checksum(torch_private_tensors.unwrapped(tensor))
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -153,10 +155,10 @@ def _flatten_calls(calls: Calls[Any]) -> tuple[list[Any], None]:
     return list(calls), None
 
 
-torch_private.register_torch_node(Calls, _flatten_calls, lambda values, _: Calls(values))
+torch_private_tensors.register_torch_node(Calls, _flatten_calls, lambda values, _: Calls(values))
 optree.register_pytree_node(
     Calls,
     lambda calls: (tuple(calls), None),
     lambda _, values: Calls(values),
-    namespace=torch_private.EVERY_NAMESPACE,
+    namespace=torch_private_tensors.EVERY_NAMESPACE,
 )

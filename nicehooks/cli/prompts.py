@@ -152,6 +152,18 @@ def without_space(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     return f" {answer}" if len(spaced) == 1 and spaced != ids and tokenizer.unk_token_id not in spaced else None
 
 
+def without_space(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str | None:
+    """What `answer` seems to lack: the same word behind a space, where that is another token of the model.
+
+    Tokenizers such as that of GPT-2 have words with the space before them, so a prompt is continued by `" Mary"`; the
+    logit of `"Mary"` says little. None where nothing seems to be lacking.
+    """
+    if prompt[-1:].isspace() or not answer[:1].isalnum():
+        return None
+    ids, spaced = [tokenizer.encode(text, add_special_tokens=False) for text in (answer, f" {answer}")]
+    return f" {answer}" if len(spaced) == 1 and spaced != ids and tokenizer.unk_token_id not in spaced else None
+
+
 def visible(token: str) -> str:
     r"""The text of a token as a label on one line, without the blanks around it.
 

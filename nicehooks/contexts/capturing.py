@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.spellings import Names
 from nicehooks.caches.watching import versions_of
@@ -165,13 +165,13 @@ class _Capture(Action):
         if self._runs_again(key, site):
             return value
         if torch.compiler.is_dynamo_compiling():
-            lifted = trees.map_tensors(lambda tensor: torch_private.lift_traced(tensor, session.level), value)
+            lifted = trees.map_tensors(lambda tensor: torch_private_tensors.lift_traced(tensor, session.level), value)
             self._keep(session, lifted, key, site)
         elif innermost_transform() is None:
             self._keep(session, value, key, site)
         else:
-            lifted = trees.map_tensors(lambda tensor: torch_private.lift(tensor, session.level), value)
-            with torch_private.outside_transforms(session.level):
+            lifted = trees.map_tensors(lambda tensor: torch_private_tensors.lift(tensor, session.level), value)
+            with torch_private_tensors.outside_transforms(session.level):
                 self._keep(session, lifted, key, site)
         if self.stop:
             self._stop_when_complete(session, str(site))
@@ -232,7 +232,7 @@ class _StepOfCapture(StepRule):
     def before(self, frame: Frame) -> None:
         super().before(frame)
         if torch_private.is_exporting() and not self.session.exporting:
-            if torch_private.is_part_of_export():
+            if torch_private_tensors.is_part_of_export():
                 raise UnsupportedModule(PART_OF_EXPORT.format(label=self.session.label))
             frame.enter(_HandedOut(frame, self.session, self.action.cache))
 

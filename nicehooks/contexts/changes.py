@@ -12,10 +12,10 @@ from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.calling import has_forward
-from nicehooks.core.census import unwrap
-from nicehooks.core.methods import method_modules
+from nicehooks.core.children import further_children, unwrap
+from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs
-from nicehooks.core.rules import Action, OutputRule, SuspendRule
+from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
 from nicehooks.core.tap import has_rules
@@ -348,6 +348,13 @@ def _copied_into(new: Any, old: Any) -> Any:
 # --- suspend ----------------------------------------------------------------------------------------------------------
 
 
+class _SuspendRule(Rule):
+    """Silences the rules before it."""
+
+    __slots__ = ()
+    suspends = True
+
+
 class suspend(Intervention):
     """Silences every intervention on `model` that was there before: inside it, the model is clean.
 
@@ -376,9 +383,9 @@ class suspend(Intervention):
 
     def _make_plan(self, actions: Actions | None = None) -> Plan:
         modules = list(unwrap(self.model).modules())
-        modules += [method for module in modules for _, method in method_modules(module)]
+        modules += [method for module in modules for _, method in further_children(module)]
         if torch.compiler.is_dynamo_compiling():  # which traced rules there will be by then is only known there
             tapped = [module for module in modules if has_forward(module)]
         else:
             tapped = [module for module in modules if has_rules(module)]
-        return Plan.of(repr(self), [(module, SuspendRule()) for module in tapped])
+        return Plan.of(repr(self), [(module, _SuspendRule()) for module in tapped])

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts import second_order
 from nicehooks.contexts.intervention import Intervention, Plan
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core import sessions
-from nicehooks.core.census import unwrap
+from nicehooks.core.children import unwrap
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site, Where, select
@@ -179,7 +179,7 @@ class _Differentiate(Action):
 
     def _by_autograd(self, compute: Callable[[], Tensor]) -> Tensor:
         self.by_edges = True
-        again, begun = torch.is_grad_enabled(), torch_private.next_sequence_number()
+        again, begun = torch.is_grad_enabled(), torch_private_tensors.next_sequence_number()
         self.zero = torch.zeros((), requires_grad=True)
         with torch.enable_grad():
             value = compute()
@@ -218,7 +218,7 @@ class _Differentiate(Action):
         """A tensor like `tensor` that only the site has, and that `entry` gets the gradient of."""
         node = tensor.clone() if self.by_edges and tensor.requires_grad else tensor - self.zero.to(tensor)
         if not self.by_edges or torch_private.innermost_transform() is not None:
-            hooked = torch_private.hook_gradient(node, partial(self._on_gradient, entry, level))
+            hooked = torch_private_tensors.hook_gradient(node, partial(self._on_gradient, entry, level))
             return node if hooked is None else hooked
         if node.requires_grad:
             entry.edge = get_gradient_edge(node)  # now: a later in-place layer gives the tensor another one
@@ -226,7 +226,7 @@ class _Differentiate(Action):
 
     def _on_gradient(self, entry: _Entry, level: int, gradient: Tensor) -> Tensor:
         self.differentiated.add(entry.site)
-        entry.gradient = torch_private.lift(gradient, level)
+        entry.gradient = torch_private_tensors.lift(gradient, level)
         return gradient
 
     def cache(self) -> ActivationCache:
@@ -251,7 +251,7 @@ class _Entry:
 
     def __init__(self, tensor: Tensor, level: int, site: str) -> None:
         differentiable = tensor.is_floating_point() or tensor.is_complex()
-        self.value = torch_private.lift(tensor, level) if differentiable else None
+        self.value = torch_private_tensors.lift(tensor, level) if differentiable else None
         self.site = site
         self.edge: Any = None
         self.gradient: Tensor | None = None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import patch
-from nicehooks.core.census import Census, unwrap
+from nicehooks.core.census import Census
+from nicehooks.core.children import unwrap
 from nicehooks.core.selection import Where
 from nicehooks.errors import SiteNotFound, TreeMismatch
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.contexts.not_reached import ACTIVE_ALREADY, CHECKPOINTED, EMPTY, not_called, not_reached
 from nicehooks.contexts.plans import PLANS, Plan, RuleGroup
 from nicehooks.core import sessions
 from nicehooks.core.binding import bind, unbind
-from nicehooks.core.census import unwrap
+from nicehooks.core.children import unwrap
 from nicehooks.core.exclusive import Exclusive, free_left_over
+from nicehooks.core.explaining import explained
 from nicehooks.core.reaching import rules_for, slow_path_rules
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule, StepRule
@@ -130,7 +130,7 @@ class Intervention:
         session = Session(plan.label, attached)
         with Exclusive():
             if self._session is not None:
-                raise ContextMisuse(ACTIVE_ALREADY.format(verb=self.verb))
+                raise ContextMisuse(explained("misuse.active_already", self.verb))
             self._plan, self._session = plan, session
             self._has_given = False
         try:
@@ -235,14 +235,14 @@ class Intervention:
                 groups.append(RuleGroup(group.where, [made[site.key][0][1] for site in group.sites], group.wild))
                 sites += group.sites
             if not made and not any([group.where is False for group in chosen]):
-                raise SiteNotFound(EMPTY.format(verb=self.verb))
+                raise SiteNotFound(explained("misuse.empty", self.verb))
             new_pairs = [pair for of_site in made.values() for pair in of_site]
             for _, rule in new_pairs:
                 if isinstance(rule, SiteRule):
                     rule.of = of
             pairs += new_pairs
         if not groups:
-            raise SiteNotFound(EMPTY.format(verb=self.verb))
+            raise SiteNotFound(explained("misuse.empty", self.verb))
         pairs += slow_path_rules(sites)
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         for index, rule in enumerate(rules):
@@ -266,14 +266,14 @@ class Intervention:
     def _check(self, session: Session, plan: Plan) -> None:
         missed = None if self._all_reached(session, plan) else next(self._unreached(session, plan), None)
         if missed is not None and not session.called and not self._acted(session, plan):
-            warn_caller(not_called(self, session), NotCalledWarning)
+            warn_caller(explained("not_reached.not_called", self, session), NotCalledWarning)
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
         outlived = session.checkpointed and not session.recomputed
         # inside of the region itself, backward enters the context again
         if outlived and session.checkpointed > torch_private.checkpoint_depth():
-            warn_caller(CHECKPOINTED.format(context=self), CheckpointWarning)
+            warn_caller(explained("misuse.checkpointed", self), CheckpointWarning)
 
     def _acted(self, session: Session, plan: Plan) -> bool:
         return any(self._was_reached(session, rule) for group in plan.groups for rule in group.rules)
@@ -286,7 +286,7 @@ class Intervention:
                 yield missed[0]
 
     def _not_reached(self, session: Session, rule: SiteRule) -> str:
-        return not_reached(self, session, rule)
+        return explained("not_reached.not_reached", self, session, rule)
 
 
 def _as_key(where: Where) -> Any:

@@ -12,10 +12,10 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
-from nicehooks.core.calling import has_forward
-from nicehooks.core.census import Census, unwrap
+from nicehooks.core.calling import SCRIPTED, has_forward
+from nicehooks.core.census import Census
+from nicehooks.core.children import unwrap
 from nicehooks.core.frames import Rule
-from nicehooks.core.nearest import SCRIPTED
 from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site

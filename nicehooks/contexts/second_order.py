@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from nicehooks import torch_private
+from nicehooks import torch_private_tensors
 
 
 def gradients(
@@ -55,7 +55,7 @@ def _outside(last: Any, begun: int, own: Tensor) -> tuple[list[Tensor], bool]:
             if before not in found:
                 found.add(before)
                 (leaves if type(before) is leaf else nodes).append(before)
-    others = min(map(torch_private.sequence_number, nodes)) < begun
+    others = min(map(torch_private_tensors.sequence_number, nodes)) < begun
     return [node.variable for node in leaves if node.variable is not own], others
 
 

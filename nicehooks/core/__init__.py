@@ -2,3 +2,5 @@
 
 Knows values and paths; no port but a module's output, and nothing of what an intervention does.
 """
+
+from nicehooks.core import copies as copies  # which puts what it makes into every tap

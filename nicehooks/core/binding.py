@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.core.copies import COPYING, ENTRIES
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs
@@ -37,7 +36,7 @@ def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, 
             if module is None:
                 continue
             names = module.__dict__
-            if tap.rules or tap.kind.forward is not tap.found or not names.keys().isdisjoint(ENTRIES):
+            if tap.rules or tap.kind.forward is not tap.found or not names.keys().isdisjoint(tap.entries):
                 _bind_slowly(tap, module, rule, first)
                 continue
             tap.rules = alone
@@ -87,8 +86,7 @@ def unbind(taps: list[Bound]) -> None:
                 continue
             names = module.__dict__
             if tap.only is rule and names.get("forward") is tap.forward:
-                del names["forward"]
-                for name in COPYING:
+                for name in reversed(tap.entries):
                     names.pop(name, None)
                 tap.only = tap.bound = None
                 tap.rules = ()

@@ -8,14 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks import torch_private
-from nicehooks.core.methods import method_modules
-
-ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-"""What may run a fused kernel that hides the modules in it."""
-
-WRAPPED = "\0"
-"""In a marked name, before the part that the child of a wrapper has in it."""
+from nicehooks import torch_private, torch_private_tensors
+from nicehooks.core.children import further_children
+from nicehooks.core.walking import ENCODERS, WRAPPED, joined
 
 
 class Census:
@@ -71,26 +66,14 @@ def _walk(module: nn.Module, names: list[str], path: list[nn.Module]) -> Iterato
         yield name, module
     if torch_private.is_scripted(module):
         return
-    for key, child in (*module._modules.items(), *method_modules(module)):
+    for key, child in (*module._modules.items(), *further_children(module)):
         if child is not None and all(child is not parent for parent in path) and child is not module:
             yield from _walk(child, [joined(name, key) for name in names], [*path, module])
-
-
-def joined(name: str, key: str) -> str:
-    """The name of the child called `key` of the module called `name`."""
-    return f"{name}.{key}" if name else key
 
 
 def _is_below(name: str, outer: str) -> bool:
     """Whether the module called `name` is somewhere in the one called `outer`."""
     return name.startswith(f"{outer}.") if outer else name != ""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """`model` out of the transparent wrappers around it."""
-    while (inner := torch_private.wrapped_child(model)) is not None:
-        model = model._modules[inner]  # type: ignore[assignment]
-    return model
 
 
 def has_parameter(module: nn.Module, name: str) -> bool:
@@ -104,5 +87,5 @@ def parameter_names(module: nn.Module) -> list[str]:
         return []
     own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
     parametrized = list(getattr(module, "parametrizations", {}))
-    named = [getattr(hook, "name", None) for hook in torch_private.pre_hooks(module)]
+    named = [getattr(hook, "name", None) for hook in torch_private_tensors.pre_hooks(module)]
     return [*own, *parametrized, *(name for name in named if name in vars(module))]

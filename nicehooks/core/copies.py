@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.core.tap import COPYING
+
 HANDLES = "__nicehooks__"
 """The entry of a tapped module for handles that live as long as it does; see NOTE [Copies of a tapped module]."""
 
@@ -65,6 +67,6 @@ class Replicate(Copying):
         return replica
 
 
-COPYING = (Reduce.name, Replicate.name)
-ENTRIES = frozenset([*COPYING, "forward"])
+COPYING.extend([Reduce, Replicate])
+ENTRIES = frozenset([Reduce.name, Replicate.name, "forward"])
 """What a tap puts into the `__dict__` of its module."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nicehooks.core.children import add_further
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.errors import ContextMisuse, NotReachedWarning, UnsupportedModule, warn_caller
 
@@ -138,6 +139,9 @@ def method_modules(module: nn.Module) -> Iterator[tuple[str, MethodModule]]:
 def has_method_modules() -> bool:
     """Whether any method is a module now."""
     return bool(_patched)
+
+
+add_further(method_modules, has_method_modules)
 
 
 # --- the public edge --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from nicehooks.core.selection import Site
 from nicehooks.core.walking import module_at
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.values.trees import Rows
+from nicehooks.values.regions import Rows
 
 
 def rules_for(site: Site, action: Action, when: When, root: nn.Module) -> Pairs:

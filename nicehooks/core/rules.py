@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from nicehooks import torch_private
 from nicehooks.core import sessions
+from nicehooks.core.explaining import explained
 from nicehooks.core.frames import Frame, Passing, Rule, StopForward
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.core.when import When
-from nicehooks.errors import TreeMismatch, UnsupportedModule
+from nicehooks.errors import TreeMismatch
 from nicehooks.paths.grammar import ModulePath, with_chain
 from nicehooks.paths.ports import EVERY_CALL, OutputSpelling
-from nicehooks.values import trees
-from nicehooks.values.trees import Chain, Rows
+from nicehooks.values.nodes import leaves
+from nicehooks.values.parts import each_index, rewrite
+from nicehooks.values.regions import Chain, Rows
 
 
 class Action:
@@ -104,7 +106,7 @@ class SiteRule(Rule):
         before = calls.get(self.index, -1)
         if not torch.compiler.is_compiling() and torch_private.in_backward():  # a checkpointed region runs again
             if before > 0 or (self.when.numbers_steps and self.session.progress().step > 0):
-                raise UnsupportedModule(RECOMPUTED.format(key=self.key))
+                raise explained("misuse.recomputed", self.key)
             frame.numbers[self.index] = 0
         else:
             frame.numbers[self.index] = calls[self.index] = before + 1
@@ -146,7 +148,7 @@ class SiteRule(Rule):
             session.recomputed = True
         elif search and torch_private.in_checkpoint():
             session.checkpointed = max(session.checkpointed, torch_private.checkpoint_depth())
-            for tensor in trees.leaves(value):
+            for tensor in leaves(value):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(_note_backward, session))
 
@@ -159,7 +161,7 @@ class SiteRule(Rule):
             return self.act_at(value, chain, key, call)
         lead = self.path.chain[: len(self.path.chain) - len(chain)]
         try:
-            chains = list(trees.each_index(value, chain))
+            chains = list(each_index(value, chain))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
         for found in chains:
@@ -169,7 +171,7 @@ class SiteRule(Rule):
     def act_at(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
         """As `act`, where the chain has no `*`."""
         try:
-            return trees.rewrite(value, chain, partial(self._at_site, key=key, call=call))
+            return rewrite(value, chain, partial(self._at_site, key=key, call=call))
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
 
@@ -189,21 +191,7 @@ class SiteRule(Rule):
 
     def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
         """The bare fact, with the site and the line to write instead."""
-        verb = self.action.verb
-        text = f"{verb} at {key!r}: {error}."
-        node = trees.open_node(value)
-        pairs = [] if node is None else list(zip(node.entries, node.children, strict=True))
-        tensors = [entry for entry, child in pairs if isinstance(child, Tensor)]
-        if not self.chain and tensors:
-            text += f"\n  the value there is {trees.structure_of(value)}; choose a part of it:"
-            text += f'\n    {self.action.for_part or verb}(model, "{key}{trees.show_step(tensors[0])}", …)'
-        return TreeMismatch(text)
-
-
-RECOMPUTED = (
-    "{key!r}: activation checkpointing runs a part of the model again in backward, where it cannot be told which of "
-    "several steps or calls this is. Turn checkpointing off, or choose all of them."
-)
+        return explained("misfits.at_site", self, error, value, key)
 
 
 def _note_backward(session: Session, gradient: Tensor) -> None:
@@ -289,10 +277,3 @@ class SlowPathRule(Rule):
 
     def before(self, frame: Frame) -> None:
         frame.enter(Passing())
-
-
-class SuspendRule(Rule):
-    """Silences the rules before it."""
-
-    __slots__ = ()
-    suspends = True

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.calling import own_call
-from nicehooks.core.census import Census
-from nicehooks.core.nearest import SCRIPTED, nothing_matches, refuse_scripted
+from nicehooks.core.calling import SCRIPTED, has_own_call
+from nicehooks.core.explaining import explained
 from nicehooks.core.register import kind_of
 from nicehooks.core.sites import Site
 from nicehooks.core.traces import Trace, has_port, is_remembering, remember, remembered
 from nicehooks.core.walking import Found, Walk
-from nicehooks.errors import PathError, SiteNotFound, UnsupportedModule
+from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 
 Where = Any
@@ -119,10 +117,6 @@ class _Finder:
         self.verb = verb
         self.trace = trace
 
-    @cached_property
-    def census(self) -> Census:
-        return Census(self.model)
-
     def find(self, item: Where) -> tuple[list[Site], bool]:
         """The sites of `item`, and whether it is a wildcard; a `Group` knows both."""
         if isinstance(item, Group):
@@ -141,24 +135,19 @@ class _Finder:
             found = walk.named(choice)
             sites = self._sites(found, path)
             if not sites:
-                option = path.chosen(choice)
-                refuse_scripted(self.census, option)
                 named = [(name, module) for name, module, *_ in found]
-                raise SiteNotFound(nothing_matches(self.census, option, named, self.verb))
+                raise explained("nearest.nothing_matches", self.model, path.chosen(choice), named, self.verb)
             yield from sites
 
     def _chosen(self, item: Where) -> list[Site]:
         sites = self._sites(self._chosen_by(item), EVERYTHING)
         if not sites:
-            root = type(self.census.root).__name__
-            raise SiteNotFound(f"{_show(item)} selects no module that is ever called in {root}.")
+            raise explained("nearest.nothing_chosen", self.model, item)
         return sites
 
     def _chosen_by(self, item: Where) -> list[Found]:
-        if item is True:
-            return Walk(self.model, EVERYTHING.pattern, self.trace).named(())
-        named = [(name, module) for name, module in self.census.unwrapped() if _chooses(item, name, module)]
-        return [Found(name, module, tuple(self.census.encoders_around(name)), False) for name, module in named]
+        found = Walk(self.model, EVERYTHING.pattern, self.trace).named(())
+        return found if item is True else [one for one in found if _chooses(item, one.name, one.module)]
 
     def _sites(self, named: list[Found], path: ModulePath) -> list[Site]:
         """A site per module, under the first of its names; a module without such a site is passed over."""
@@ -172,8 +161,10 @@ class _Finder:
         name, module = found.name, found.module
         if torch_private.is_scripted(module):
             raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-        if not path.is_wild and kind_of(path.port).needs_forward and (owner := own_call(module)) is not None:
-            raise UnsupportedModule(OWN_CALL.format(name=name, kind=type(module).__name__, owner=owner))
+        if not path.is_wild and kind_of(path.port).needs_forward and has_own_call(module):
+            why = explained("own_calls.own_call", name, module)
+            if why is not None:
+                raise UnsupportedModule(why)
         answer = has_port(module, path.port)
         self.trace.asked(module, path.port, answer)
         return answer
@@ -187,12 +178,6 @@ def _once(named: Iterable[Found]) -> Iterator[Found]:
             yield found
 
 
-OWN_CALL = (
-    "{name!r} is a {kind}, and calling it runs {owner}.__call__, which never gets to forward: nothing can be "
-    "captured or changed there.\n"
-    "  Rename {owner}.__call__ to forward, or select the modules in it."
-)
-
 EVERYTHING = ModulePath("**")
 
 
@@ -205,13 +190,4 @@ def _chooses(item: Where, name: str, module: nn.Module) -> bool:
         return item.search(name) is not None
     if callable(item):
         return bool(item(name, module))
-    raise PathError(
-        f"{item!r} selects no sites: write a path, a Site, True, a regular expression, a predicate "
-        "(name, module) -> bool, a module type, a module, or a list of them"
-    )
-
-
-def _show(item: Where) -> str:
-    if isinstance(item, nn.Module):
-        return f"this {type(item).__name__}"
-    return item.__name__ if isinstance(item, type) else str(getattr(item, "__name__", item))
+    raise explained("nearest.chooses_nothing", item)

@@ -118,19 +118,16 @@ class Session:
         self.label = label
         self.attached = attached
         self.counting = False
-        self.order = 0
         self.level = 0 if attached else torch_private.transform_level()  # a handle may outlive every transform
         self.exporting = torch_private.is_exporting()
         self.ended = False
         self.acts_in: frozenset[Session] | None = None
-        self.round = 0
+        self.order = self.round = self.checkpointed = self.number = 0
         self.called = self.elsewhere = self.suspended = self.recomputed = False
-        self.checkpointed = 0
         self.reached: dict[str, bool] = {}
         self.slot = -1
         self.ticket: torch.Tensor | None = None
         self.rules: dict[int, Any] = {}
-        self.number = 0
         self._progresses: list[Progress] = []
         self.mine: Progress | None = None
 

@@ -36,7 +36,6 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import torch_private
-from nicehooks.core.copies import Reduce, Replicate
 from nicehooks.core.frames import Rule, staged
 from nicehooks.core.sessions import HERE, Session, active_sessions, acts_in_backward
 from nicehooks.errors import UnsupportedModule
@@ -45,6 +44,10 @@ transforms_running = torch_private.transforms_running
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 version_counter = torch_private.version_counter
 store_new, overwrite = dict.setdefault, dict.__setitem__  # see NOTE [What a cache keeps alive]
+
+
+COPYING: list[Callable[[Any], Any]] = []
+"""What makes the entries of a tapped module that answer where it is copied, from its tap; `copies` puts them here."""
 
 
 class Tap:
@@ -95,7 +98,7 @@ class Tap:
         self.bound: Any = None
         self.alive = True
         self.forward: Any = _forward_of(self)
-        self.copying: list[Any] = [Reduce(self), Replicate(self)]
+        self.copying: list[Any] = [kind(self) for kind in COPYING]
         # the forward comes last: another thread may be copying the module
         self.entries: Any = {**{copying.name: copying for copying in self.copying}, "forward": self.forward}
 
@@ -119,8 +122,7 @@ class Tap:
     @property
     def is_clean(self) -> bool:
         """Whether the instance had none of the entries before."""
-        reduce, replicate = self.copying
-        return self.previous is None and reduce.previous is None and replicate.previous is None
+        return self.previous is None and all([copying.previous is None for copying in self.copying])
 
 
 def _unbound(kind: type) -> Callable[..., Any]:

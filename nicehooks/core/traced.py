@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import torch_private
+from nicehooks.core.children import further_children
 from nicehooks.core.frames import Rule, staged
-from nicehooks.core.methods import method_modules
 from nicehooks.core.register import Pairs
 from nicehooks.core.selection import Group, Site, Where, flat, select_groups
 from nicehooks.core.sessions import HERE
 from nicehooks.core.tap import acting_in_traced_code, is_bound, parameters_of
+from nicehooks.core.walking import joined
 from nicehooks.paths.grammar import ModulePath
 
 
@@ -59,10 +60,11 @@ def _module_at(model: nn.Module, keys: tuple[str, ...]) -> nn.Module:
 @torch_private.evaluated_while_tracing
 def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], bool]:
     names = {id(module): name for name, module in model.named_modules()}
-    names |= {id(m): _joined(names[id(owner)], key) for owner in model.modules() for key, m in method_modules(owner)}
+    names |= {id(m): joined(names[id(owner)], key) for owner in model.modules() for key, m in further_children(owner)}
     (group,) = select_groups(model, [item], verb)
+    ways = [tuple(filter(None, names[id(site.module)].split("."))) for site in group.sites]
     return [
-        _Place(site.name, _way_to(names[id(site.module)]), _unshared(site.path)) for site in group.sites
+        _Place(site.name, way, _unshared(site.path)) for way, site in zip(ways, group.sites, strict=True)
     ], group.wild
 
 
@@ -71,14 +73,6 @@ def _unshared(path: ModulePath) -> ModulePath:
     own = replace(path, port=replace(path.port))
     str(own)  # is remembered, so that traced code need not find it out
     return own
-
-
-def _joined(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
-def _way_to(name: str) -> tuple[str, ...]:
-    return tuple(name.split(".")) if name else ()
 
 
 # --- binding ----------------------------------------------------------------------------------------------------------

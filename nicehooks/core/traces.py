@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
-from nicehooks.core.calling import has_forward
-from nicehooks.core.methods import has_method_modules
+from nicehooks.core.calling import has_forward, has_forward_by_type
+from nicehooks.core.children import has_further
 from nicehooks.core.register import PortKind, kind_of
 from nicehooks.paths.ports import Port
 
@@ -33,68 +32,48 @@ class Trace:
     """What a selection has looked at."""
 
     def __init__(self) -> None:
-        self._met: list[tuple[Reference, Reference]] = []
-        self._one: list[tuple[Reference, str, Reference]] = []
-        self._all: list[tuple[Reference, tuple[str, ...], list[Reference]]] = []
-        self._can_be_called: list[tuple[Reference, bool]] = []
+        self._looked: list[tuple[Reference, Reference, tuple[str, ...], list[Reference], bool]] = []
         self._ports: list[tuple[Reference, Port, bool]] = []
 
     def __len__(self) -> int:
-        return len(self._met)
+        return len(self._looked)
 
-    def met(self, module: nn.Module) -> None:
-        """The module was there, and of its type."""
-        self._met.append((weakref.ref(module), weakref.ref(type(module))))
-
-    def looked_at(self, module: nn.Module, key: str, child: nn.Module | None) -> None:
-        """The child called `key` was looked up."""
-        self.met(module)
-        self._one.append((weakref.ref(module), key, _weakly(child)))
+    def looked_at(self, module: nn.Module, *keys: str) -> None:
+        """The module was there, of its type, and the children with these `keys` were looked up."""
+        self._note(module, keys, whole=False)
 
     def looked_at_all(self, module: nn.Module) -> None:
-        """All children were looked at."""
-        self.met(module)
-        children = [_weakly(child) for child in module._modules.values()]
-        self._all.append((weakref.ref(module), tuple(module._modules), children))
+        """The module was there, of its type, and all its children were looked at."""
+        self._note(module, tuple(module._modules), whole=True)
+
+    def _note(self, module: nn.Module, keys: tuple[str, ...], whole: bool) -> None:
+        children = [_weakly(module._modules.get(key)) for key in keys]
+        self._looked.append((weakref.ref(module), weakref.ref(type(module)), keys, children, whole))
 
     def asked(self, module: nn.Module, port: Port, answer: bool) -> None:
-        """It was asked whether `module` has `port`."""
+        """It was asked whether `module` has `port`; what its type alone has answered stays so."""
         kind = kind_of(port)
-        if kind.needs_forward and type(kind).is_on is PortKind.is_on:
-            self._can_be_called.append((weakref.ref(module), answer))
-        else:
+        by_type = kind.needs_forward and type(kind).is_on is PortKind.is_on and has_forward_by_type(module)
+        if not by_type:
             self._ports.append((weakref.ref(module), port, answer))
 
     def holds(self) -> bool:
         """Whether all of it would be found again."""
-        return self._structure_holds() and self._ports_hold()
-
-    def _structure_holds(self) -> bool:
-        for reference, kind in self._met:
+        for reference, kind, keys, children, whole in self._looked:
             module = reference()
             if module is None or type(module) is not kind():
                 return False
-        for reference, key, child in self._one:
-            if reference()._modules.get(key) is not child():
+            table = module.__dict__["_modules"]
+            if whole and tuple(table) != keys:
                 return False
-        for reference, keys, children in self._all:
-            table = reference()._modules
-            if len(table) != len(keys) or tuple(table) != keys:
-                return False
-            if not all(map(is_, [child() for child in children], table.values())):
-                return False
-        return True
+            for key, child in zip(keys, children, strict=True):
+                if table.get(key) is not child():
+                    return False
+        return all([_has_still(reference(), port, answer) for reference, port, answer in self._ports])
 
-    def _ports_hold(self) -> bool:
-        for reference, answer in self._can_be_called:
-            module = reference()
-            if module is None or has_forward(module) is not answer:
-                return False
-        for reference, port, answer in self._ports:
-            module = reference()
-            if module is None or has_port(module, port) is not answer:
-                return False
-        return True
+
+def _has_still(module: nn.Module | None, port: Port, answer: bool) -> bool:
+    return module is not None and has_port(module, port) is answer
 
 
 def has_port(module: nn.Module, port: Port) -> bool:
@@ -127,7 +106,7 @@ _memories: dict[int, _Memory] = {}
 
 def is_remembering() -> bool:
     """Whether selections can be remembered now; see NOTE [Selections are remembered]."""
-    return not torch.compiler.is_compiling() and not has_method_modules()
+    return not torch.compiler.is_compiling() and not has_further()
 
 
 def remembered(model: nn.Module, key: Any) -> Any:

@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.census import ENCODERS, WRAPPED, joined
-from nicehooks.core.methods import method_modules
+from nicehooks.core.children import further_children
 from nicehooks.core.traces import Trace
 from nicehooks.paths.names import escape
 from nicehooks.paths.patterns import Choice, Pattern, Reading
+
+ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""What may run a fused kernel that hides the modules in it."""
+
+WRAPPED = "\0"
+"""In a marked name, before the part that the child of a wrapper has in it."""
 
 
 class Found(NamedTuple):
@@ -63,7 +68,7 @@ class Walk:
 
     def __init__(self, model: nn.Module, pattern: Pattern, trace: Trace | None = None) -> None:
         self._pattern = pattern
-        self._trace = trace
+        self._trace = Trace() if trace is None else trace
         self._found: dict[Choice, list[Found]] = {}
         self._read: dict[tuple[Reading, str | None], Reading] = {}
         self._visit(model, [_Name("", pattern.start, None)], (), ())
@@ -80,14 +85,14 @@ class Walk:
     ) -> None:
         inner = torch_private.wrapped_child(module)
         if inner is not None:
+            self._trace.looked_at(module, inner)
             child: Any = self._child(module, inner)
             self._visit(child, [*names, *self._in_wrapper(names, inner)], around, encoders)
             return
         for name in names:
             self._note(name, module, encoders)
         if torch_private.is_scripted(module):
-            if self._trace is not None:
-                self._trace.met(module)
+            self._trace.looked_at(module)
             return
         around = (*around, module)
         if isinstance(module, ENCODERS):
@@ -120,31 +125,21 @@ class Walk:
     def _children(self, module: nn.Module, names: list[_Name]) -> list[tuple[str, nn.Module]]:
         """The children that a name may lead to."""
         keys = {self._pattern.only_segment(self._starts(name.text, name.reading)) for name in names}
-        keys.discard("")  # a name that ends here
-        if not keys or (len(keys) == 1 and None not in keys):
-            return self._only_child(module, *keys)
-        if self._trace is not None:
-            self._trace.looked_at_all(module)
+        only = [key for key in keys if key]  # an empty one is that of a name that ends here
+        if len(only) < 2 and None not in keys:
+            self._trace.looked_at(module, *only)
+            return [(key, child) for key in only if (child := self._child(module, key)) is not None]
+        self._trace.looked_at_all(module)
         found: dict[str, nn.Module] = {}
-        for key, child in (*module._modules.items(), *method_modules(module)):
+        for key, child in (*module._modules.items(), *further_children(module)):
             if child is not None:
                 found.setdefault(key, child)
         return list(found.items())
 
-    def _only_child(self, module: nn.Module, key: str | None = None) -> list[tuple[str, nn.Module]]:
-        if key is None:
-            if self._trace is not None:
-                self._trace.met(module)
-            return []
-        child = self._child(module, key)
-        return [] if child is None else [(key, child)]
-
     def _child(self, module: nn.Module, key: str) -> nn.Module | None:
         child = module._modules.get(key)
-        if self._trace is not None:
-            self._trace.looked_at(module, key, child)
         if child is None:
-            child = next((method for name, method in method_modules(module) if name == key), None)
+            child = next((method for name, method in further_children(module) if name == key), None)
         return child
 
     # reading
@@ -172,6 +167,11 @@ class Walk:
         if starts is None:
             starts = self._read[reading, None] = self._pattern.dotted(reading)
         return starts
+
+
+def joined(name: str, key: str) -> str:
+    """The name of the child called `key` of the module called `name`."""
+    return f"{name}.{key}" if name else key
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -49,14 +49,9 @@ def _filter(name: str, wanted: Any) -> Callable[[int], bool]:
         return lambda number: number == wanted
     if isinstance(wanted, slice):
         if any(bound is not None and bound < 0 for bound in (wanted.start, wanted.stop, wanted.step)):
-            raise ValueError(
-                f"{name}={wanted}: how many there will be is not known, so counting from the end cannot work"
-            )
-        first, last, each = (
-            wanted.start or 0,
-            wanted.stop,
-            wanted.step or 1,
-        )  # as arithmetic: Dynamo has no `range` for it
+            raise ValueError(f"{name}={wanted}: nobody knows how many there will be, so counting from the end fails")
+        # as arithmetic: Dynamo has no `range` for it
+        first, last, each = wanted.start or 0, wanted.stop, wanted.step or 1
         return lambda number: number >= first and (last is None or number < last) and (number - first) % each == 0
     if callable(wanted):
         return lambda number: bool(wanted(number))

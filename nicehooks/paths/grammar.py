@@ -20,7 +20,7 @@ from nicehooks.paths.patterns import Choice, Pattern
 from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
 from nicehooks.torch_private import evaluated_while_tracing
-from nicehooks.values.trees import STAR, Chain, show_step
+from nicehooks.values.regions import STAR, Chain, show_step
 
 
 @dataclass(frozen=True, eq=False)

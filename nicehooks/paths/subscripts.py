@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from nicehooks.errors import PathError
-from nicehooks.values.trees import STAR, Chain, Heads, Rows
+from nicehooks.values.regions import STAR, Chain, Heads, Rows
 
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 _MARK = re.compile(rf"{_QUOTED.pattern}|[\[\],'\"]", re.DOTALL)

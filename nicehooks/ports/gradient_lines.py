@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.errors import UnsupportedModule
 from nicehooks.values import trees
 from nicehooks.values.trees import place_in
@@ -158,7 +158,7 @@ class GradientLines:
             theirs = self._tensors_of(before)
             if all([place_in(tensors, one) is not None for one in theirs]):  # else they come by later in backward
                 line.take_over(before, _places_in(tensors, theirs))
-        watched = torch_private.where_differentiated(list(tensors), line.pass_through, _put_node)
+        watched = torch_private_tensors.where_differentiated(list(tensors), line.pass_through, _put_node)
         if watched is None:
             return None, tensors
         self._places += [(tensor, line) for tensor in watched]
@@ -207,10 +207,10 @@ def made_differentiable(tensor: Tensor) -> Tensor:
 
 def _put_node(tensors: list[Tensor], on_gradients: OnGradients) -> list[Tensor]:
     """See NOTE [A node of its own]."""
-    if len(tensors) > 1 or not torch_private.is_view(tensors[0]):
+    if len(tensors) > 1 or not torch_private_tensors.is_view(tensors[0]):
         return list(_Node.apply(on_gradients, *tensors))
     view = tensors[0].view_as(tensors[0])
-    view.register_hook(lambda gradient: torch_private.each_of_batch(on_gradients, [gradient])[0])
+    view.register_hook(lambda gradient: torch_private_tensors.each_of_batch(on_gradients, [gradient])[0])
     return [view]
 
 
@@ -221,7 +221,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(on_gradients: OnGradients, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tuple([one.view_as(one) if torch_private.is_view(one) else one.detach() for one in tensors])
+        return tuple([one.view_as(one) if torch_private_tensors.is_view(one) else one.detach() for one in tensors])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -229,7 +229,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return (None, *torch_private.each_of_batch(ctx.on_gradients, list(gradients)))
+        return (None, *torch_private_tensors.each_of_batch(ctx.on_gradients, list(gradients)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

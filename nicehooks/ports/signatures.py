@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import get_testing_overrides
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.core.tap import parameters_of
-from nicehooks.torch_private import REQUIRED, Parameter
+from nicehooks.torch_private_tensors import REQUIRED, Parameter
 
 Parameters = tuple[tuple[str, ...], dict[str, Any]]
 """The names that can be passed by position, in order, and the defaults of all."""
@@ -98,7 +98,7 @@ def _of_schema(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @lru_cache(maxsize=1024)
 def _overloads(name: str, method: bool) -> list[list[Parameter]]:
     """The overloads of a function; a method has its tensor first: `x.where(condition, other)`."""
-    found = torch_private.overloads(name)
+    found = torch_private_tensors.overloads(name)
     return [sorted(parameters, key=lambda p: p.name != "input") for parameters in found] if method else found
 
 

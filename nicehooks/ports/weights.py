@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private_tensors
 from nicehooks.core.calling import has_forward
 from nicehooks.core.census import Census, has_parameter, parameter_names
 from nicehooks.core.frames import Frame
@@ -78,7 +78,7 @@ class ParameterRule(SiteRule):
             self.was_read = True
         if isinstance(module, nn.RNNBase) and is_holder:
             frame.module = frame.enter(
-                StandIn(module, {"_flat_weights": torch_private.flat_weights(module)}, FLAT_WEIGHTS)
+                StandIn(module, {"_flat_weights": torch_private_tensors.flat_weights(module)}, FLAT_WEIGHTS)
             )
 
     def _value(self) -> Any:

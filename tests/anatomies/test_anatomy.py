@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bodies import BODIES, LAYER, MAKERS, body, padded
-from models import VOCABULARY, one_thread
+from by_hooks import one_thread
+from gallery.architectures import VOCABULARY
 from torch import Tensor
 
 from nicehooks import (

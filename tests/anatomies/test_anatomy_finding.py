@@ -12,8 +12,10 @@ import pytest
 import torch
 import transformers
 from bodies import LAYER, MAKERS, SIZES, body, padded
-from models import one_thread, t5
-from torch import Tensor, nn
+from by_hooks import one_thread
+from gallery.architectures import t5
+from gallery.decoders import InsideOthers, Own
+from torch import nn
 
 from nicehooks import (
     ActivationCache,
@@ -188,20 +190,8 @@ def test_classifiers(kind: str, config: str, settings: dict[str, Any]) -> None:
         assert (model(**padded(model)).logits == 7).all()
 
 
-class Inside(nn.Module):
-    """A language model among other things."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.before = nn.Identity()
-        self.parts = nn.ModuleDict({"lm/0": model})
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.parts["lm/0"](**inputs)
-
-
 def test_inside_another_model() -> None:
-    model = Inside(body("llama"))
+    model = InsideOthers(body("llama"))
     parts = anatomy(model)
     assert str(parts.z[0]) == r"parts.lm\/0.model.layers.0.self_attn.o_proj@input[0]/4"
     assert str(parts.logits) == r"parts.lm\/0.lm_head"
@@ -321,37 +311,6 @@ def test_a_known_type_with_other_modules_says_what_was_looked_for() -> None:
 
 
 # --- one's own --------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn, self.out, self.mlp = Attention(), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(self.attn(x)) + self.mlp(x)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2)
-
-
-class Own(nn.Module):
-    """A transformer without a config."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(x)))
 
 
 OWN = Family(

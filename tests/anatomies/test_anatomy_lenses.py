@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from bodies import BODIES, LAYER, body, padded
-from models import VOCABULARY, one_thread, smollm2, tokens
+from by_hooks import one_thread
+from gallery.architectures import VOCABULARY, tokens
+from gallery.decoders import AttentionOnly
+from gallery.trained import smollm2
 from torch import Tensor, nn
 
 from nicehooks import (
@@ -209,30 +212,6 @@ def test_what_an_intervention_makes_of_the_final_norm_is_in_the_rest() -> None:
             terms = direct_logit_attribution(model, cache, 7, against=5)
             assert close(sum(terms.values()), logits[:, -1, 7] - logits[:, -1, 5])
             assert terms["rest"].abs().min() > 0.001
-
-
-class Attending(nn.Module):
-    """A layer that is all attention, without a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.query, self.key, self.value))
-        return x + self.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2))
-
-
-class AttentionOnly(nn.Module):
-    """The transformer of "A Mathematical Framework for Transformer Circuits"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.blocks = nn.Embedding(10, 8), nn.Sequential(Attending(), Attending())
-        self.unembedding = nn.Linear(8, 10)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.unembedding(self.blocks(self.embedding(ids)))
 
 
 @pytest.mark.parametrize("per_head", [False, True])

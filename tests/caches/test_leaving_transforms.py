@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
+from gallery.returning import HandsOver
+from gallery.values import Output, Pair, WithDefault
+from torch import Tensor
 
 from nicehooks import ActivationCache, captured
 from nicehooks.values import trees
-
-
-@dataclass
-class Pair:
-    u: Any
-    v: Any = None
 
 
 @dataclass(frozen=True)
@@ -27,45 +22,15 @@ class Frozen:
     u: Any
 
 
-class Named(NamedTuple):
-    left: Any
-    right: Any
-
-
-@dataclass
-class Output(ModelOutput):
-    logits: Any = None
-    states: Any = None
-
-
-class Gives(nn.Module):
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.make = make
-
-    def forward(self, x: Tensor, extra: Any = None) -> Any:
-        return self.make(x)
-
-
-class Outer(nn.Module):
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.a = Gives(make)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.a(x, extra={"mask": None, "of": Pair(x + 1, "text")})
-        return x * 2
-
-
 MAKES: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x * 1,
-    "dataclass": lambda x: Pair(x * 1, x * 2),
+    "dataclass": lambda x: WithDefault(x * 1, x * 2),
     "frozen dataclass": lambda x: Frozen(x * 3),
-    "dataclass with None": lambda x: Pair(x * 1, None),
-    "dataclass in a tuple": lambda x: (x * 1, Pair(x, (x * 2, None, x * 3))),
+    "dataclass with None": lambda x: WithDefault(x * 1, None),
+    "dataclass in a tuple": lambda x: (x * 1, WithDefault(x, (x * 2, None, x * 3))),
     "dict with None": lambda x: {"k": x * 1, "n": None, "t": (x, None)},
     "dict with numbers": lambda x: OrderedDict(k=x * 1, n=3, s="text"),
-    "named tuple": lambda x: Named(x * 2, [x, None]),
+    "named tuple": lambda x: Pair(x * 2, [x, None]),
     "ModelOutput": lambda x: Output(logits=x * 2, states=(x, None)),
     "None": lambda x: None,
     "numbers": lambda x: (1, 2.5),
@@ -91,7 +56,7 @@ def structures(acts: ActivationCache) -> list[str]:
 @pytest.mark.parametrize("kind", MAKES)
 def test_any_tree_leaves_vmap(kind: str, where: Any, chunk: int | None) -> None:
     paths = where if isinstance(where, tuple) else (where,)
-    run = captured(Outer(MAKES[kind]), *paths)
+    run = captured(HandsOver(MAKES[kind]), *paths)
     _, acts = torch.vmap(run, chunk_size=chunk)(X)
     _, alone = run(X)  # all that it does is elementwise
     assert values(acts) == values(alone)
@@ -100,14 +65,14 @@ def test_any_tree_leaves_vmap(kind: str, where: Any, chunk: int | None) -> None:
 
 @pytest.mark.parametrize("kind", MAKES)
 def test_any_tree_leaves_two_vmaps(kind: str) -> None:
-    run = captured(Outer(MAKES[kind]), "a", "a@input")
+    run = captured(HandsOver(MAKES[kind]), "a", "a@input")
     _, acts = torch.vmap(torch.vmap(run))(X)
     assert values(acts) == values(run(X)[1])
 
 
 @pytest.mark.parametrize("kind", MAKES)
 def test_any_tree_leaves_the_other_transforms(kind: str) -> None:
-    run = captured(Outer(MAKES[kind]), "a", "a@input")
+    run = captured(HandsOver(MAKES[kind]), "a", "a@input")
 
     def loss(x: Tensor) -> tuple[Tensor, ActivationCache]:
         out, acts = run(x)
@@ -125,7 +90,7 @@ def test_any_tree_leaves_the_other_transforms(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dataclass", "dataclass in a tuple", "named tuple", "ModelOutput"])
 def test_tangents_and_jacobians_come_for_the_tensors_of_any_tree(kind: str) -> None:
-    run = captured(Outer(MAKES[kind]), "a")
+    run = captured(HandsOver(MAKES[kind]), "a")
     _, (_, tangents) = torch.func.jvp(run, (X,), (torch.ones_like(X),))
     (_, ones), (_, twice) = run(torch.ones_like(X)), run(torch.ones_like(X) * 2)
     assert values(tangents) == values(twice - ones)
@@ -134,7 +99,7 @@ def test_tangents_and_jacobians_come_for_the_tensors_of_any_tree(kind: str) -> N
 
 
 def test_what_has_left_a_transform_is_a_cache_like_any_other() -> None:
-    _, acts = torch.vmap(captured(Outer(MAKES["dataclass with None"]), "a"))(X)
+    _, acts = torch.vmap(captured(HandsOver(MAKES["dataclass with None"]), "a"))(X)
     acts["b"] = (X, None)
     assert len(torch.utils._pytree.tree_leaves(acts)) == 3
     assert list(acts.select("b")) == ["b"]

@@ -8,29 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.calling import AddsByName
 from torch import Tensor, nn
 
 from nicehooks import ActivationCache, NiceHooksError, NotCaptured, SiteNotFound, capture, edit, patch
 
-
-class Adds(nn.Module):
-    """Two arguments, of which the first may be left out."""
-
-    def forward(self, x: Tensor | None = None, y: Any = None) -> Tensor:
-        return y if x is None else x + y
-
-
-class Outer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.adds = Adds()
-        self.twice = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.twice(self.twice(self.adds(x, y=2 * x)))
-
-
-MODEL = Outer()
+MODEL = AddsByName()
 X = torch.arange(8.0).reshape(2, 4)
 
 

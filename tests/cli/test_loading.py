@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import save_tiny, shipped
+from gallery.language import save_tiny, shipped
 from transformers import GPT2LMHeadModel
 
 from nicehooks import NiceHooksError

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hookpoint_models import inputs, toy
-from nice_hooks_models import Net
+from gallery.calling import CallsTwo
+from gallery.toy import inputs, toy
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return Net()
+    return CallsTwo()
 
 
 @pytest.fixture

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import NamedTuple
 
 import pytest
 import torch
+from gallery.calling import Idle
+from gallery.hooked import PointByHand
+from gallery.trees import HasCouples
 from torch import nn
 
-from nicehooks.hookpoints import HookPoint, auto_hook, check_auto_hook
-
-
-class Couple(NamedTuple):
-    first: torch.Tensor
-    rest: object
-
-
-class Couples(nn.Module):
-    def forward(self, x):
-        return Couple(x * 2, [x, None])
-
-
-class HasCouples(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.part = Couples()
-
-    def forward(self, x):
-        out = self.part(x)
-        assert type(out) is Couple and out.rest[1] is None
-        return out.first + out.rest[0]
+from nicehooks.hookpoints import auto_hook, check_auto_hook
 
 
 def test_hooks_get_the_first_item_of_a_tuple_and_put_it_back():
@@ -50,18 +31,9 @@ def test_hooks_get_the_first_item_of_a_tuple_and_put_it_back():
     assert model(torch.ones(2)).tolist() == [21.0, 21.0]
 
 
-class ByHand(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.relu_hook_point = nn.Linear(2, 2), HookPoint()
-
-    def forward(self, x):
-        return self.relu_hook_point(torch.relu(self.fc(x)))
-
-
 @pytest.mark.parametrize("how", [auto_hook, copy.deepcopy], ids=["hooked", "copied"])
 def test_hook_points_written_by_hand_are_the_models_own(how):
-    model = how(auto_hook(ByHand()))
+    model = how(auto_hook(PointByHand()))
     assert list(model.hook_dict) == ["hook_point", "fc.hook_point", "relu_hook_point"]
     assert model.hook_dict["relu_hook_point"] is model.relu_hook_point
     told = []
@@ -72,7 +44,7 @@ def test_hook_points_written_by_hand_are_the_models_own(how):
     model.relu_hook_point.add_hook(lambda value, hook: value * 0)
     assert list(model.list_hooks()) == ["relu_hook_point"]
     assert model.unwrap() is model and not model.relu_hook_point.has_hooks()
-    assert check_auto_hook(ByHand, {"x": torch.ones(3, 2)}).ok
+    assert check_auto_hook(PointByHand, {"x": torch.ones(3, 2)}).ok
 
 
 def test_a_parameter_stays_as_it_is():
@@ -89,15 +61,6 @@ def test_a_parameter_stays_as_it_is():
     assert list(auto_hook(Scaled()).hook_dict) == ["hook_point", "scale.hook_point"]
     with pytest.raises(TypeError, match=r"auto_hook takes a class of torch.nn.Modules"):
         auto_hook(torch.ones(2))
-
-
-class Idle(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.idle = nn.Linear(2, 2)
-
-    def forward(self, x):
-        return x * 2
 
 
 def test_every_warning_is_in_the_line_of_the_caller():

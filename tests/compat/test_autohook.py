@@ -11,40 +11,23 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hookpoint_models import records
+from gallery.hooked import (
+    AutoencoderWithPoints,
+    Decorated,
+    HoldsParameters,
+    ReturnsAllSorts,
+    ShiftedBlock,
+    Taken,
+    Undecorated,
+)
+from gallery.parameters import Autoencoder
+from point_hooks import records
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from worlds import inputs, same, state, total
 
 from nicehooks import SiteNotFound, SiteNotReached, TreeMismatch, UnsupportedModule, capture
-from nicehooks.hookpoints import HookedRootModule, HookPoint, auto_hook
-
-
-@auto_hook
-class Decorated(nn.Module):
-    """Has parameters, layers, and a layer with parameters of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(4))
-        self.layer = nn.ModuleList([Block(), Block()])
-        self.extra = None
-
-    def forward(self, x):
-        for block in self.layer:
-            x = block(x)
-        return x * self.scale
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.shift = nn.Parameter(torch.randn(4))
-
-    def forward(self, x):
-        return torch.relu(self.fc(x)) + self.shift
-
+from nicehooks.hookpoints import HookPoint, auto_hook
 
 NAMES = [
     "hook_point",
@@ -56,35 +39,6 @@ NAMES = [
     "layer.1.shift.hook_point",
     "layer.1.fc.hook_point",
 ]
-
-
-class Autoencoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.randn(4, 6))
-        self.W_dec = nn.Parameter(torch.randn(6, 4))
-        self.b_enc = nn.Parameter(torch.randn(6))
-        self.b_dec = nn.Parameter(torch.randn(4))
-
-    def forward(self, x):
-        acts = torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
-        return acts @ self.W_dec + self.b_dec
-
-
-class WithPoints(HookedRootModule):
-    """The same with hook points written by hand."""
-
-    def __init__(self, plain):
-        super().__init__()
-        for name, parameter in plain.named_parameters():
-            setattr(self, name, parameter)
-            setattr(self, f"{name}_hook_point", HookPoint())
-        self.setup()
-
-    def forward(self, x):
-        x = self.b_dec_hook_point(x - self.b_dec)
-        acts = torch.relu(self.b_enc_hook_point(self.W_enc_hook_point(x @ self.W_enc) + self.b_enc))
-        return self.b_dec_hook_point(self.W_dec_hook_point(acts @ self.W_dec) + self.b_dec)
 
 
 @pytest.fixture
@@ -100,17 +54,7 @@ def hooked(request):
     model = Decorated()
     if request.param == "class":
         return model
-    return auto_hook(Plain.of(model))
-
-
-class Plain(nn.Module):
-    @staticmethod
-    def of(model):
-        plain = Plain()
-        plain.scale, plain.layer, plain.extra = model.scale, model.layer, model.extra
-        return plain
-
-    forward = Decorated.forward
+    return auto_hook(Undecorated.of(model))
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -140,25 +84,8 @@ def test_an_autoencoder_has_its_parameters_as_hook_points():
     ]
 
 
-class Odd(nn.Linear):
-    """A forward of torch's own in a class of one's own: its weight has no hook point."""
-
-
-class Held(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList([torch.randn(4)])
-        self.by_name = nn.ParameterDict({"up": torch.randn(4)})
-        self.odd, self.norm = Odd(4, 4), nn.LayerNorm(4)
-        self.first = self.second = nn.Parameter(torch.randn(4))
-        self.later = None
-
-    def forward(self, x):
-        return self.norm(self.odd(x * self.weights[0] + self.by_name["up"])) * self.first
-
-
 def test_lists_of_parameters_and_what_is_torchs_own():
-    model = auto_hook(Held())
+    model = auto_hook(HoldsParameters())
     expected = [
         "hook_point",
         "first.hook_point",
@@ -168,7 +95,9 @@ def test_lists_of_parameters_and_what_is_torchs_own():
         "norm.hook_point",
     ]
     assert list(model.hook_dict) == expected
-    assert list(auto_hook(nn.DataParallel(Held())).hook_dict) == expected  # a wrapper is no module of its own
+    assert (
+        list(auto_hook(nn.DataParallel(HoldsParameters())).hook_dict) == expected
+    )  # a wrapper is no module of its own
     with capture(model, "**"):  # what others have bound meanwhile changes nothing
         assert model.list_hooks() == {} and list(model.hook_dict) == expected
         model(inputs())
@@ -177,7 +106,7 @@ def test_lists_of_parameters_and_what_is_torchs_own():
 
 
 def test_what_comes_after_construction_is_found(hooked):
-    hooked.extra = Block()
+    hooked.extra = ShiftedBlock()
     hooked.reset_hooks()
     assert list(hooked.hook_dict) == [*NAMES, "extra.hook_point", "extra.shift.hook_point", "extra.fc.hook_point"]
     hooked.layer[1].fc = nn.Linear(4, 4)
@@ -202,7 +131,7 @@ def fired(model, x=None):
 def test_the_same_as_hook_points_written_by_hand(name):
     torch.manual_seed(0)
     plain = Autoencoder()
-    by_hand, model, x = WithPoints(plain), auto_hook(plain), inputs()
+    by_hand, model, x = AutoencoderWithPoints(plain), auto_hook(plain), inputs()
     seen = [], []
 
     def note(into):
@@ -306,35 +235,8 @@ def test_a_tensor_that_two_modules_share_has_a_point_in_each(model):
 # --- gradients of what is no tensor -----------------------------------------------------------------------------------
 
 
-class Two(nn.Module):
-    def forward(self, x):
-        return x * 2, {"b": x * 3, "n": 7}
-
-
-class Nothing(nn.Module):
-    def forward(self, x):
-        return None
-
-
-class Count(nn.Module):
-    def forward(self, x):
-        return len(x)
-
-
-@auto_hook
-class Returns(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.two, self.nothing, self.count = Two(), Nothing(), Count()
-
-    def forward(self, x):
-        a, b = self.two(x)
-        self.nothing(x)
-        return a + b["b"] * self.count(x)
-
-
 def test_backward_hooks_get_the_gradient_of_the_first_item_of_a_tuple():
-    model, x, seen = Returns(), inputs().requires_grad_(), {}
+    model, x, seen = ReturnsAllSorts(), inputs().requires_grad_(), {}
     with model.hooks(bwd_hooks=[("two.hook_point", lambda g, hook: (seen.update({hook.name: g}), g * 2)[1])]):
         model(x).sum().backward()
     assert list(seen) == ["two.hook_point"]
@@ -344,7 +246,7 @@ def test_backward_hooks_get_the_gradient_of_the_first_item_of_a_tuple():
 
 @pytest.mark.parametrize(("name", "what"), [("nothing.hook_point", "None"), ("count.hook_point", "int")])
 def test_backward_hooks_where_there_is_no_tensor_are_refused_by_name(name, what):
-    model = Returns()
+    model = ReturnsAllSorts()
     before = state(model)
     with pytest.raises(TreeMismatch, match=f"{name.partition('.')[0]}@grad': {what} has no tensor in it that could"):
         with model.hooks(bwd_hooks=[(name, lambda g, hook: g)]):
@@ -353,7 +255,7 @@ def test_backward_hooks_where_there_is_no_tensor_are_refused_by_name(name, what)
 
 
 def test_a_predicate_passes_over_what_has_no_gradient():
-    model, seen = Returns(), set()
+    model, seen = ReturnsAllSorts(), set()
     with model.hooks(bwd_hooks=[(lambda name: True, lambda g, hook: seen.add(hook.name))]):
         model(inputs().requires_grad_()).sum().backward()
     assert sorted(seen) == ["hook_point", "two.hook_point"]
@@ -460,7 +362,7 @@ def test_copies_have_points_of_their_own_and_no_hooks(hooked, copied):
     assert other.hook_dict["scale.hook_point"] is not hooked.hook_dict["scale.hook_point"]
 
 
-@pytest.mark.parametrize("make", [Decorated, lambda: auto_hook(Plain.of(Decorated()))], ids=["class", "instance"])
+@pytest.mark.parametrize("make", [Decorated, lambda: auto_hook(Undecorated.of(Decorated()))], ids=["class", "instance"])
 def test_nothing_keeps_the_model_alive(make):
     model = make()
     assert model.hook_dict and not model.list_hooks()
@@ -488,7 +390,7 @@ def test_a_method_of_a_class_keeps_its_model_alive_and_that_of_an_instance_says_
     assert gone() is not None
     del method
     assert gone() is None  # at once
-    method = auto_hook(Plain.of(Decorated())).run_with_hooks
+    method = auto_hook(Undecorated.of(Decorated())).run_with_hooks
     with pytest.raises(SiteNotFound, match=r"nothing else has it.*\n    model = auto_hook\(Model\(\)\)"):
         method(inputs())
 
@@ -514,16 +416,6 @@ def test_parameters_and_modules_with_a_name_that_is_taken(make):
 # --- names that are taken ---------------------------------------------------------------------------------------------
 
 
-class Taken(nn.Module):
-    def __init__(self, attribute=None):
-        super().__init__()
-        if attribute is not None:
-            self.hooks = attribute
-
-    def forward(self, x):
-        return x
-
-
 def test_names_that_are_taken_are_not_replaced():
     class Own(Taken):
         def hooks(self):
@@ -537,7 +429,7 @@ def test_names_that_are_taken_are_not_replaced():
         auto_hook(model)
     assert model.hooks == [1] and not hasattr(model, "hook_dict")
     with pytest.raises(UnsupportedModule, match="A HookedRootModule has them"):
-        auto_hook(WithPoints(Autoencoder()))
+        auto_hook(AutoencoderWithPoints(Autoencoder()))
 
 
 def test_attributes_that_an_instance_sets_are_noticed():
@@ -595,7 +487,7 @@ def test_a_class_may_check_the_hooks_that_are_added():
 
 @pytest.mark.parametrize("tapped", [False, True])
 def test_a_shallow_copy_acts_on_itself(tapped):
-    model, x = auto_hook(Plain.of(Decorated())), inputs()
+    model, x = auto_hook(Undecorated.of(Decorated())), inputs()
     clean = model(x)
     with capture(model, "layer.0.fc") if tapped else nullcontext():
         other = copy.copy(model)

@@ -8,7 +8,8 @@ import pickle
 import optree
 import pytest
 import torch
-from hookpoint_models import inputs, records, toy
+from gallery.toy import inputs, toy
+from point_hooks import records
 from torch import nn
 from transformers import (
     BertConfig,

@@ -6,29 +6,15 @@ from typing import get_args
 
 import pytest
 import torch
+from gallery.hooked import NamesOfExamples
 from torch import nn
 from worlds import inputs, make, state
 
 import nicehooks as nice_hooks
 
 
-class Module(nn.Module):
-    """A model with every name that the examples of nice_hooks use."""
-
-    def __init__(self):
-        super().__init__()
-        self.path = nn.Module()
-        self.path.add_module("to_", nn.Module())  # nn.Module has a method `to`, so no child is called that
-        self.path.to_.module = nn.Linear(4, 4)
-        self.mod1 = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
-        self.mod2 = nn.Linear(5, 2)
-
-    def forward(self, x, scale=1.0):
-        return self.mod2(self.mod1(self.path.to_.module(x))) * scale
-
-
 def test_scripts_run_with_the_import_alone_changed(capsys):
-    my_model, args, kwargs = Module(), (inputs(),), {"scale": 2.0}
+    my_model, args, kwargs = NamesOfExamples(), (inputs(),), {"scale": 2.0}
 
     def my_hook(module: nn.Module, path: nice_hooks.ModulePath, args, output):
         print(path, tuple(output.shape))
@@ -58,7 +44,7 @@ def test_scripts_run_with_the_import_alone_changed(capsys):
 
 @pytest.mark.parametrize("path", ["mod1[0:5]", "mod1[:5]", "mod1[:,-5:]", "mod1[*]", "path.**", "mod1.*"])
 def test_every_kind_of_path(path):
-    model, seen = Module(), []
+    model, seen = NamesOfExamples(), []
     with nice_hooks.register_forward_hook(model, path, lambda module, path, args, output: seen.append(str(path))):
         model(inputs())
     expected = {
@@ -161,7 +147,7 @@ def test_paths_still_select_as_one_item():
 
 
 def test_none_is_a_left_out_option_everywhere():
-    model = Module()
+    model = NamesOfExamples()
     options = dict.fromkeys(
         [
             "return_activations",
@@ -177,7 +163,7 @@ def test_none_is_a_left_out_option_everywhere():
 
 
 def test_a_handle_has_one_handle_for_each_module():
-    model, seen = Module(), []
+    model, seen = NamesOfExamples(), []
     handle = nice_hooks.register_forward_hook(
         model, "mod1.*", lambda module, path, args, output: seen.append(str(path))
     )
@@ -196,7 +182,7 @@ def test_a_handle_has_one_handle_for_each_module():
     "register", [nice_hooks.register_full_backward_hook, nice_hooks.register_full_backward_pre_hook]
 )
 def test_handles_of_hooks_on_gradients(register):
-    model, seen = Module(), []
+    model, seen = NamesOfExamples(), []
     handle = register(model, "mod1.*", lambda module, path, *gradients: seen.append(str(path)))
     handle.handles[1].remove()
     model(inputs()).sum().backward()
@@ -205,7 +191,7 @@ def test_handles_of_hooks_on_gradients(register):
 
 
 def test_the_root_and_its_children():
-    model = Module()
+    model = NamesOfExamples()
     assert [str(path) for path, _ in nice_hooks.expand_module_path(model, "*")] == ["path", "mod1", "mod2"][1:]
     assert [module for _, module in nice_hooks.expand_module_path(model, "")] == [model]
     _, cache = nice_hooks.run(model, inputs(), return_activations=["", "*"])

@@ -6,9 +6,24 @@ import copy
 
 import pytest
 import torch
-from hookpoint_models import records
-from test_autohook import Autoencoder, Count, Decorated, Returns
-from torch import nn
+from gallery.faulty import (
+    Base,
+    Bends,
+    Copies,
+    Counts,
+    Detaches,
+    Drops,
+    Lists,
+    Noisy,
+    Peeks,
+    Rebinds,
+    Refuses,
+    Remembers,
+    Unused,
+)
+from gallery.hooked import Count, Decorated, ReturnsAllSorts
+from gallery.parameters import Autoencoder
+from point_hooks import records
 from worlds import inputs, state
 
 from nicehooks.errors import NiceHooksError
@@ -33,22 +48,7 @@ def found(model, **init):
 # --- good models ------------------------------------------------------------------------------------------------------
 
 
-class Noisy(nn.Module):
-    """Draws random numbers, moves its buffers, overwrites its input, and counts nothing."""
-
-    def __init__(self, width=4, p=0.5):
-        super().__init__()
-        self.norm, self.drop = nn.BatchNorm1d(width), nn.Dropout(p)
-        self.scale = nn.Parameter(torch.randn(width))
-        self.register_buffer("runs", torch.zeros(()))
-
-    def forward(self, x):
-        self.runs += 1
-        self.seen = self.drop(self.norm(x.mul_(2.0)))
-        return {"out": (self.seen * self.scale * self.runs,), "n": len(x)}
-
-
-@pytest.mark.parametrize("model", [Decorated, Autoencoder, Noisy, Returns], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [Decorated, Autoencoder, Noisy, ReturnsAllSorts], ids=lambda model: model.__name__)
 def test_a_good_class_passes(model):
     random = torch.get_rng_state()
     report = check_auto_hook(model, {"x": inputs()}, strict=True)
@@ -81,7 +81,7 @@ def test_init_kwargs_reach_the_class():
 
 
 def test_what_has_no_gradient_is_listed():
-    report = check_auto_hook(Returns, {"x": inputs()})
+    report = check_auto_hook(ReturnsAllSorts, {"x": inputs()})
     assert report.without_gradient == ("nothing.hook_point", "count.hook_point")
     assert str(report).endswith("\n  no gradients at: nothing.hook_point, count.hook_point")
 
@@ -108,98 +108,6 @@ def test_errors_of_the_model_are_the_callers():
 
 
 # --- bad ones, one for each check -------------------------------------------------------------------------------------
-
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.shift = nn.Parameter(torch.randn(4))
-
-    def forward(self, x):
-        return self.fc(x) + self.shift
-
-    @property
-    def is_tapped(self):
-        return "forward" in vars(self)
-
-
-class Counts(Base):
-    def __init__(self):
-        super().__init__()
-        self.times = 0
-
-    def forward(self, x):
-        self.times += 1
-        return super().forward(x) * self.times
-
-
-class Lists(Base):
-    def state_dict(self, *args, **kwargs):
-        return dict.fromkeys(vars(self))
-
-
-class Peeks(Base):
-    def forward(self, x):
-        return super().forward(x) + self.is_tapped
-
-
-class Unused(Base):
-    def __init__(self):
-        super().__init__()
-        self.unused, self.idle = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
-
-
-class Detaches(Base):
-    def forward(self, x):
-        return self.fc(x).detach() + self.shift
-
-
-class Bends(Base):
-    def forward(self, x):
-        out = super().forward(x)
-        return out.detach() + 2 * (out - out.detach()) if self.is_tapped else out
-
-
-class Drops(Base):
-    def forward(self, x):
-        return self.fc(x) * 0 + self.shift
-
-
-class Rebinds(Base):
-    def forward(self, x):
-        if self.is_tapped:
-            vars(self)["forward"] = super().forward
-        return super().forward(x)
-
-
-class Copies(Base):
-    def __deepcopy__(self, memo):
-        new = type(self)()
-        new.load_state_dict(self.state_dict())
-        return new
-
-
-class Remembers(Base):
-    def unwrap_leaves(self):
-        return hasattr(self, "run_with_hooks")
-
-    def forward(self, x):
-        if self.unwrap_leaves():
-            vars(self)["was_hooked"] = True
-        return super().forward(x)
-
-
-class Refuses(Base):
-    def forward(self, x):
-        out = self.fc(x)
-        assert out.abs().max() < 1, "too large"
-        return out + self.shift
-
-    def __init__(self):
-        super().__init__()
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
 
 
 BAD = [

@@ -9,7 +9,10 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import MLP, POST, Toy, Z, double, inputs, look, records, toy, zero
+from gallery.hooked import AsksBack, WithOwnPoint
+from gallery.returning import InPair
+from gallery.toy import MLP, POST, Z, inputs, toy
+from point_hooks import double, look, records, zero
 from torch import nn
 from worlds import same, state
 
@@ -255,45 +258,14 @@ def test_a_hook_point_of_another_model(model):
 # --- what subclasses may have of their own ----------------------------------------------------------------------------
 
 
-class Checks(Toy):
-    def __init__(self):
-        self.seen = []
-        super().__init__()
-        self.is_caching, self.context_level = False, 0  # plain attributes elsewhere
-
-    def check_and_add_hook(self, hook_point, hook_point_name, hook, *args, **kwargs):
-        self.seen.append((hook_point_name, hook, args, kwargs))
-        super().check_and_add_hook(hook_point, hook_point_name, hook, *args, **kwargs)
-
-
 def test_a_model_with_a_check_and_add_hook_of_its_own_is_asked():
-    model = Checks()
+    model = AsksBack()
     assert model.context_level == 0 and not model.is_caching
     model.add_hook(MLP, zero, prepend=True)
     model.add_hook(lambda name: name.endswith("hook_z"), look, dir="bwd", is_permanent=True)
     assert [name for name, *_ in model.seen] == [MLP, "blocks.0.attn.hook_z", Z]
     assert model.seen[0][3] == {"dir": "fwd", "is_permanent": False, "level": None, "prepend": True}
     assert [record.name for record in records(model)] == ["blocks.0.attn.hook_z", MLP, Z]
-
-
-class OwnPoint(HookPoint):
-    def __init__(self):
-        super().__init__()
-        self.added = []
-
-    def add_hook(self, hook, dir="fwd", is_permanent=False, level=None, prepend=False, alias_names=None):
-        self.added.append((dir, level))
-        super().add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
-
-
-class WithOwnPoint(HookedRootModule):
-    def __init__(self):
-        super().__init__()
-        self.mine, self.plain = OwnPoint(), HookPoint()
-        self.setup()
-
-    def forward(self, x):
-        return self.plain(self.mine(x) + 1)
 
 
 def test_a_point_with_an_add_hook_of_its_own_is_asked():
@@ -342,13 +314,8 @@ def test_caches_may_keep_copies():
     assert torch.equal(cache["0"], model[0](x)) and torch.equal(own["0"], model[0](x)) and own["0"].min() < 0
 
 
-class Pair2(nn.Module):
-    def forward(self, x):
-        return x, x
-
-
 def test_the_advice_for_a_tuple_can_be_followed():
-    model, x = nn.Sequential(Pair2()), torch.ones(2)
+    model, x = nn.Sequential(InPair()), torch.ones(2)
     with pytest.raises(TreeMismatch, match=r'\n    edit\(model, "0\[0\]", …\)$'):
         hooked(model).run_with_hooks(x, fwd_hooks=[("0", lambda value, hook: value[0] * 0)])
     with edit(model, "0[0]", lambda value: value * 0):

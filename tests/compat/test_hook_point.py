@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import MLP, double, inputs, look, names_of, zero
-from worlds import Pair
+from gallery.toy import MLP, inputs
+from gallery.values import Pair
+from point_hooks import double, look, names_of, zero
 
 import nicehooks
 from nicehooks import (

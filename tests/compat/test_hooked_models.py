@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import MLP, double, inputs, look, records, zero
+from gallery.toy import MLP, inputs
+from point_hooks import double, look, records, zero
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from worlds import same, state

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import MLP, POST, Toy, Z, double, inputs, look, records, zero
+from gallery.toy import MLP, POST, Toy, Z, inputs
+from point_hooks import double, look, records, zero
 from worlds import same, state
 
 from nicehooks import (

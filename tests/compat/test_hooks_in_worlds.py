@@ -12,7 +12,8 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from hookpoint_models import MLP, POST, Toy, Z, double, inputs, look, records, toy, zero
+from gallery.toy import MLP, POST, Toy, Z, inputs, toy
+from point_hooks import double, look, records, zero
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from worlds import WORLDS, same

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.plain import OwnNorm
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
@@ -451,19 +452,12 @@ def test_a_copy_of_a_hook_with_a_state_has_a_state_of_its_own() -> None:
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-class Scaled(nn.LayerNorm):
-    """Norms of libraries are classes of their own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(input.dtype)
-
-
 def norms() -> dict[str, tuple[nn.Module, NormFormula]]:
     return {
         "LayerNorm": (nn.LayerNorm(6, eps=1e-3), NormFormula(1e-3, True, 0.0)),
         "without bias": (nn.LayerNorm(6, bias=False), NormFormula(1e-5, True, 0.0)),
         "without weights": (nn.LayerNorm(6, elementwise_affine=False), NormFormula(1e-5, True, 0.0)),
-        "a class of its own": (Scaled(6), NormFormula(1e-5, True, 0.0)),
+        "a class of its own": (OwnNorm(6), NormFormula(1e-5, True, 0.0)),
         "RMSNorm": (nn.RMSNorm(6), NormFormula(None, False, 0.0)),
         "Llama": (LlamaRMSNorm(6, eps=1e-4), NormFormula(1e-4, False, 0.0)),
         "Gemma": (GemmaRMSNorm(6), NormFormula(1e-6, False, 1.0)),

@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers_by_hand as by_hand
-from hooktree_models import (
-    IDS,
-    MODELS,
-    POST_MLP,
-    Recorder,
-    close,
-    logits_of,
-    made,
-    small,
-    state_of,
-    tree_of,
-)
+from gallery.families import IDS, MODELS, made, small
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
+from tree_hooks import POST_MLP, Recorder, close, logits_of, state_of, tree_of
 
 from nicehooks import UnsupportedModule, capture, steer
 from nicehooks.compat.transformer_debugger.places import PLACES

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hooktree_models import (
-    IDS,
-    MODELS,
-    logits_of,
-    small,
-    tree_of,
-)
+from gallery.families import IDS, MODELS, small
+from gallery.plain import Odd
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2Model,
 )
+from tree_hooks import logits_of, tree_of
 
 from nicehooks import NotCalledWarning, SiteNotReached, UnsupportedModule, capture
 from nicehooks.errors import HooksMisuse
@@ -127,11 +123,6 @@ def test_what_is_no_model_is_refused() -> None:
 def test_a_model_of_no_known_family_is_refused() -> None:
     with pytest.raises(UnsupportedModule, match="no anatomy of Linear is known"):
         tree_of(["logits"], lambda _: abs).on(nn.Linear(2, 2)).__enter__()
-
-
-class Odd(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x / x.abs().amax(-1, keepdim=True)
 
 
 def test_a_norm_of_an_unknown_kind_is_refused() -> None:

@@ -7,20 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hooktree_models import (
-    IDS,
-    MODELS,
-    Recorder,
-    close,
-    each_model,
-    logits_of,
-    made,
-    small,
-    tree_of,
-    warped,
-)
+from gallery.families import IDS, MODELS, each_model, made, small
 from torch import Tensor
 from torch.func import vmap
+from tree_hooks import Recorder, close, logits_of, tree_of, warped
 
 from nicehooks import UnsupportedModule
 from nicehooks.compat.transformer_debugger.places import PLACES

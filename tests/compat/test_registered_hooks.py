@@ -7,9 +7,8 @@ import threading
 import pytest
 import torch
 import torch._dynamo
-from nice_hooks_models import unchanged
 from torch import nn
-from worlds import inputs, make, same
+from worlds import inputs, make, same, unchanged
 
 from nicehooks import (
     ModulePath,

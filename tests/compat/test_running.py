@@ -10,9 +10,9 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from nice_hooks_models import unchanged
+from gallery.calling import Clash
 from torch import nn
-from worlds import WORLDS, inputs, same
+from worlds import WORLDS, inputs, same, unchanged
 
 import nicehooks
 from nicehooks import (
@@ -127,15 +127,6 @@ def test_hooks_act_in_the_thread_of_the_run_alone(net):
     _, acts = run(net, inputs(), forward_hooks={"first": wait}, return_activations="first")
     thread.join()
     assert not acts["first"].any() and other[0].any()
-
-
-class Clash(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x, return_activations=1, model_kwargs=0, model=0):
-        return self.inner(x) * return_activations + model_kwargs + model
 
 
 def test_options_that_the_model_wants_too():

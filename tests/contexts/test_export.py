@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.calling import AroundCaptured
 from torch import nn
 from worlds import inputs, make, state
 
-from nicehooks import UnsupportedModule, capture, captured, patch, steer
+from nicehooks import UnsupportedModule, capture, patch, steer
 from nicehooks.values import trees
 
 V = torch.linspace(-1, 1, 6)
 
 # Dynamo, which `strict=True` goes through, tells of the notes that a context takes while the model runs.
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
-
-
-class Around(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        output, activations = captured(self.model, "blocks.*", "head@input[0]")(x)
-        return output.sin(), activations
 
 
 def agree(found, expected):
@@ -68,7 +59,7 @@ def test_activations_are_outputs(strict):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_captured_inside_the_exported_module(strict):
-    around = Around(make("Mlp"))
+    around = AroundCaptured(make("Mlp"))
     agree(exported(around, strict)(inputs() + 1), around(inputs() + 1))
     with steer(around.model, "embed", V):
         program = exported(around, strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.shared import TiedToEmbedding
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from worlds import inputs, make, state, total
@@ -56,25 +57,11 @@ def test_functional_over_an_ensemble_and_over_examples():
     assert jacrev(lambda p: functional(model)(p, inputs())[0])(params_of(model))["head.bias"].shape == (5, 2, 2)
 
 
-class Shared(nn.Module):
-    """One submodule under two names, and tied weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(4, 4, bias=False)
-        self.again = self.embed
-        self.head = nn.Linear(4, 4, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(self.again(self.embed(x)))
-
-
 @pytest.mark.parametrize(
     "names", [["embed.weight"], ["again.weight"], ["embed.weight", "again.weight"], ["head.weight"]]
 )
 def test_functional_is_safe_for_shared_and_tied_parameters(names):
-    model = Shared()
+    model = TiedToEmbedding()
     before, clean = state(model), model(inputs())
     new = torch.randn(4, 4)
     for _ in range(2):
@@ -87,7 +74,7 @@ def test_functional_is_safe_for_shared_and_tied_parameters(names):
 @pytest.mark.parametrize("name", ["embed.weight", "again.weight", "head.weight"])
 @pytest.mark.parametrize("world", ["grad", "vmap(grad)", "grad(vmap)", "jacrev"])
 def test_the_gradient_of_a_tied_parameter_is_that_of_all_its_uses(name, world):
-    model, weight = Shared().double(), torch.randn(4, 4, dtype=torch.double)
+    model, weight = TiedToEmbedding().double(), torch.randn(4, 4, dtype=torch.double)
     before, x = state(model), inputs().double()
 
     def loss(weight, x):
@@ -113,7 +100,7 @@ def test_functional_says_what_is_wrong():
     with pytest.raises(SiteNotFound, match="Mlp has no parameter or buffer 'nope'"):
         functional(make("Mlp"))({"nope": torch.ones(1)}, inputs())
     with pytest.raises(TreeMismatch, match=r"'embed\.weight' and 'again\.weight' are one parameter"):
-        functional(Shared())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
+        functional(TiedToEmbedding())({"embed.weight": torch.ones(4, 4), "again.weight": torch.zeros(4, 4)}, inputs())
 
 
 # --- splice -----------------------------------------------------------------------------------------------------------

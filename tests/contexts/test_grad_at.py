@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import gpt2, llama, tokens
-from test_functional import Shared
+from gallery.architectures import gpt2, llama, tokens
+from gallery.checkpointed import CheckpointedFunction
+from gallery.returning import UsesOne
+from gallery.shared import TiedToEmbedding
+from gallery.values import Box, Pair
 from torch import nn
 from torch.func import grad, jacrev, vmap
-from torch.utils.checkpoint import checkpoint
-from worlds import Box, Pair, inputs, make, state, total
+from worlds import inputs, make, state, total
 
 from nicehooks import (
     SiteNotFound,
@@ -93,24 +95,6 @@ def test_the_gradient_of_a_tree_is_a_tree():
         assert torch.allclose(gradient, by_patching(model, path, total), atol=1e-6)
 
 
-class Several(nn.Module):
-    """Returns what is used, what is not, and what has no gradient."""
-
-    def forward(self, x):
-        return x * 2, x * 3, x.argmax(-1), "text"
-
-
-class UsesOne(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.several = Several()
-        self.aside = nn.Linear(4, 4)
-
-    def forward(self, x):
-        self.aside(x)
-        return self.several(x)[0]
-
-
 def test_what_the_metric_does_not_depend_on():
     model = UsesOne()
     _, grads = grad_at(model, "several", total)(inputs())
@@ -141,7 +125,7 @@ def test_one_forward_and_one_backward_serve_all_sites():
 
 
 def test_tied_parameters_and_one_submodule_under_two_names():
-    model, new = Shared(), torch.randn(4, 4)
+    model, new = TiedToEmbedding(), torch.randn(4, 4)
     for path in ("embed@weight", "again@weight", "head@weight"):
         _, grads = grad_at(model, path, total)(inputs())
         assert torch.allclose(
@@ -293,17 +277,8 @@ def test_the_value_can_be_differentiated_and_what_is_frozen_keeps_no_graph():
     assert torch.allclose(grads["embed"], grad_at(model, "embed", total)(inputs())[1]["embed"])
 
 
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return checkpoint(lambda y: self.b(self.a(y).sin()), x, use_reentrant=False).sin()
-
-
 def test_a_region_that_backward_runs_again():
-    model, x = Checkpointed(), inputs().requires_grad_()
+    model, x = CheckpointedFunction(), inputs().requires_grad_()
     _, grads = grad_at(model, ["a", "b"], total)(x)
     first = model.a(x)
     second = model.b(first.sin())

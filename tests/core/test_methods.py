@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
+from gallery.methods import Attention, OtherScale, Overriding
 from torch import nn
 from worlds import WORLDS, inputs, same, state
 
@@ -31,50 +32,13 @@ from nicehooks import (
     suspend,
 )
 
-
-class Attention(nn.Module):
-    scale = 2.0
-    table = ("no", "method")
-
-    def __init__(self):
-        super().__init__()
-        self.proj = nn.Linear(4, 4)
-
-    def mix(self, q, k, by=1.0):
-        return self.proj(q) * k * by
-
-    @staticmethod
-    def act(x):
-        return x.sin()
-
-    @classmethod
-    def scaled(cls, x):
-        return x * cls.scale
-
-    @property
-    def width(self):
-        return 4
-
-    def forward(self, x):
-        return self.scaled(self.act(self.mix(x, k=x)))
-
-
-class Overriding(Attention):
-    def mix(self, q, k, by=1.0):
-        return super().mix(q, k, by) + 1
-
-
-class Plain(Attention):
-    scale = 3.0
-
-
 METHODS = ("mix", "act", "scaled")
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(Attention(), Plain(), Overriding())
+    return nn.Sequential(Attention(), OtherScale(), Overriding())
 
 
 @pytest.fixture
@@ -86,7 +50,7 @@ def patched(model):
 
 
 def class_state():
-    return [dict(vars(kind)) for kind in (Attention, Overriding, Plain)]
+    return [dict(vars(kind)) for kind in (Attention, Overriding, OtherScale)]
 
 
 def test_paths_lead_to_methods_of_instances_old_and_new(model):
@@ -173,7 +137,7 @@ def test_an_overriding_subclass_has_a_method_of_its_own(patched):
 
 def test_an_inherited_method_is_patched_on_the_subclass_alone(model):
     classes = class_state()
-    with patch_method_to_module(Plain, "mix"):
+    with patch_method_to_module(OtherScale, "mix"):
         assert [str(site) for site in select(model, "*.mix")] == ["1.mix"]
         with patch_method_to_module(Attention, "mix"), capture(model, "*.mix@input['k']") as acts:
             model(inputs())
@@ -307,7 +271,7 @@ def test_in_every_world(patched, world):
 def test_in_compiled_code():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = nn.Sequential(Attention(), Plain())
+    model = nn.Sequential(Attention(), OtherScale())
     run_compiled = torch.compile(model, fullgraph=True, backend="eager")
     out = clean = run_compiled(inputs())
     handles = [patch_method_to_module(Attention, name) for name in METHODS]

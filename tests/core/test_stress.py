@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.calling import Boom, Trip
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from machine import Machine, close, inputs, on, outcome, threads
-from reference import PLACES, Active, Boom, Trip, acting
+from reference import PLACES, Active, acting
 from torch import Tensor
 
 from nicehooks import captured, describe
 
 LONG = int(os.environ.get("NICEHOOKS_STRESS", "1"))
-"""How many times as many examples, of twice as many steps: `NICEHOOKS_STRESS=50 pytest tests/test_stress.py`."""
+"""How many times as many examples, of twice as many steps: `NICEHOOKS_STRESS=50 pytest tests/core/test_stress.py`."""
 
 
 @dataclass

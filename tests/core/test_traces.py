@@ -11,29 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from gallery.plain import Named, OtherReLU
+from torch import nn
 
 from nicehooks import ModulePath, SiteNotFound, capture, patch_method_to_module, select
 from nicehooks.core import traces, walking
 from nicehooks.core.selection import select_groups
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-        self.b = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        self.c = nn.ModuleDict()
-
-    def helper(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.helper(self.b[1](self.b[0](self.a(x))))
-
-
-class OtherReLU(nn.ReLU):
-    pass
 
 
 def texts(model: nn.Module, *where: Any) -> list[str]:
@@ -67,18 +50,18 @@ REMEMBERED: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", REMEMBERED)
 def test_what_is_selected_again_is_not_walked_to_again(case: str, walks: list[str]) -> None:
-    model, where = Net(), REMEMBERED[case]
+    model, where = Named(), REMEMBERED[case]
     first = select(model, where)
     assert walks
     walks.clear()
     assert select(model, where) == first
     assert walks == []
     assert select_groups(model, where) is select_groups(model, where)
-    assert select(Net(), where) != first
+    assert select(Named(), where) != first
 
 
 def test_a_site_is_remembered_as_itself(walks: list[str]) -> None:
-    model, other = Net(), Net()
+    model, other = Named(), Named()
     (site,) = select(model, "a.0")
     assert select_groups(model, site) is select_groups(model, site)
     assert select(other, site)[0].module is other.a[0]
@@ -98,7 +81,7 @@ NOT_REMEMBERED: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", NOT_REMEMBERED)
 def test_what_the_users_own_code_chooses_is_not_remembered(case: str) -> None:
-    model = Net()
+    model = Named()
     assert select_groups(model, NOT_REMEMBERED[case]) is not select_groups(model, NOT_REMEMBERED[case])
     calls: list[str] = []
     for _ in range(2):
@@ -176,7 +159,7 @@ CHANGES: list[Callable[[Any], None]] = [
 def test_a_change_of_the_model_is_seen(change: Callable[[Any], None]) -> None:
     """What is selected afterwards is what a model selects that nobody has ever asked."""
     wheres: list[Any] = ["**", "a.*", "**@weight", "c", "a.0", "a.1", "b.{0,1}", "a.**@weight", True]
-    model = Net()
+    model = Named()
 
     def selected() -> list[Any]:
         found: list[Any] = []
@@ -197,7 +180,7 @@ def test_a_change_of_the_model_is_seen(change: Callable[[Any], None]) -> None:
 
 
 def test_each_change_gives_another_stamp_where_it_matters() -> None:
-    model = Net()
+    model = Named()
     plain, wild, part = (select_groups(model, where) for where in ("a.0", "**", "a.*@weight"))
     add_grandchild(model)
     assert select_groups(model, "a.0") is plain  # not on its way
@@ -208,7 +191,7 @@ def test_each_change_gives_another_stamp_where_it_matters() -> None:
 
 
 def test_a_context_that_is_entered_changes_no_selection() -> None:
-    model = Net()
+    model = Named()
     stamp = select_groups(model, "**")
     with capture(model) as acts:
         model(torch.ones(1, 2))
@@ -218,9 +201,9 @@ def test_a_context_that_is_entered_changes_no_selection() -> None:
 
 
 def test_methods_that_become_modules_are_seen() -> None:
-    model = Net()
+    model = Named()
     assert "helper" not in texts(model, "**")
-    with patch_method_to_module(Net, "helper"):
+    with patch_method_to_module(Named, "helper"):
         assert "helper" in texts(model, "**")
         assert texts(model, "helper") == ["helper"]
     assert "helper" not in texts(model, "**")
@@ -229,7 +212,7 @@ def test_methods_that_become_modules_are_seen() -> None:
 def model_of_a_type_that_knows_it() -> nn.Module:
     known: list[nn.Module] = []
 
-    class Local(Net):
+    class Local(Named):
         def known(self) -> Any:
             return known
 
@@ -255,14 +238,14 @@ def test_nothing_is_kept_alive() -> None:
 
 def test_no_more_is_remembered_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "MOST", 20)
-    model = Net()
+    model = Named()
     for at in range(100):
         assert texts(model, f"a.*[{at}]") == [f"a.0[{at}]", f"a.1[{at}]"]
     assert len(traces._memories[id(model)].selections) < 20
 
 
 def test_a_model_that_is_not_hashable_is_remembered_too() -> None:
-    class Equal(Net):
+    class Equal(Named):
         __hash__ = None  # type: ignore[assignment]
 
         def __eq__(self, other: object) -> bool:
@@ -274,7 +257,7 @@ def test_a_model_that_is_not_hashable_is_remembered_too() -> None:
 
 
 def test_threads_may_select_at_the_same_time() -> None:
-    model, found, errors = Net(), [], []
+    model, found, errors = Named(), [], []
 
     def work() -> None:
         try:

@@ -106,6 +106,42 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+NAMED = re.compile(r"[\w./*{}-]*\w\.py\b")
+RECIPE = "nicehooks/ports/training.py"  # which docs/house.md adds
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_file_of_python_that_a_page_names_is_there(page: Path) -> None:
+    """From the root of the repository, or by the end of its path; a star stands for several."""
+    named = set(NAMED.findall(re.sub(r"\]\([^)]*\)", "]", page.read_text())))
+    assert [name for name in sorted(named - {RECIPE}) if not is_there(name)] == []
+    assert not is_there(RECIPE)
+
+
+def is_there(name: str) -> bool:
+    return any(True for folder in ("nicehooks", "tests", "benchmarks") for _ in whole_paths(folder, name))
+
+
+def whole_paths(folder: str, name: str) -> Iterator[Path]:
+    """The files of `folder` whose path ends in `name`; the modules under old names are no files to read."""
+    for file in (ROOT / folder).rglob(Path(name).name):
+        if file.parent.name != "old_names" and file.match(name):
+            yield file
+
+
+CITED = re.compile(r"NOTE\s+\[([^\]]+)\]")
+NOTE = re.compile(r"^[# ]*NOTE \[([^\]]+)\]$", re.MULTILINE)
+
+
+def test_every_note_that_is_cited_is_there() -> None:
+    """A note begins with its name, alone on a line."""
+    texts = [path.read_text() for path in [*PAGES, *sorted((ROOT / "nicehooks").rglob("*.py"))]]
+    cited = {" ".join(name.replace("#", "").split()) for text in texts for name in CITED.findall(text)}
+    notes = {name for text in texts for name in NOTE.findall(text)}
+    assert sorted(cited - notes) == []
+    assert len(notes) > 20
+
+
 # --- the runner itself ------------------------------------------------------------------------------------------------
 
 PAGE = """\

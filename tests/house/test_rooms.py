@@ -108,7 +108,7 @@ LONG = {
     "core.tap": "the tap and its binding, where the shortest way through it is written out",
     "ports.calls": "the calls of functions and of methods, which share their rule",
     "values.nodes": "each sort of container, taken apart and put together",
-    "torch_private": "every touch of a private API of torch, each with its date",
+    "torch_private_tensors": "every touch of a private API of torch that works on tensors, each with its date",
 }
 """Files outside of `compat` with more than 300 lines, and why; each is to be shorter one day."""
 
@@ -118,8 +118,8 @@ def test_a_file_has_at_most_300_lines() -> None:
     assert long - set(LONG) == set()
 
 
-READING = 3500
-"""How many lines of code one reads at most to understand an intervention, from the errors up; 2,500 is the aim."""
+READING = 2500
+"""How many lines of code one reads at most to understand an intervention, from the errors up."""
 
 
 def reading(*files: str) -> int:

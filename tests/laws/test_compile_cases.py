@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 import torch._dynamo
+from gallery.attention import Fused, ScoresAttention
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.nn import functional
 from worlds import graphs, inputs, make, state
 
 from nicehooks import KEEP, ablate, capture, captured, edit, fused_attention_as_steps, patch, splice, steer, suspend
@@ -20,26 +20,9 @@ V = torch.linspace(-1, 1, 6)
 AUTOENCODER = nn.Linear(6, 6)
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.query = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return functional.softmax(self.scores(self.query(x)), dim=-1) @ x
-
-    def scores(self, query):
-        return query @ query.T
-
-
-class Fused(nn.Module):
-    def forward(self, x):
-        return functional.scaled_dot_product_attention(x, x, x)
-
-
 def build(name):
     torch.manual_seed(0)
-    return {"Attention": Attention, "Fused": Fused}[name]() if name in ("Attention", "Fused") else make(name)
+    return {"Attention": ScoresAttention, "Fused": Fused}[name]() if name in ("Attention", "Fused") else make(name)
 
 
 FUSED = "@scaled_dot_product_attention()"

@@ -6,6 +6,10 @@ import warnings
 
 import pytest
 import torch
+from gallery.calling import Half
+from gallery.checkpointed import Checkpointed
+from gallery.overwriting import Overwriting
+from gallery.returning import WithNoneAndNothing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from worlds import WORLDS, inputs, make, state
@@ -66,20 +70,8 @@ def test_an_empty_list_is_no_selection():
     assert not acts
 
 
-class Odd(nn.Module):
-    """Returns None beside its value, and calls a module that returns nothing but None."""
-
-    def __init__(self):
-        super().__init__()
-        self.pair = Pairing()
-        self.nothing = Nothing()
-
-    def forward(self, x):
-        return self.pair(x)[0] if self.nothing(x) is None else None
-
-
 def test_a_wildcard_passes_over_modules_that_return_nothing():
-    model = Odd()
+    model = WithNoneAndNothing()
     with ablate(model, "pair[0]"), ablate(model, "**@input[0]"):
         assert not model(inputs()).any()
     with ablate(model, lambda name, module: True):
@@ -88,20 +80,9 @@ def test_a_wildcard_passes_over_modules_that_return_nothing():
         model(inputs())
 
 
-class Pairing(nn.Module):
-    def forward(self, x):
-        return x * 1, None
-
-
-class Nothing(nn.Module):
-    @staticmethod
-    def forward(x):
-        return None
-
-
 @pytest.mark.parametrize("path", ["pair[1]", "nothing"])
 def test_a_number_needs_a_tensor_to_fill(path):
-    for context in (ablate(Odd(), path), patch(Odd(), path, 5.0)):
+    for context in (ablate(WithNoneAndNothing(), path), patch(WithNoneAndNothing(), path, 5.0)):
         with pytest.raises(TreeMismatch, match="came where None stands, in which there is no tensor"), context:
             context.model(inputs())
 
@@ -193,19 +174,6 @@ def test_wrong_arguments_are_noticed_at_once():
 # --- not reached, not called ------------------------------------------------------------------------------------------
 
 
-class Half(nn.Module):
-    """Calls one of its two layers, and has a third that nobody calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.used = nn.Linear(4, 4)
-        self.unused = nn.Linear(4, 4)
-        self.rest = nn.ModuleList([nn.Linear(4, 4)])
-
-    def forward(self, x):
-        return self.used(x)
-
-
 @pytest.mark.parametrize(
     "context", [capture, ablate, lambda m, p: patch(m, p, 1.0), lambda m, p: steer(m, p, torch.ones(4))]
 )
@@ -278,28 +246,6 @@ def test_calling_a_part_of_the_model_is_calling_it():
 
 
 # --- stale values -----------------------------------------------------------------------------------------------------
-
-
-class Overwriting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.relu = nn.ReLU(inplace=True)
-        self.second = nn.Linear(4, 4)
-        self.pair = Both()
-
-    def forward(self, x):
-        x = self.relu(self.first(x))
-        y = self.second(x)
-        y += 1
-        a, b = self.pair(y)
-        b *= 2
-        return a + b
-
-
-class Both(nn.Module):
-    def forward(self, x):
-        return x.sin(), (x * 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -425,16 +371,6 @@ def test_a_value_of_inference_mode_can_be_patched_into_autograd():
 
 
 # --- checkpointing ----------------------------------------------------------------------------------------------------
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

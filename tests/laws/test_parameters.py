@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.shared import Tied
 from torch import nn
 from worlds import inputs, make, same, state
 
 from nicehooks import SiteNotFound, ablate, capture, edit, patch, steer
-
-
-class Tied(nn.Module):
-    """The embedding is the head; one block is there under two names; a parent reads a child's weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.block = nn.Linear(4, 4)
-        self.again = self.block
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.reader = Reader()
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        x = self.again(self.block(x))
-        return self.head(self.reader(x))
-
-
-class Reader(nn.Module):
-    """Never calls its child."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(4, 4, bias=False)
-
-    def forward(self, x):
-        return x @ self.hidden.weight
-
 
 TOKENS = torch.tensor([[0, 3, 6], [1, 1, 2]])
 

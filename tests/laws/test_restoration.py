@@ -10,10 +10,11 @@ import weakref
 
 import pytest
 import torch
+from gallery.plain import Mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from worlds import MODELS, Mlp, inputs, make, same, state
+from worlds import MODELS, inputs, make, same, state
 
 from nicehooks import (
     ContextMisuse,

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from worlds import AROUND, inputs, make, total
 
 from nicehooks import ActivationCache, StaleActivation, capture, captured, patch
-from nicehooks.torch_private import is_wrapped
+from nicehooks.torch_private_tensors import is_wrapped
 
 OVER = """\
 'embed' was captured inside a torch.func transform (vmap, grad, …) that is over, and its value was good in there only.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.plain import Matmul
+from gallery.trees import UsesWords
 from torch import nn
 from torch.func import grad, jacrev, vmap
 from worlds import AROUND, inputs, make, same, total
@@ -93,34 +95,10 @@ def test_randomness_of_an_edit(randomness):
     assert len({tuple(row.tolist()) for row in out}) == (8 if randomness == "different" else 1)
 
 
-class Mixed(nn.Module):
-    """Returns what is no tensor, too."""
-
-    def forward(self, x):
-        return x * 2, None, {"count": 3, "name": "mixed"}
-
-
-class UsesMixed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mixed = Mixed()
-        self.nothing = Nothing()
-
-    def forward(self, x):
-        doubled, _, more = self.mixed(x)
-        self.nothing(x)
-        return doubled * more["count"]
-
-
-class Nothing(nn.Module):
-    def forward(self, x):
-        return None
-
-
 @pytest.mark.parametrize("where", [["mixed"], ["mixed[0]"], ["mixed[2]['count']"], ["nothing"], ["mixed", "nothing"]])
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "jacrev"])
 def test_values_that_are_no_tensors(where, transform):
-    model, x = UsesMixed(), inputs()
+    model, x = UsesWords(), inputs()
     _, expected = captured(model, *where)(x)
     with capture(model, *where) as acts:
         AROUND[transform](model)
@@ -128,17 +106,6 @@ def test_values_that_are_no_tensors(where, transform):
     if transform == "vmap":
         out, acts = vmap(captured(model, *where))(x)
         assert torch.equal(out, x * 6) and same(dict(acts), dict(expected))
-
-
-class Matmul(nn.Module):
-    """A linear map in an operation that autocast knows under `vmap`, too; `nn.Linear` is not one in every torch."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Identity()
-
-    def forward(self, x):
-        return self.inner(x.unsqueeze(-2) @ torch.ones(4, 3)).squeeze(-2)
 
 
 @pytest.mark.parametrize("transform", AROUND)

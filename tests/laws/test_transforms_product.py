@@ -19,7 +19,7 @@ from transform_product import (
 )
 
 from nicehooks import ActivationCache, SiteNotReached, capture
-from nicehooks.torch_private import is_wrapped
+from nicehooks.torch_private_tensors import is_wrapped
 
 
 def close(a, b, name="mlp"):

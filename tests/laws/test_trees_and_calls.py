@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.calling import NamedAsPorts
+from gallery.returning import Around
+from gallery.shared import CallsItself
+from gallery.values import Box, Pair
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
-from worlds import Box, Pair, inputs, make, same
+from worlds import inputs, make, same
 
 from nicehooks import KEEP, SiteNotReached, TreeMismatch, ablate, capture, edit, patch, steer
 
@@ -19,26 +23,6 @@ from nicehooks import KEEP, SiteNotReached, TreeMismatch, ablate, capture, edit,
 class Frozen:
     value: Any
     rest: Any = None
-
-
-class Returns(nn.Module):
-    """Returns whatever it was made with, as new tensors."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, x):
-        return self.make(x)
-
-
-class Around(nn.Module):
-    def __init__(self, make):
-        super().__init__()
-        self.inner = Returns(make)
-
-    def forward(self, x):
-        return self.inner(x)
 
 
 STRUCTURES = {
@@ -184,22 +168,8 @@ def test_all_arguments_at_once():
         assert torch.allclose(model(inputs()), clean * 2)
 
 
-class Children(nn.Module):
-    """Has children whose names are words of the path language, and takes any arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.output = nn.Linear(4, 4)
-        self.input = nn.Linear(4, 4)
-        self.forward_ = nn.Linear(4, 4)
-        self.grad = nn.Linear(4, 4)
-
-    def forward(self, *args, **kwargs):
-        return self.output(self.input(args[0])) + self.forward_(kwargs["other"]) + self.grad(args[1])
-
-
 def test_names_that_are_words_of_the_language():
-    model = Children()
+    model = NamedAsPorts()
     x = inputs()
     with capture(model, "*", "input@input[0]", "@input[1]", "@input['other']", "output@weight") as acts:
         model(x, x + 1, other=x + 2)
@@ -279,19 +249,9 @@ def test_calls_by_number():
         model(inputs())
 
 
-class Recursive(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x, depth=2):
-        x = self.layer(x)
-        return self(x, depth - 1) * 2 if depth else x
-
-
 def test_a_module_that_calls_itself():
     """Calls are numbered as they begin, and end in the other order."""
-    model = Recursive()
+    model = CallsItself()
     with capture(model, "#*", "layer#*", "#*@input[0]") as acts:
         out = model(inputs())
     assert torch.equal(acts["#0"], out) and torch.equal(acts["#1"] * 2, out) and torch.equal(acts["#2"] * 4, out)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from gallery.attention import Softmaxes
+from gallery.trees import EachKind
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -181,50 +182,8 @@ def test_the_same_path_may_be_written_in_several_ways() -> None:
 # --- each row of the table, on a model --------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    left: Any
-    right: Any
-
-
-@dataclass
-class Encoded:
-    last_hidden_state: Tensor
-    pooled: Tensor
-
-
-class Returning(nn.Module):
-    """Returns what `wrap` makes of its input."""
-
-    def __init__(self, wrap: Any) -> None:
-        super().__init__()
-        self.wrap = wrap
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        return self.wrap(hidden_states)
-
-
-class Model(nn.Module):
-    """One module for each kind of value; `block` runs twice, once with its argument by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.h = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.pair = Returning(lambda x: Pair(x, x + 1))
-        self.data = Returning(lambda x: Encoded(x, x[:, 0]))
-        self.dict = Returning(lambda x: {"b": x, "a": x + 1})
-        self.nested = Returning(lambda x: (x, (x + 1, [x + 2, None])))
-        self.block = Returning(lambda x: x + 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.h:
-            x = layer(x)
-        for name in ("pair", "data", "dict", "nested"):
-            self.get_submodule(name)(x)
-        return self.block(hidden_states=self.block(x))
-
-
 torch.manual_seed(0)
-MODEL, X = Model(), torch.randn(2, 3, 4)
+MODEL, X = EachKind(), torch.randn(2, 3, 4)
 H = [X]
 for _layer in MODEL.h:
     H.append(_layer(H[-1]).detach())
@@ -318,20 +277,6 @@ def test_names_select_modules_as_globs_do() -> None:
     assert selected("h{ead,.3}") == ["head", "h.3"]
 
 
-class Attention(nn.Module):
-    """Calls softmax twice in its own forward, once of them in a method; its child calls it too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.child = nn.Softmax(-1)
-
-    def _attn(self, scores: Tensor) -> Tensor:
-        return torch.softmax(scores * 2, dim=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._attn(torch.softmax(self.child(x), dim=-1)) * 3
-
-
 FIRST = X.softmax(-1).softmax(-1)
 SECOND = (FIRST * 2).softmax(-1)
 CALLS: dict[str, dict[str, Tensor]] = {
@@ -350,7 +295,7 @@ CALLS: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("path", CALLS)
 def test_each_row_of_the_table_reads_the_calls_in_a_modules_own_forward(path: str) -> None:
     """Not in its children's."""
-    model = Attention()
+    model = Softmaxes()
     with capture(model, path) as acts:
         model(X)
     assert list(acts) == list(CALLS[path])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from gallery.plain import CallsFlat
+from torch import nn
 
 from nicehooks import (
     ActivationCache,
@@ -22,29 +23,9 @@ from nicehooks import (
 )
 
 
-class Layer(nn.Module):
-    """Flattens all but the last dimension before its MLP, as OPT does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x.reshape(-1, 4)).view(*x.shape[:-1], 6)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = Layer()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x=x) * 2
-
-
 @pytest.fixture
-def model() -> Model:
-    return Model().requires_grad_(False)
+def model() -> CallsFlat:
+    return CallsFlat().requires_grad_(False)
 
 
 X = torch.randn(2, 3, 4)
@@ -58,7 +39,7 @@ def test_it_is_read_and_written_as_any_step() -> None:
             ModulePath.parse(text)
 
 
-def test_reading(model: Model) -> None:
+def test_reading(model: CallsFlat) -> None:
     with capture(model, "layer.mlp/rows", "layer.mlp@input[0]/rows", "layer.mlp/rows/2[:, 0]", "layer.mlp") as acts:
         output = model(X)
     assert torch.equal(acts["layer.mlp/rows"] * 2, output)
@@ -68,7 +49,7 @@ def test_reading(model: Model) -> None:
     assert acts["layer.mlp"].shape == (6, 6)
 
 
-def test_writing_a_position(model: Model) -> None:
+def test_writing_a_position(model: CallsFlat) -> None:
     clean = model(X)
     for context in (ablate(model, "layer.mlp/rows[:, 1]"), patch(model, {"layer.mlp/rows[:, 1]": torch.zeros(2, 6)})):
         with context:
@@ -79,34 +60,34 @@ def test_writing_a_position(model: Model) -> None:
     assert torch.equal(model(X), clean)
 
 
-def test_a_star_is_a_position(model: Model) -> None:
+def test_a_star_is_a_position(model: CallsFlat) -> None:
     with capture(model, "layer.mlp/rows[0, *]") as acts:
         output = model(X)
     assert list(acts) == [f"layer.mlp/rows[0, {i}]" for i in range(3)]
     assert torch.equal(acts.stack() * 2, output[0])
 
 
-def test_each_run_has_rows_of_its_own(model: Model) -> None:
+def test_each_run_has_rows_of_its_own(model: CallsFlat) -> None:
     with capture(model, "layer.mlp/rows", keep="all") as acts:
         for shape in ((2, 3, 4), (3, 2, 4), (4,), (2, 1, 2, 4)):
             model(torch.ones(shape))
     assert [list(value.shape) for value in acts["layer.mlp/rows"]] == [[2, 3, 6], [3, 2, 6], [6], [2, 1, 2, 6]]
 
 
-def test_the_gradient_has_rows_too(model: Model) -> None:
+def test_the_gradient_has_rows_too(model: CallsFlat) -> None:
     with capture(model, "layer.mlp@grad/rows", "layer.mlp@grad/rows[:, -1]") as acts:
         model(X)[:, -1].sum().backward()
     assert acts["layer.mlp@grad/rows"].sum((0, 2)).tolist() == [0, 0, 24]
     assert torch.equal(acts["layer.mlp@grad/rows[:, -1]"], torch.full((2, 6), 2.0))
 
 
-def test_under_vmap(model: Model) -> None:
+def test_under_vmap(model: CallsFlat) -> None:
     output, acts = torch.vmap(captured(model, "layer.mlp/rows"))(X[:, None].expand(2, 5, 3, 4))
     assert torch.equal(acts["layer.mlp/rows"] * 2, output)
 
 
 @pytest.mark.slow
-def test_compiled(model: Model) -> None:
+def test_compiled(model: CallsFlat) -> None:
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with capture(compiled, "layer.mlp/rows") as acts, ablate(compiled, "layer.mlp/rows[:, 1]"):
         changed = compiled(X)
@@ -115,7 +96,7 @@ def test_compiled(model: Model) -> None:
     assert not changed[:, 1].any() and changed[:, 0].any()
 
 
-def test_what_cannot_be_split_says_so(model: Model) -> None:
+def test_what_cannot_be_split_says_so(model: CallsFlat) -> None:
     with pytest.raises(UnsupportedModule, match=r"^'/rows': /rows needs a module around '' that is called\.$"):
         with capture(model, "/rows"):
             model(X)

@@ -9,6 +9,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from gallery.attention import AroundProjected, FusedCausal, Projected
+from gallery.methods import Methods
+from gallery.returning import Gives
 from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional
@@ -28,43 +31,10 @@ from nicehooks import (
 )
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.project = Projection()
-        self.out = nn.Linear(4, 4)
-
-    def forward(self, x):
-        q, k, v = self.project(x)
-        pattern = functional.softmax(self._scores(q, k), dim=-1)
-        return self.out(pattern @ v) + 1.0
-
-    def _scores(self, q, k):
-        return torch.matmul(q, k.transpose(-1, -2)) * 0.5
-
-
-class Projection(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 12))
-
-    def forward(self, x):
-        return torch.softmax(torch.matmul(x, self.weight), dim=-1).chunk(3, dim=-1)
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = Attention()
-
-    def forward(self, x):
-        return self.attention(x)
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Model()
+    return AroundProjected()
 
 
 def by_hand(model, x, scores=lambda s: s, pattern=lambda p: p):
@@ -170,13 +140,8 @@ def test_fused_attention_equals_its_steps(case):
     assert torch.allclose(found, expected, atol=1e-5, equal_nan=True)
 
 
-class Fused(nn.Module):
-    def forward(self, x):
-        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-
-
 def test_the_pattern_of_fused_attention_by_one_path():
-    model, x = nn.Sequential(Fused()), torch.randn(1, 2, 3, 4)
+    model, x = nn.Sequential(FusedCausal()), torch.randn(1, 2, 3, 4)
     clean = model(x)
     with capture(model, "0@scaled_dot_product_attention()") as acts:
         assert torch.equal(model(x), clean)
@@ -208,17 +173,6 @@ def test_the_pattern_of_fused_attention_by_one_path():
 
 
 # --- arguments by name ------------------------------------------------------------------------------------------------
-
-
-class Given(nn.Module):
-    """Its forward is the function that it was made with."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 Q = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
@@ -271,7 +225,7 @@ NAMES = dict.fromkeys(("by position", "by name", "defaults", "skipped"), "scaled
 def test_name_and_position_find_an_argument_however_it_was_passed(case):
     forward, expected = ARGUMENTS[case]
     paths = {f"@{NAMES[case]}().input{part}": value for part, value in expected.items()}
-    model = Given(forward)
+    model = Gives(forward)
     with capture(model, *paths) as acts:
         assert same(model(Q), forward(Q))
     assert {path: same(acts[path], value) for path, value in paths.items()} == dict.fromkeys(paths, True)
@@ -295,13 +249,13 @@ def test_name_and_position_find_an_argument_however_it_was_passed(case):
     ids=["other", "dim by name", "dim by position", "a default", "weight", "a number"],
 )
 def test_an_argument_is_replaced_by_name(path, value, forward, expected):
-    model = Given(forward)
+    model = Gives(forward)
     with edit(model, path, lambda old: value):
         assert torch.equal(model(Q), expected(Q))
 
 
 def test_a_name_that_no_argument_has_is_said():
-    model = Given(lambda x: attend(x, x, x))
+    model = Gives(lambda x: attend(x, x, x))
     with pytest.raises(TreeMismatch) as raised, capture(model, "@scaled_dot_product_attention().input['mask']"):
         model(Q)
     assert str(raised.value) == (
@@ -309,28 +263,15 @@ def test_a_name_that_no_argument_has_is_said():
         "'mask', it has 'query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa'."
     )
     with pytest.raises(TreeMismatch, match=r"matmul\w* has no argument 'mat2', it has 'input', 'other'"):
-        with ablate(Given(lambda x: x @ OTHER), "@matmul().input['mat2']") as context:
+        with ablate(Gives(lambda x: x @ OTHER), "@matmul().input['mat2']") as context:
             context.model(Q)
 
 
 def test_arguments_of_attention_in_its_steps():
-    model = Given(lambda x: attend(x, x, x))
+    model = Gives(lambda x: attend(x, x, x))
     with fused_attention_as_steps(), capture(model, "@scaled_dot_product_attention().input[1]", "@softmax()") as acts:
         model(Q)
     assert torch.equal(acts["@scaled_dot_product_attention().input[1]"], Q) and acts["@softmax()"].shape == (2, 3, 3)
-
-
-class Methods(nn.Module):
-    @staticmethod
-    def halved(x, by=2):
-        return x / by
-
-    @classmethod
-    def more(cls, x):
-        return cls.halved(x) + 1
-
-    def forward(self, x):
-        return self.more(self.halved(x))
 
 
 def test_static_methods_and_those_of_the_class_are_methods_too():
@@ -342,14 +283,14 @@ def test_static_methods_and_those_of_the_class_are_methods_too():
 
 
 def test_an_operator_and_its_function_are_counted_together():
-    model = Given(lambda x: torch.add(x + 1, x))
+    model = Gives(lambda x: torch.add(x + 1, x))
     with capture(model, "@add#*()", "@add#1()") as acts:
         model(Q)
     assert list(acts) == ["@add#0()", "@add#1()"] and torch.equal(acts["@add#1()"], Q + 1 + Q)
 
 
 def test_finding_arguments_keeps_no_module_alive():
-    model = Attention()
+    model = Projected()
     with capture(model, "@_scores().input['k']"):
         model(inputs())
     parts = [weakref.ref(part) for part in (model, model.out, model.out.weight)]

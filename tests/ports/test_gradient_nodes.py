@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.returning import AroundAndUses, Gives, UsesTwice
 from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import grad, jvp, vmap
@@ -11,30 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nicehooks import SiteNotReached, StaleActivation, ablate, capture, edit, grad_at, patch, run
 from nicehooks.hookpoints import hooked
-
-
-class Gives(nn.Module):
-    """A module that returns what `make` makes of its argument."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, x):
-        return self.make(x)
-
-
-class Around(nn.Module):
-    """`use` of what the module `m` makes of `x * 1`; with the argument, if it asks for that."""
-
-    def __init__(self, m, use):
-        super().__init__()
-        self.m = m
-        self.use = use
-
-    def forward(self, x):
-        x = x * 1
-        return self.use(self.m(x), x)
 
 
 def second_from_first(x):
@@ -85,7 +62,7 @@ def by_patch(model, way, x):
 def test_all_ways_to_ask_agree(case):
     torch.manual_seed(0)
     m, use, way = RESULTS[case]
-    model = Around(m, use).requires_grad_(False)
+    model = AroundAndUses(m, use).requires_grad_(False)
     expected = by_patch(model, way, X)
     port = f"m@grad{way}"
     found = {"grad_at": grad_at(model, f"m{way}", torch.sum)(X)[1][f"m{way}"]}
@@ -108,7 +85,7 @@ def test_all_ways_to_ask_agree(case):
 def test_a_full_backward_pre_hook_of_torch_and_ours_see_the_same(case):
     """torch's own hooks see all results at once."""
     m, use, _ = RESULTS[case]
-    model, by_torch, ours = Around(m, use), [], []
+    model, by_torch, ours = AroundAndUses(m, use), [], []
     handle = m.register_full_backward_pre_hook(lambda module, gradients: by_torch.extend(gradients))
     model(X.clone().requires_grad_()).sum().backward()
     handle.remove()
@@ -119,18 +96,6 @@ def test_a_full_backward_pre_hook_of_torch_and_ours_see_the_same(case):
     for found in (ours, [acts[key] for key in sorted(acts)]):
         assert len(found) == len(by_torch)
         assert all(torch.allclose(a, b) for a, b in zip(found, by_torch, strict=True))
-
-
-class UsesTwice(nn.Module):
-    """Gives its argument to `m`, and uses it again, before and after."""
-
-    def __init__(self):
-        super().__init__()
-        self.m = Gives(lambda x: x * x)
-
-    def forward(self, x):
-        before = x.sin()
-        return before + self.m(x) + 5 * x
 
 
 def test_the_gradient_of_an_argument_is_that_of_its_use_in_the_module():
@@ -206,7 +171,7 @@ def test_autograd_still_knows_what_an_in_place_layer_has_destroyed():
 
 def test_an_argument_that_comes_out_and_is_overwritten_is_not_reached():
     """The caller holds the same memory: an in-place layer behind goes past the site, which is said."""
-    model = Around(nn.Identity(), lambda found, x: found.relu_() + x)
+    model = AroundAndUses(nn.Identity(), lambda found, x: found.relu_() + x)
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     expected, x.grad = x.grad, None
@@ -228,7 +193,7 @@ def test_a_gradient_port_costs_no_memory_of_the_value():
 
 
 def test_forward_mode_goes_through():
-    model = Around(Gives(second_from_first), lambda found, x: found[0] * 3 + found[1])
+    model = AroundAndUses(Gives(second_from_first), lambda found, x: found[0] * 3 + found[1])
     expected = jvp(grad(lambda x: model(x).sin().sum()), (X,), (X,))
     with capture(model, "m@grad") as acts:
         found = jvp(grad(lambda x: model(x).sin().sum()), (X,), (X,))

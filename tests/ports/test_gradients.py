@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gallery.checkpointed import Checkpointed
+from gallery.returning import UsesJoined
+from gallery.trees import Nested
+from gallery.values import Pair
 from torch import nn
 from torch.func import grad, jvp, vmap
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
-from worlds import Nested, Pair, inputs, make, state, total
+from worlds import inputs, make, state, total
 
 from nicehooks import SiteNotReached, ablate, capture, edit, patch
 
@@ -230,16 +233,6 @@ def test_a_graph_outlives_its_context_without_effect():
 # --- activation checkpointing -----------------------------------------------------------------------------------------
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant) if self.reentrant is not None else self.inner(x)
-
-
 def run(reentrant, context):
     torch.manual_seed(0)
     model = Checkpointed(reentrant)
@@ -300,32 +293,11 @@ RETURNS = {
 }
 
 
-class Returning(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
-        self.inner = Joined(kind)
-
-    def forward(self, x):
-        found = self.inner(self.first(x), self.second(x))
-        one, other = found if isinstance(found, tuple) else found.values()
-        return one.sin() * (other[0] if isinstance(other, tuple) else other)
-
-
-class Joined(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, a, b):
-        return RETURNS[self.kind][0](a * 1, b * 1)
-
-
 @pytest.mark.parametrize("world", ["autograd", "grad", "vmap(grad)", "grad(vmap)"])
 @pytest.mark.parametrize("kind", RETURNS)
 def test_whatever_a_module_returns(kind, world):
     torch.manual_seed(0)
-    model = Returning(kind)
+    model = UsesJoined(RETURNS[kind][0])
     port = f"inner@grad{RETURNS[kind][1]}"
     with capture(model, port, f"{port}[:, 0]", "inner@input.grad[0]") as expected:
         total(model(inputs())).backward()

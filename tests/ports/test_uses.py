@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from gallery.parameters import SameNames, Weighted
+from gallery.shared import SharesList
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations
@@ -26,41 +28,10 @@ from nicehooks import (
 )
 
 
-class Autoencoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.W_enc = nn.Parameter(torch.randn(4, 6))
-        self.W_dec = nn.Parameter(torch.randn(6, 4))
-        self.b_enc = nn.Parameter(torch.randn(6))
-        self.b_dec = nn.Parameter(torch.randn(4))
-
-    def forward(self, x):
-        assert self.W_enc.shape[0] == x.shape[-1] and self.b_dec.dim() == 1  # no uses: their results are no tensors
-        pre = (x - self.b_dec.to(x.dtype)) @ self.W_enc + self.b_enc
-        return torch.relu(pre) @ self.W_dec + self.b_dec
-
-
-class Outer(nn.Module):
-    """Uses a parameter of its own, and children that have one of the same name, or the same one."""
-
-    def __init__(self):
-        super().__init__()
-        self.autoencoder = Autoencoder()
-        self.b_dec = self.autoencoder.b_dec
-        self.scales = nn.ParameterList([torch.randn(4), torch.randn(4)])
-        self.shifts = nn.ParameterDict({"up": torch.randn(4)})
-
-    def forward(self, x):
-        x = self.autoencoder(x) * self.b_dec
-        for scale in self.scales:
-            x = x * scale
-        return torch.stack([x, self.shifts["up"].expand_as(x)]).sum(0)
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Outer()
+    return SameNames()
 
 
 def by_hand(model, x, at=lambda name, value: value):
@@ -202,24 +173,8 @@ def test_gradients_of_uses(model):
     assert not auto.W_enc.grad.any() and auto.W_dec.grad.any()
 
 
-class Shared(nn.Module):
-    """Two modules that own one list of parameters, and hand a parameter to a child and to a method."""
-
-    def __init__(self, weights=None):
-        super().__init__()
-        self.weights = nn.ParameterList([torch.randn(4)]) if weights is None else weights
-        self.inner = Shared(self.weights) if weights is None else None
-
-    def forward(self, x):
-        x = x if self.inner is None else self.inner(x)
-        return self.add(x, self.weights[0])
-
-    def add(self, x, weight):
-        return x + weight
-
-
 def test_a_list_of_parameters_that_two_modules_use():
-    model = Shared()
+    model = SharesList()
     with capture(model, "weights@0.uses()", keep="all") as acts:
         out = model(inputs())
     first = inputs() + model.weights[0]
@@ -271,16 +226,6 @@ def test_computed_parameters(normalize):
     assert {name: list(vars(module)) for name, module in model.named_modules()} == before
 
 
-class Weighted(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        x = x @ self.weight
-        return x + self.weight
-
-
 @pytest.mark.parametrize("text", ["@W.uses()", "h.3@W.uses#2()[:, 0]", "@0.uses#*().grad", "a#1@b.uses().grad/4[0]"])
 def test_paths_round_trip(text):
     path = ModulePath.parse(text)
@@ -301,7 +246,7 @@ def test_what_is_no_path(text, says):
 
 
 def test_nothing_keeps_the_model_alive():
-    model = Outer()
+    model = SameNames()
     with capture(model, PATHS):
         model(inputs())
     gone = weakref.ref(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gallery.returning import Gives
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers.utils.generic import ModelOutput
@@ -37,17 +38,8 @@ pytestmark = [
 X = torch.arange(12.0).reshape(3, 4) - 5
 
 
-class Makes(nn.Module):
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.make = make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(x)
-
-
 def making(make: Callable[[Tensor], Any]) -> nn.Module:
-    return nn.Sequential(Makes(make))
+    return nn.Sequential(Gives(make))
 
 
 def jagged(x: Tensor) -> Tensor:
@@ -259,7 +251,7 @@ CHANGED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("kind", CHANGED)
 def test_a_captured_container_is_as_it_was_when_it_was_captured(kind: str, keep: Any) -> None:
     make, change = CHANGED[kind]
-    model = nn.Sequential(Makes(make), Makes(change))
+    model = nn.Sequential(Gives(make), Gives(change))
     expected = make(X)
     with capture(model, "0", keep=keep) as acts:
         model(X)

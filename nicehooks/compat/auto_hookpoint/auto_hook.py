@@ -18,12 +18,12 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.compat.auto_hookpoint.places_to_hook import points_of
 from nicehooks.compat.transformer_lens.hook_point import HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooked_models import first_names
-from nicehooks.core.nearest import SCRIPTED
+from nicehooks.core.calling import SCRIPTED
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 
 M = TypeVar("M", bound=nn.Module)
@@ -196,7 +196,11 @@ class HookMethod:
     def __get__(self, model: Any, kind: Any = None) -> Any:
         if model is None:
             return self._unwrapper(kind) if self.name == "unwrap" else self
-        if torch_private.is_registering() or self.name in {*model._modules, *model._parameters, *model._buffers}:
+        if torch_private_tensors.is_registering() or self.name in {
+            *model._modules,
+            *model._parameters,
+            *model._buffers,
+        }:
             raise UnsupportedModule(SETS.format(kind=type(model).__name__, name=self.name))
         return (
             BoundHookMethod(model, self.name, keep=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.compat.nice_hooks.forward_hooks import HookAction, on_argument
 from nicehooks.core.frames import Frame
 from nicehooks.core.rules import SiteRule
@@ -144,7 +144,9 @@ class _GradInputRule(InputRule):
         nothing = None if self.chain else (None,) * len(value)
         keys = [] if found else [_key_at(key, wanted, at) for at in trees.each_index(value, wanted)]
         inputs = [
-            (leaf, torch_private.version(leaf)) for leaf in trees.leaves(new) if found and isinstance(leaf, Tensor)
+            (leaf, torch_private_tensors.version(leaf))
+            for leaf in trees.leaves(new)
+            if found and isinstance(leaf, Tensor)
         ]
         frame.kept[self] = (partial(self._record, call, [(each, nothing) for each in keys]), inputs)
         return new
@@ -157,7 +159,7 @@ class _GradInputRule(InputRule):
         frame.value, found = _watched_part(lines, used, frame.value, record, last=True)
         if found and not inputs:
             _note_reached(self)
-        if any([torch_private.version(tensor) != version for tensor, version in inputs]):
+        if any([torch_private_tensors.version(tensor) != version for tensor, version in inputs]):
             raise UnsupportedModule(OVERWRITTEN.format(key=self.path))
 
     def _record(self, call: _Call, without: list[tuple[str, Any]], value: Any) -> Any:
@@ -256,7 +258,7 @@ def _watched_part(
     node = None if isinstance(part, Tensor) else trees.open_node(part)
     children = [part] if node is None else list(node.children)
     possible = [at for at, child in enumerate(children) if may_have_gradient(child)]
-    wanted = [at for at in possible if torch_private.requires_gradient(children[at])]
+    wanted = [at for at in possible if torch_private_tensors.requires_gradient(children[at])]
     if not wanted and make and torch_private.innermost_transform() is None:
         wanted = possible
     if not wanted:

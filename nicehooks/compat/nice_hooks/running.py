@@ -23,7 +23,7 @@ from nicehooks.compat.nice_hooks.registering import Hooked
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import patch
 from nicehooks.contexts.user_functions import show_where
-from nicehooks.core.census import unwrap
+from nicehooks.core.children import unwrap
 from nicehooks.core.selection import Where, select
 from nicehooks.core.tap import signature_of
 from nicehooks.errors import ContextMisuse, TreeMismatch

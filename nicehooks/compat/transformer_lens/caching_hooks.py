@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.core.selection import Site
 from nicehooks.errors import PathError, TreeMismatch
@@ -107,7 +107,7 @@ class CachingHook:
         if self.positions is not None and tensor.ndim >= -dim:
             tensor = self.positions(tensor, dim)
         if not torch.compiler.is_compiling() and torch_private.innermost_transform() is not None:
-            tensor = torch_private.lift(tensor, self.level)
+            tensor = torch_private_tensors.lift(tensor, self.level)
         tensor = tensor.detach() if self.detach else tensor
         tensor = tensor.clone() if self.clone else tensor
         return tensor if self.device is None else tensor.to(self.device)

@@ -22,8 +22,8 @@ from nicehooks.compat.transformer_lens.hooks import (
     hooks_on,
     remove_all,
 )
+from nicehooks.core.calling import SCRIPTED
 from nicehooks.core.census import Census
-from nicehooks.core.nearest import SCRIPTED
 from nicehooks.core.selection import Site
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath

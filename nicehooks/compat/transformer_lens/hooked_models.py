@@ -14,7 +14,8 @@ from nicehooks.compat.transformer_lens.hook_point import HookPlace, HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooks_by_name import one_wildcard
 from nicehooks.core.calling import has_forward
-from nicehooks.core.census import Census, parameter_names, unwrap
+from nicehooks.core.census import Census, parameter_names
+from nicehooks.core.children import unwrap
 from nicehooks.core.selection import Site, select
 from nicehooks.errors import PathError, SiteNotFound
 from nicehooks.paths.grammar import ModulePath

@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from nicehooks import torch_private
+from nicehooks import torch_private_tensors
 from nicehooks.contexts.intervention import Intervention
 from nicehooks.core.binding import unbind
-from nicehooks.core.census import Census, unwrap
+from nicehooks.core.census import Census
+from nicehooks.core.children import unwrap
 from nicehooks.core.copies import HANDLES
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.frames import Rule
@@ -379,7 +380,7 @@ class Scope:
         self.entering = True  # until the hooks that belong to the context itself are there
 
     def __enter__(self) -> Scope:
-        return torch_private.in_eager(self._enter)
+        return torch_private_tensors.in_eager(self._enter)
 
     def _enter(self) -> Scope:
         self.level = level_of(self.model) + 1
@@ -403,7 +404,7 @@ class Scope:
         self.own.append(hooks)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        torch_private.in_eager(self._exit, kind, error, trace)
+        torch_private_tensors.in_eager(self._exit, kind, error, trace)
 
     def _exit(self, kind: Any, error: Any, trace: Any) -> None:
         _open.set(tuple([ref for ref in _open.get() if ref() not in (self, None)]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import optree
 
-from nicehooks import torch_private
+from nicehooks import torch_private_tensors
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.pytrees import build_cache, flatten_cache
 from nicehooks.compat.transformer_lens.canonical_names import get_act_name
@@ -66,7 +66,7 @@ def _build(values: Iterable[Any], context: Any) -> Any:
     return build_cache(lambda items: LensCache(items, context[1]), values, context[0])
 
 
-torch_private.register_torch_node(LensCache, _flatten, _build)
+torch_private_tensors.register_torch_node(LensCache, _flatten, _build)
 
 
 def _build_for_optree(context: Any, values: Iterable[Any]) -> LensCache:
@@ -77,5 +77,5 @@ optree.register_pytree_node(
     LensCache,
     lambda cache: (tuple(cache.values()), (tuple(cache), cache.layers), tuple(cache)),  # type: ignore[arg-type]
     _build_for_optree,
-    namespace=torch_private.EVERY_NAMESPACE,
+    namespace=torch_private_tensors.EVERY_NAMESPACE,
 )

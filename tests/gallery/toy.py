@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from nicehooks.hookpoints import HookedRootModule, HookPoint
 
 
-class Attention(nn.Module):
+class HookedAttention(nn.Module):
+    """Attention that shows each of its steps at a hook point."""
+
     def __init__(self, d_model, heads):
         super().__init__()
         self.heads = heads
@@ -32,10 +32,12 @@ class Attention(nn.Module):
         return self.W_O(z.flatten(-2))
 
 
-class Block(nn.Module):
+class HookedBlock(nn.Module):
+    """Attention and an MLP around the residual stream, and a hook point that is never reached."""
+
     def __init__(self, d_model, heads):
         super().__init__()
-        self.attn = Attention(d_model, heads)
+        self.attn = HookedAttention(d_model, heads)
         self.mlp = nn.Sequential(nn.Linear(d_model, 2 * d_model), nn.Tanh(), nn.Linear(2 * d_model, d_model))
         self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
@@ -56,7 +58,7 @@ class Toy(HookedRootModule):
         super().__init__()
         self.embed = nn.Linear(4, d_model)
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(HookedBlock(d_model, heads) for _ in range(layers))
         self.unembed = nn.Linear(d_model, 5)
         self.received: list[str] = []  # the names of arguments that it did not ask for
         self.setup()
@@ -79,43 +81,8 @@ def inputs(batch=3, pos=5):
     return torch.randn(batch, pos, 4, generator=torch.Generator().manual_seed(1))
 
 
-class Record(NamedTuple):
-    """One hook of a model, beside the name of its hook point."""
-
-    name: str
-    dir: str
-    hook: object
-    is_permanent: bool
-    level: int | None
-
-
-def records(model, *args, **options):
-    """The hooks of a model, point by point."""
-    return [
-        Record(name, handle.dir, handle.user_hook, handle.is_permanent, handle.context_level)
-        for name, handles in model.list_hooks(*args, **options).items()
-        for handle in handles
-    ]
-
-
-# --- places in it, and hooks ---
+# --- places in it ---
 
 MLP = "blocks.0.hook_mlp_out"
 POST = "blocks.1.hook_resid_post"
 Z = "blocks.1.attn.hook_z"
-
-
-def double(value, hook):
-    return value * 2
-
-
-def zero(value, hook):
-    return value * 0
-
-
-def look(value, hook):
-    return None
-
-
-def names_of(point):
-    return [handle.hook.hook.__name__ for handle in point.fwd_hooks]

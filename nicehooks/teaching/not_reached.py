@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.core.census import unwrap
+from nicehooks.core.children import unwrap
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
@@ -30,19 +30,6 @@ def not_reached(context: Any, session: Session, rule: SiteRule) -> str:
 
 NOT_THERE = (
     "where this context does not act: enter it there, carry it along with contextvars.copy_context(), or use .attach()."
-)
-
-CHECKPOINTED = (
-    "{context} acted inside an activation-checkpointed region. Backward runs the forward of such a region again, and "
-    "the intervention has to act there too: run backward inside the context."
-)
-
-EMPTY = "{verb}(model, …) was given an empty list of sites, perhaps by a filter. To select none, write False."
-
-ACTIVE_ALREADY = (
-    "this {verb}(…) is active already: one object is one intervention.\n"
-    "  To have it twice, make a second one: with {verb}(…), {verb}(…):\n"
-    "  To use it again, leave it first."
 )
 
 

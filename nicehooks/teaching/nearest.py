@@ -6,20 +6,17 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.calling import has_forward
+from nicehooks.core.calling import SCRIPTED, has_forward
 from nicehooks.core.census import Census
+from nicehooks.core.children import unwrap
 from nicehooks.core.register import kind_of
-from nicehooks.errors import UnsupportedModule
+from nicehooks.errors import PathError, SiteNotFound, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
-
-SCRIPTED = (
-    "{name!r} is a {kind}: TorchScript runs its forward outside of Python, where nothing can be captured or changed.\n"
-    "  Use the original nn.Module instead of the scripted one, or select only modules around it."
-)
 
 TAKES_MORE = ("patch", "edit", "steer")
 """The verbs that need more than a model and a path."""
@@ -40,9 +37,22 @@ LONGEST = 200
 """Characters of a name that somebody may have meant to write."""
 
 
-def nothing_matches(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> str:
-    """Says that `path` selects nothing, though it matches the names in `named`, and what does."""
-    model = type(census.root).__name__
+def nothing_matches(model: nn.Module, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> Exception:
+    """The error that says that `path` selects nothing, though it matches the names in `named`, and what does."""
+    census = Census(model)
+    scripted = [(name, module) for name, module in census.names.items() if _leads_into(path, name, module)]
+    if scripted:
+        name, module = scripted[0]
+        return UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
+    return SiteNotFound(_why(census, path, named, verb))
+
+
+def _leads_into(path: ModulePath, name: str, module: nn.Module) -> bool:
+    """Whether `path` leads into a TorchScript module."""
+    return torch_private.is_scripted(module) and path.plain_name.startswith(f"{name}." if name else "")
+
+
+def _why(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> str:
     if named:
         name, module = named[0]
         missing = kind_of(path.port).missing(name, module, path.port)
@@ -52,14 +62,21 @@ def nothing_matches(census: Census, path: ModulePath, named: list[tuple[str, nn.
         instead = replace(path, name=f"{name}.*" if name else "*")
         return f"{name!r} is a {kind}, which is never called itself.\n  its children: {str(instead)!r}"
     lines = _part_of_anatomy(path, verb) or list(_nearest(census, path, verb))
-    return "\n".join([f"no module matches {str(path)!r} in {model}.", *lines])
+    return "\n".join([f"no module matches {str(path)!r} in {type(census.root).__name__}.", *lines])
 
 
-def refuse_scripted(census: Census, path: ModulePath) -> None:
-    """Says so if `path` leads into a TorchScript module."""
-    for name, module in census.names.items():
-        if torch_private.is_scripted(module) and path.plain_name.startswith(f"{name}." if name else ""):
-            raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
+def nothing_chosen(model: nn.Module, item: Any) -> SiteNotFound:
+    """The error that says that no module is as `item` wants it."""
+    shown = f"this {type(item).__name__}" if isinstance(item, nn.Module) else getattr(item, "__name__", str(item))
+    return SiteNotFound(f"{shown} selects no module that is ever called in {type(unwrap(model)).__name__}.")
+
+
+def chooses_nothing(item: Any) -> PathError:
+    """The error that says that `item` is nothing that selects sites."""
+    return PathError(
+        f"{item!r} selects no sites: write a path, a Site, True, a regular expression, a predicate "
+        "(name, module) -> bool, a module type, a module, or a list of them"
+    )
 
 
 def _lines(wrong: str, right: str) -> list[str]:

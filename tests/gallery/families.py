@@ -1,4 +1,4 @@
-"""The models that trees of hooks are bound to in the tests, each with its forward by hand, and what the tests share."""
+"""The models that trees of hooks are bound to in the tests, each with its forward by hand."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
-
-from nicehooks.hooktrees import TransformerHooks
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -81,43 +79,5 @@ each_model = pytest.mark.parametrize(
 )
 
 
-class Recorder:
-    """Records the values at all places of a model by hand."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[tuple[int | None, Tensor]]] = {}
-
-    def __call__(self, place: str, value: Tensor, layer: int | None = None) -> Tensor:
-        self.values.setdefault(place, []).append((layer, value))
-        return value
-
-
-def tree_of(places: Any, hook: Callable[[str], Callable[..., Any]], kind: str = "fwd") -> TransformerHooks:
-    tree = TransformerHooks()
-    for place in places:
-        tree.append_to_path(f"{place}.{kind}", hook(place))
-    return tree
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def warped(value: Tensor) -> Tensor:
-    """Another value, for a softmax and for a norm, too."""
-    return value + value.tanh()
-
-
-POST_MLP = "resid.torso.post_mlp.fwd"
-
-
 def small() -> Any:
     return made("gpt2", "eager")
-
-
-def logits_of(model: Any) -> Tensor:
-    return model(IDS).logits
-
-
-def state_of(model: nn.Module) -> list[dict[str, Any]]:
-    return [dict(vars(module)) for module in model.modules()]
