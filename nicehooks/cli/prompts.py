@@ -93,12 +93,12 @@ def encode_pair(
     return PromptPairs(sides["clean"], sides["corrupted"], torch.tensor([right]), torch.tensor([other]), tokens)
 
 
-FIELDS = ("clean", "corrupted", "answer", "wrong")
+PAIR_FIELDS = ("clean", "corrupted", "answer", "wrong")
 """What each pair of prompts has, on the command line and in a file."""
 
 
 def read_pairs(file: str) -> list[dict[str, str]]:
-    """The pairs of prompts in a CSV file with a column for each of `FIELDS`.
+    """The pairs of prompts in a CSV file with a column for each of `PAIR_FIELDS`.
 
     Raises:
         PromptError: the file cannot be read, lacks a column, or has no row.
@@ -110,8 +110,10 @@ def read_pairs(file: str) -> list[dict[str, str]]:
         raise PromptError(
             f"cannot read the prompts in {file!r}: {getattr(error, 'strerror', None) or error}."
         ) from None
-    if not rows or any([row.get(field) is None for row in rows for field in FIELDS]):
-        raise PromptError(f"{file!r} needs a first line {','.join(FIELDS)!r}, and a line with all four for each pair.")
+    if not rows or any([row.get(field) is None for row in rows for field in PAIR_FIELDS]):
+        raise PromptError(
+            f"{file!r} needs a first line {','.join(PAIR_FIELDS)!r}, and a line with all four for each pair."
+        )
     return rows
 
 
@@ -123,7 +125,7 @@ def encode_pairs(
     Raises:
         PromptError: a pair cannot be compared, or not all pairs have as many tokens.
     """
-    pairs = [encode_pair(tokenizer, *[row[field] for field in FIELDS], device) for row in rows]
+    pairs = [encode_pair(tokenizer, *[row[field] for field in PAIR_FIELDS], device) for row in rows]
     for row, pair in zip(rows, pairs, strict=True):
         if len(pair.tokens) != len(pairs[0].tokens):
             counts = f"{len(pairs[0].tokens)} and {len(pair.tokens)}"
@@ -138,18 +140,6 @@ def encode_pairs(
     return PromptPairs(
         *both, torch.cat([pair.answer for pair in pairs]), torch.cat([pair.wrong for pair in pairs]), tokens
     )
-
-
-def without_space(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str | None:
-    """What `answer` seems to lack: the same word behind a space, where that is another token of the model.
-
-    Tokenizers such as that of GPT-2 have words with the space before them, so a prompt is continued by `" Mary"`; the
-    logit of `"Mary"` says little. None where nothing seems to be lacking.
-    """
-    if prompt[-1:].isspace() or not answer[:1].isalnum():
-        return None
-    ids, spaced = [tokenizer.encode(text, add_special_tokens=False) for text in (answer, f" {answer}")]
-    return f" {answer}" if len(spaced) == 1 and spaced != ids and tokenizer.unk_token_id not in spaced else None
 
 
 def without_space(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str | None:
