@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import save_tiny, shipped
+from gallery.language import save_tiny, shipped
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
