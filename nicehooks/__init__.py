@@ -63,6 +63,7 @@ __all__ = [
     "acdc",
     "anatomy",
     "attribute",
+    "attention_view",
     "capture",
     "captured",
     "circuit",

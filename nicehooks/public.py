@@ -52,6 +52,7 @@ from nicehooks.experiments.means import mean_activations
 from nicehooks.experiments.score_terms import score_attribution
 from nicehooks.experiments.sweeping import sweep
 from nicehooks.paths.grammar import ModulePath
+from nicehooks.pictures.attention import attention_view
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP

@@ -186,6 +186,11 @@ def version(value: Tensor) -> int:
     return unwrapped(value)._version
 
 
+def version_traced(value: Tensor) -> int:
+    """The version counter of `value` in code that is being traced: a number that is part of the graph."""
+    return value._version
+
+
 def requires_gradient(value: Tensor) -> bool:
     """Whether `value` requires a gradient, at whatever level: the wrapper of a `vmap` inside does not say so itself."""
     if value.requires_grad or torch.compiler.is_compiling():

@@ -23,6 +23,7 @@ DOORS = {"hookpoints", "hooktrees"}
 ORDER = [
     "errors",
     "extras",
+    "pictures",
     "torch_private",
     "torch_private_tensors",
     "moved",
@@ -35,7 +36,6 @@ ORDER = [
     "teaching",
     "anatomies",
     "experiments",
-    "pictures",
     "harvest",
     "serving",
     "compat",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from nicehooks.caches.messages import sites_in
 from nicehooks.caches.watching import Calls
+from nicehooks.pictures.tables import table_html
 from nicehooks.values import trees
 
 
@@ -23,9 +23,7 @@ def as_text(cache: Mapping[str, Any]) -> str:
 
 def as_html(cache: Mapping[str, Any]) -> str:
     """A table with a row for each site."""
-    cells = [(html.escape(key), html.escape(text)) for key, text in _rows(cache)]
-    rows = "".join(f"<tr><td><code>{key}</code></td><td>{text}</td></tr>" for key, text in cells)
-    return f"<table><caption>{_title(cache)}</caption><tr><th>site</th><th>value</th></tr>{rows}</table>"
+    return table_html(_title(cache), ["site", "value"], _rows(cache))
 
 
 def _title(cache: Mapping[str, Any]) -> str:

@@ -50,14 +50,14 @@ class GraphWatch:
         self.all_calls = all_calls
         for leaf in trees.leaves(value):
             if isinstance(leaf, Tensor):
-                self.pending.append((key, value, leaf, leaf._version))
+                self.pending.append((key, value, leaf, torch_private_tensors.version_traced(leaf)))
 
     def settle(self) -> None:
         """Leaves the numbers of writes so far."""
         writes: dict[str, Any] = {}
         for key, value, tensor, version in self.pending:
             before = writes[key][1] if key in writes else 0
-            writes[key] = (value, before + tensor._version - version)
+            writes[key] = (value, before + torch_private_tensors.version_traced(tensor) - version)
         self.cache._graph_writes = Link(self.cache._graph_writes, writes) if self.all_calls else writes
         self.cache._graph_watch = None
 

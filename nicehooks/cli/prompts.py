@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +21,29 @@ class PromptError(NiceHooksError, ValueError):
 
 
 @dataclass(frozen=True)
-class PromptPair:
-    """Two prompts of as many tokens, and what each should be answered.
+class PromptPairs:
+    """Pairs of prompts, all of as many tokens, and what each should be answered.
 
     Attributes:
-        clean: the model's inputs for the prompt that `answer` belongs to, each `[1, pos]`.
-        corrupted: the same for the other prompt.
-        answer: the token that continues the clean prompt.
-        wrong: the token that continues the corrupted prompt.
+        clean: the model's inputs for the prompts that `answer` belongs to, each `[pair, pos]`.
+        corrupted: the same for the other prompts.
+        answer: `[pair]`, the token that continues the clean prompt.
+        wrong: `[pair]`, the token that continues the corrupted prompt.
         tokens: a label for each position, with both tokens where the prompts differ: `"John/Mary"`.
     """
 
     clean: dict[str, Tensor]
     corrupted: dict[str, Tensor]
-    answer: int
-    wrong: int
+    answer: Tensor
+    wrong: Tensor
     tokens: list[str]
 
     def logit_difference(self, output: Any) -> Tensor:
         """How much more a language model's `output` favours `answer` over `wrong` as the next token, `[batch]`."""
         logits: Tensor = output.logits[:, -1].double()
-        return logits[:, self.answer] - logits[:, self.wrong]
+        rows = torch.arange(len(logits), device=logits.device)
+        answer, wrong = [tokens.to(rows.device).expand(len(rows)) for tokens in (self.answer, self.wrong)]
+        return logits[rows, answer] - logits[rows, wrong]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ def encode_pair(
     answer: str,
     wrong: str,
     device: torch.device | str = "cpu",
-) -> PromptPair:
+) -> PromptPairs:
     """Two prompts and two answers as tokens.
 
     Args:
@@ -86,7 +90,68 @@ def encode_pair(
     if right == other:
         raise PromptError(f"the answer and the wrong answer are the same token, {answer!r}.")
     tokens = [a if a == b else f"{a}/{b}" for a, b in labels]
-    return PromptPair(sides["clean"], sides["corrupted"], right, other, tokens)
+    return PromptPairs(sides["clean"], sides["corrupted"], torch.tensor([right]), torch.tensor([other]), tokens)
+
+
+PAIR_FIELDS = ("clean", "corrupted", "answer", "wrong")
+"""What each pair of prompts has, on the command line and in a file."""
+
+
+def read_pairs(file: str) -> list[dict[str, str]]:
+    """The pairs of prompts in a CSV file with a column for each of `PAIR_FIELDS`.
+
+    Raises:
+        PromptError: the file cannot be read, lacks a column, or has no row.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            rows = list(csv.DictReader(opened))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PromptError(
+            f"cannot read the prompts in {file!r}: {getattr(error, 'strerror', None) or error}."
+        ) from None
+    if not rows or any([row.get(field) is None for row in rows for field in PAIR_FIELDS]):
+        raise PromptError(
+            f"{file!r} needs a first line {','.join(PAIR_FIELDS)!r}, and a line with all four for each pair."
+        )
+    return rows
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], device: torch.device | str = "cpu"
+) -> PromptPairs:
+    """Several pairs of prompts as one batch.
+
+    Raises:
+        PromptError: a pair cannot be compared, or not all pairs have as many tokens.
+    """
+    pairs = [encode_pair(tokenizer, *[row[field] for field in PAIR_FIELDS], device) for row in rows]
+    for row, pair in zip(rows, pairs, strict=True):
+        if len(pair.tokens) != len(pairs[0].tokens):
+            counts = f"{len(pairs[0].tokens)} and {len(pair.tokens)}"
+            shown = f"  {rows[0]['clean']!r}\n  {row['clean']!r}"
+            raise PromptError(f"all pairs need as many tokens, but these have {counts}.\n{shown}")
+    both = [
+        {name: torch.cat([getattr(pair, side)[name] for pair in pairs]) for name in pairs[0].clean}
+        for side in ("clean", "corrupted")
+    ]
+    labels = [set(column) for column in zip(*[pair.tokens for pair in pairs], strict=True)]
+    tokens = [label.pop() if len(label) == 1 else "…" for label in labels]
+    return PromptPairs(
+        *both, torch.cat([pair.answer for pair in pairs]), torch.cat([pair.wrong for pair in pairs]), tokens
+    )
+
+
+def without_space(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str | None:
+    """What `answer` seems to lack: the same word behind a space, where that is another token of the model.
+
+    Tokenizers such as that of GPT-2 have words with the space before them, so a prompt is continued by `" Mary"`; the
+    logit of `"Mary"` says little. None where nothing seems to be lacking.
+    """
+    if prompt[-1:].isspace() or not answer[:1].isalnum():
+        return None
+    ids, spaced = [tokenizer.encode(text, add_special_tokens=False) for text in (answer, f" {answer}")]
+    return f" {answer}" if len(spaced) == 1 and spaced != ids and tokenizer.unk_token_id not in spaced else None
 
 
 def visible(token: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,8 +13,6 @@ from nicehooks.extras import needs
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
-
-T = TypeVar("T")
 
 ROW_WIDTH, COLUMN_WIDTH = 8, 5
 """The least that the label of a row, and a number with a blank, take up."""
@@ -25,12 +24,23 @@ def check() -> None:
         import rich as rich
 
 
-def progress(items: Sequence[T], description: str) -> Iterable[T]:
-    """Goes through `items` with a progress bar on stderr."""
+@contextmanager
+def bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, as a function of how much is done and of how much there is."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    return track(items, description, console=Console(stderr=True))
+    shown = Progress(console=Console(stderr=True))
+    task = shown.add_task(description, total=None)
+
+    def show(done: int, count: int) -> None:
+        shown.start()  # not before there is something to show: an error may come first
+        shown.update(task, completed=done, total=count)
+
+    try:
+        yield show
+    finally:
+        shown.stop()
 
 
 def print_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], corner: str) -> None:

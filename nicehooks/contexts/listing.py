@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
@@ -24,6 +24,7 @@ from nicehooks.core.tap import Tap, tap_of
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
+from nicehooks.pictures.tables import table_html, tree_html
 from nicehooks.values import trees
 
 
@@ -51,11 +52,13 @@ class SiteTable(Sequence[SiteRecord]):
     Args:
         records: the sites, in the order of the model's modules.
         kind: the class of the model, which is the root of the tree even where it is only a container and no site.
+        notes: more to say of a record, by its path.
     """
 
-    def __init__(self, records: list[SiteRecord], kind: str) -> None:
+    def __init__(self, records: list[SiteRecord], kind: str, notes: Mapping[str, str] | None = None) -> None:
         self.records = records
         self.kind = kind
+        self.notes = dict(notes or {})
 
     @overload
     def __getitem__(self, index: int) -> SiteRecord: ...
@@ -99,11 +102,14 @@ class SiteTable(Sequence[SiteRecord]):
             branches.append(branches[-1].add(text) if branches else Tree(text))
         return branches[0]
 
+    def _repr_html_(self) -> str:
+        return tree_html(list(self._lines()))
+
     def _lines(self) -> Iterator[tuple[int, str, str]]:
         """Depth, name within the parent, and the rest, of each record; parents that are no sites have a line too."""
         shown: set[str] = set()
         roots = [record for record in self.records if not record.path]
-        yield 0, "(model)", _about(roots[0]) if roots else self.kind
+        yield 0, "(model)", self._about(roots[0]) if roots else self.kind
         for record in self.records[len(roots) :]:
             path = ModulePath.parse(record.path)
             segments = path.name.split(".") if path.name else []
@@ -114,7 +120,11 @@ class SiteTable(Sequence[SiteRecord]):
                     yield depth, segments[depth - 1], ""
             shown.add(path.name)
             labels = [*segments, str(path.port)] if record.type == CALL else segments
-            yield len(labels), labels[-1], _about(record)
+            yield len(labels), labels[-1], self._about(record)
+
+    def _about(self, record: SiteRecord) -> str:
+        note = self.notes.get(record.path)
+        return f"{_about(record)}  {note}" if note else _about(record)
 
 
 CALL = "call"
@@ -242,6 +252,12 @@ class ActiveTable(list[ActiveRecord]):
         )
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A row for each intervention at each site."""
+        rows = [(each.path, each.intervention, each.scope, "yes" if each.acting else "not here") for each in self]
+        heads = ["site", "intervention", "scope", "acts"]
+        return table_html(f"{len(self)} active" if self else str(self), heads, rows)
 
 
 def describe(model: nn.Module) -> ActiveTable:

@@ -107,7 +107,7 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
         for rule in rules:
             rule.after(frame)
     except StopForward as stop:
-        if not any([rule.caught(stop) for rule in rules]):
+        if not _is_caught(stop, rules):
             raise
         frame.value = None
     finally:
@@ -116,6 +116,10 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
         if frame.watcher is not None:
             frame.watcher = frame.module = None  # both know the frame, and the frame the value
     return frame.value
+
+
+def _is_caught(stop: StopForward, rules: list[Rule]) -> bool:  # a function: Dynamo knows no cell that `except` deletes
+    return any([rule.caught(stop) for rule in rules])
 
 
 def _watched_call(tap: Any, frame: Frame) -> Any:

@@ -30,7 +30,7 @@ class SlowPathRule(Rule):
 
 def _slow_path_rules(sites: list[Site], root: nn.Module, counting: bool) -> Pairs:
     """A rule for each encoder that contains one of `sites`."""
-    encoders = {id(encoder): encoder for site in sites for encoder in site.encoders}
+    encoders = {id(encoder): encoder for site in sites if site._encoders for encoder in site.encoders}
     return [(encoder, SlowPathRule()) for encoder in encoders.values()]
 
 

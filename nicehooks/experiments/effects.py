@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.errors import FileFault, NiceHooksError, TreeMismatch
 from nicehooks.extras import needs
+from nicehooks.pictures.grids import grid_view
+from nicehooks.pictures.pages import Page
+from nicehooks.pictures.plots import plot_grid
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
 
@@ -90,13 +95,15 @@ class Effects:
         few = self.examples is None or self.examples.shape[-1] < 2
         return None if few else self.examples.std(dim=-1)  # type: ignore[union-attr]
 
+    def cells(self) -> list[Effect]:
+        """Every cell, in the order of `values.flatten()`."""
+        return list(map(Effect, self.sites, self._labels(), self.values.flatten().tolist()))
+
     def top(self, k: int = 10) -> list[Effect]:
         """The `k` largest effects, of either sign, largest first."""
-        flat = self.values.flatten()
-        ranks = flat.abs().nan_to_num(-1.0)
-        largest = ranks.topk(min(k, len(flat))).indices.tolist()
-        labels = list(self._labels())
-        return [Effect(self.sites[cell], labels[cell], flat[cell].item()) for cell in largest]
+        ranks = self.values.flatten().abs().nan_to_num(-1.0)
+        cells = self.cells()
+        return [cells[index] for index in ranks.topk(min(k, len(ranks))).indices.tolist()]
 
     def normalized(self, clean: float | Tensor, corrupted: float | Tensor) -> Effects:
         """The effects in parts of the way from the metric `corrupted` to the metric `clean`.
@@ -147,6 +154,40 @@ class Effects:
             columns["spread"] = self.spread.flatten().tolist()
         return pandas.DataFrame({**columns, "site": list(self.sites)})
 
+    def plot(self, ax: Axes | None = None, title: str = "") -> Any:
+        """Draws the effects with matplotlib: bars for one axis, a heat map for two, several heat maps for more.
+
+        Of more than two axes the two longest are rows and columns. Each combination of the others is a heat map of its
+        own; where these would be more than six, one heat map has their mean.
+
+        Args:
+            ax: the axes of matplotlib to draw on; new ones, in a figure of their own, where it is left out.
+            title: what stands above the picture.
+
+        Returns:
+            The axes, whose `.figure` has `savefig`; a list of them where there are several heat maps.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        return plot_grid(self.values, self.axes, ax, title, self.spread)
+
+    def to_html(self, file: str | Path, title: str = "effects") -> Path:
+        """Writes the effects as an interactive page that needs nothing beside itself, and returns its path.
+
+        The value of a cell is shown under the pointer, a click sorts by a row or a column; the keyboard does both.
+
+        Raises:
+            PlotError: the file cannot be written.
+        """
+        return self._page(title).to_html(file)
+
+    def _page(self, title: str) -> Page:
+        return grid_view(self.values, self.axes, title, self.spread, self.sites, [self._summary(), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return self._page("effects")._repr_html_()
+
     def save(self, file: Any) -> None:
         """Writes the effects to a safetensors file, which `Effects.load` reads.
 
@@ -177,11 +218,15 @@ class Effects:
         return product(*[axis.labels for axis in self.axes])
 
     def __repr__(self) -> str:
+        return f"Effects({self._summary()})"
+
+    def _summary(self) -> str:
         size = " × ".join([f"{axis.name} {len(axis.labels)}" for axis in self.axes]) or "one"
-        if not self.values.numel():
-            return f"Effects({size}, no cells)"
-        low, high, base = self.values.min().item(), self.values.max().item(), self.baseline.mean().item()
-        return f"Effects({size}, from {low:.4g} to {high:.4g}, baseline {base:.4g})"
+        there = self.values[~self.values.isnan()]  # what an interrupt has left undone is NaN
+        if not there.numel():
+            return f"{size}, no cells"
+        low, high, base = there.min().item(), there.max().item(), self.baseline.mean().item()
+        return f"{size}, from {low:.4g} to {high:.4g}, baseline {base:.4g}"
 
 
 def is_grid(labels: Sequence[Sequence[str]]) -> bool:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from nicehooks.errors import NiceHooksError
 from nicehooks.extras import needs
+from nicehooks.pictures.pages import PlotError
+from nicehooks.pictures.plots import heat_map_on, most_of, plot_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class PlotError(NiceHooksError, OSError):
-    """A picture cannot be written where it was asked for."""
 
 
 def heat_map(
@@ -45,18 +42,10 @@ def heat_map(
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    with needs("plot"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(2.5 + 0.4 * len(columns), 2.2 + 0.2 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    limit = max(1.0, values.abs().max().item())
-    image = axes.imshow(values.numpy(force=True), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", parse_math=False)
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
-    axes.set(xlabel=column_title, ylabel=row_title)
-    axes.set_title(title, parse_math=False)
-    figure.colorbar(image, label=scale_title)
-    return figure
+    axes = plot_axes(len(columns), len(rows))
+    limit = max(1.0, most_of(values))
+    heat_map_on(axes, values, (row_title, rows), (column_title, columns), title, scale_title, limit)
+    return cast("Figure", axes.figure)
 
 
 def save(figure: Figure, file: str | Path) -> Path:
@@ -86,6 +75,11 @@ def check_file(file: str | Path) -> Path:
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.lstrip(".") not in known:
         raise PlotError(f"cannot write {str(path)!r}: its name should end in .{', .'.join(sorted(known))}.")
+    check_folder(path)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raises a `PlotError` where the directory that `path` should be in is not there."""
     if not path.parent.is_dir():
         raise PlotError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from functools import partial
@@ -13,13 +14,15 @@ from gallery.language import save_tiny, shipped
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
-from nicehooks import UnsupportedModule, sites
+from nicehooks import UnsupportedModule, capture, patch, sites
 from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.anatomies.residual import decoder_blocks, residual_stream
-from nicehooks.cli import command, jobs, terminal
+from nicehooks.cli import command, jobs, patching_job, terminal
 from nicehooks.cli.loading import load
-from nicehooks.cli.patching_job import ResidualGrid, residual_grid
-from nicehooks.cli.prompts import PromptPair, encode, encode_pair
+from nicehooks.cli.patching_job import differences, patched
+from nicehooks.cli.prompts import PromptPairs, encode, encode_pair, encode_pairs, without_space
+from nicehooks.cli.sites_job import named_sites
+from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.pictures import heat_map
 
 CLEAN, CORRUPTED = "When Mary and John went, John gave to", "When Mary and John went, Mary gave to"
@@ -40,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def with_hand_written_hooks(model: torch.nn.Module, blocks: list[torch.nn.Module], pair: PromptPair) -> torch.Tensor:
+def with_hand_written_hooks(model: torch.nn.Module, blocks: list[torch.nn.Module], pair: PromptPairs) -> torch.Tensor:
     """The grid, as one writes it without this library."""
     clean: list[torch.Tensor] = []
 
@@ -97,19 +100,21 @@ def test_the_grid_is_that_of_hand_written_hooks(make):
     torch.manual_seed(0)
     model = make().eval()
     clean, corrupted = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 2, 6, 4, 5]])
-    pair = PromptPair({"input_ids": clean}, {"input_ids": corrupted}, 7, 8, list("abcde"))
+    answers = torch.tensor([7]), torch.tensor([8])
+    pair = PromptPairs({"input_ids": clean}, {"input_ids": corrupted}, *answers, list("abcde"))
     expected = with_hand_written_hooks(model, list(model.transformer.h), pair)
-    grid = residual_grid(model, pair, batch=1)
-    assert torch.equal(grid.effects, expected)
     # A batch may round otherwise, each logit in some of its last bits, and the division makes that larger.
     rounding = 8 * torch.finfo(torch.float32).eps * model(clean).logits.abs().max().item()
-    close = partial(torch.testing.assert_close, rtol=0, atol=rounding / abs(grid.clean - grid.corrupted))
-    side_by_side = residual_grid(model, pair, batch=3)
-    close(side_by_side.effects, expected)
-    close(grid.effects[-1, -1].item(), 1.0)  # the last block at the last position is all that logits see
-    part = residual_grid(model, pair, layers=[-1, 0], positions=[2, -1], batch=1)
-    assert (part.layers, part.positions, part.tokens) == ([2, 0], [2, 4], ["c", "e"])
-    assert torch.equal(part.effects, expected[[2, 0]][:, [2, 4]])
+    top, floor = differences(model, pair)
+    close = partial(torch.testing.assert_close, rtol=0, atol=rounding / abs(top - floor).item())
+    for engine in ("loop", "auto"):
+        effects = patched(model, pair, engine=engine)
+        close(effects.values, expected)
+    close(effects.values[-1, -1].item(), 1.0)  # the last block at the last position is all that logits see
+    assert effects.axes[1] == ("position", ("0 a", "1 b", "2 c", "3 d", "4 e"))
+    part = patched(model, pair, layers=[-1, 0], positions=[2, -1])
+    assert [cell.labels for cell in part.cells()] == [("2", "2 c"), ("2", "4 e"), ("0", "2 c"), ("0", "4 e")]
+    close(part.values, expected[[2, 0]][:, [2, 4]])
 
 
 def test_the_largest_module_list_holds_the_blocks():
@@ -160,9 +165,10 @@ def test_the_residual_stream_of_an_unknown_model_is_what_its_blocks_return():
     assert torch.equal(stream["blocks.1[0]"], output)
 
 
-def findings(*rows: list[float]) -> str:
-    tokens = ["When", "John/Mary", "to"]
-    return ResidualGrid(torch.tensor(rows), list(range(len(rows))), [0, 9, 13], tokens, 6.0, -5.0).findings()
+def findings(*rows: list[float], second: str = "position") -> str:
+    columns = ("0 When", "9 John/Mary", "13 to") if second == "position" else tuple("012")
+    axes = [Axis("layer", tuple(map(str, range(len(rows))))), Axis(second, columns[: len(rows[0])])]
+    return patching_job.findings(Effects(torch.tensor(rows), axes, torch.tensor(0.0)))
 
 
 def test_findings_where_the_effect_moves():
@@ -181,17 +187,25 @@ def test_findings_where_the_effect_stays():
 
 def test_findings_where_there_is_none():
     assert findings([0.02, 0.0, 0.0], [0.03, 0.04, 0.05]) == (
-        "No single patch restores the logit difference: the largest effect is 5%, that of layer 1 at position 13 (to). "
+        "The largest effect of a single patch is 5%, at layer 1, position 13 to. "
         "All positions together add up to at most 12%, at layer 1."
     )
 
 
 def test_findings_of_a_single_position():
-    grid = ResidualGrid(torch.tensor([[0.5]]), [3], [9], ["John"], 6.0, -5.0)
-    assert grid.findings() == (
-        "At layer 3, the effect is largest at position 9 (John): one patch restores up to 50%. "
+    assert findings([0.5]) == (
+        "At layer 0, the effect is largest at position 0 (When): one patch restores up to 50%. "
         "No other position restores anything, as none was tried."
     )
+
+
+def test_findings_of_heads_and_of_one_axis():
+    assert findings([0.5, 0.25], second="head") == (
+        "At layer 0, the effect is largest at head 0: one patch restores up to 50%. "
+        "No other head restores more than 25%."
+    )
+    alone = Effects(torch.tensor([0.1, 0.5]), [Axis("layer", ("3", "4"))], torch.tensor(0.0))
+    assert patching_job.findings(alone) == "The largest effect of a single patch is 50%, at layer 4."
 
 
 def test_a_token_at_the_start_is_part_of_the_prompts_and_not_of_the_answers(tiny: str):
@@ -202,7 +216,7 @@ def test_a_token_at_the_start_is_part_of_the_prompts_and_not_of_the_answers(tiny
     assert pair.clean["input_ids"].tolist() == [[0, 1, 2]]
     assert pair.corrupted["input_ids"].tolist() == [[0, 1, 3]]
     assert pair.tokens == ["<unk>", "When", "Mary/John"]
-    assert (pair.answer, pair.wrong) == (2, 3)
+    assert (pair.answer.tolist(), pair.wrong.tolist()) == ([2], [3])
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -212,20 +226,21 @@ def test_patch_prints_the_grid_and_draws_it(tiny: str, here: Path, capsys: pytes
     assert command.main(["patch", "--model", tiny, *WORDS]) == 0
     out, err = capsys.readouterr()
     model, tokenizer = load(tiny)
-    grid = residual_grid(model, encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John"))
-    assert f"{grid.clean:+6.2f}  clean      {CLEAN!r}" in out
-    assert f"{grid.corrupted:+6.2f}  corrupted  {CORRUPTED!r}" in out
+    pair = encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John")
+    grid, (clean, corrupted) = patched(model, pair), differences(model, pair)
+    assert f"{clean:+6.2f}  clean      {CLEAN!r}" in out
+    assert f"{corrupted:+6.2f}  corrupted  {CORRUPTED!r}" in out
     rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
     assert rows[-2:] == [[str(layer), *(f"{100 * e + 0:.0f}" for e in row)] for layer, row in enumerate(percent(grid))]
-    assert grid.findings() in out
+    assert patching_job.findings(grid) in out
     assert out.endswith("\nThe heat map is in grid.png\n")
     assert (here / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert "patching" in err  # the progress bar
 
 
-def percent(grid: ResidualGrid) -> list[list[float]]:
+def percent(grid: Effects) -> list[list[float]]:
     """The effects, with 0 for what rounds to -0."""
-    return [[0.0 if abs(effect) < 0.005 else effect for effect in row] for row in grid.effects.tolist()]
+    return [[0.0 if abs(effect) < 0.005 else effect for effect in row] for row in grid.values.tolist()]
 
 
 def test_patch_takes_some_layers_and_positions(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
@@ -240,6 +255,96 @@ def test_patch_takes_some_layers_and_positions(tiny: str, here: Path, capsys: py
     assert (here / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_patch_writes_a_page_and_a_table(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    out = ["--out", "a.html", "a.csv"]
+    assert command.main(["patch", "--model", tiny, *WORDS, "--layers", "1", "--positions", "0,6", *out]) == 0
+    assert capsys.readouterr().out.endswith("\n\nThe page is in a.html\n\nThe table is in a.csv\n")
+    model, tokenizer = load(tiny)
+    grid = patched(model, encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John"), "resid", [1], [0, 6])
+    head, *rows = [line.split(",") for line in (here / "a.csv").read_text().splitlines()]
+    assert head == ["layer", "position", "effect", "site"]
+    assert [row[1] for row in rows] == ["0 When", "6 John/Mary"]
+    assert [float(row[2]) for row in rows] == grid.values.flatten().tolist()
+    assert (here / "a.csv").read_text().endswith('"transformer.h.1[:, 6]"\n')
+    assert '"labels":["0 When","6 John/Mary"]' in (here / "a.html").read_text()
+
+
+PAIRS_FILE = """\
+clean,corrupted,answer,wrong
+"When Mary and John went, John gave to","When Mary and John went, Mary gave to"," Mary"," John"
+"When John and Mary went, Mary gave to","When John and Mary went, John gave to"," John"," Mary"
+"""
+
+
+def test_patch_takes_pairs_from_a_file_and_any_part(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "pairs.csv").write_text(PAIRS_FILE)
+    pairs = ["--prompts", "pairs.csv", "--out", "grid.csv"]
+    assert command.main(["patch", "--model", tiny, *pairs, "--sites", "z"]) == 0
+    assert "mean logit difference of 2 pairs of prompts: " in capsys.readouterr().out
+    rows = [line.split(",") for line in (here / "grid.csv").read_text().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
+    model, tokenizer = load(tiny)
+    both = encode_pairs(tokenizer, list(csv.DictReader(PAIRS_FILE.splitlines())))
+    clean, corrupted = differences(model, both)
+    parts = anatomy(model)
+    with torch.no_grad(), capture(model, parts.z) as acts:
+        model(**both.clean)
+    for row, head in zip(rows, [parts.z[layer].head(head) for layer in (0, 1) for head in (0, 1)], strict=True):
+        with torch.no_grad(), patch(model, {head: acts[head]}):
+            by_hand = both.logit_difference(model(**both.corrupted)).mean()
+        assert float(row[2]) == pytest.approx(((by_hand - corrupted) / (clean - corrupted)).item(), abs=1e-2)
+
+
+def test_files_of_pairs_that_cannot_be_used(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    def refused(text: str) -> str:
+        (here / "pairs.csv").write_text(text)
+        return refusal(capsys, "patch", "--model", tiny, "--prompts", "pairs.csv")
+
+    needs = "needs a first line 'clean,corrupted,answer,wrong', and a line with all four for each pair."
+    assert refused("clean,wrong\na,b\n") == refused("") == f"nicehooks: 'pairs.csv' {needs}\n"
+    longer = '"When Mary and John went to, John gave to","When Mary and John went to, Mary gave to"," Mary"," John"\n'
+    assert refused(PAIRS_FILE + longer).startswith(
+        "nicehooks: all pairs need as many tokens, but these have 9 and 10.\n"
+    )
+    (here / "pairs.csv").unlink()
+    gone = "nicehooks: cannot read the prompts in 'pairs.csv': No such file or directory.\n"
+    assert refusal(capsys, "patch", "--model", tiny, "--prompts", "pairs.csv") == gone
+
+
+def test_patch_without_prompts(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        command.main(["patch", "--clean", "When"])
+    assert "patch needs --corrupted, --answer, --wrong; or --prompts FILE" in capsys.readouterr().err
+
+
+def test_what_makes_a_result_doubtful_is_said(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    """With the answers exchanged, whichever run preferred the right one prefers the wrong one."""
+    said = []
+    for answers in ({}, {"answer": " John", "wrong": " Mary"}):
+        assert command.main(["patch", "--model", tiny, *words(**answers), "--layers", "0", "--positions", "0"]) == 0
+        said.append(capsys.readouterr())
+    model, tokenizer = load(tiny)
+    clean, corrupted = differences(model, encode_pair(tokenizer, CLEAN, CORRUPTED, " Mary", " John"))
+    prefers = "the clean run prefers the wrong answer"
+    assert [prefers in one.err for one in said] == [clean <= 0, clean >= 0]
+    also = "the corrupted run prefers"
+    assert [also in one.err for one in said] == [corrupted >= 0, corrupted <= 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "better"),
+    [("gave to", "Mary", " Mary"), ("gave to ", "Mary", None), ("gave to", " Mary", None), ("gave to", ",", None)],
+)
+def test_an_answer_without_its_space(prompt: str, answer: str, better: str | None):
+    class Tokens:
+        unk_token_id = 0
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [{" Mary": 2, "Mary": 3}.get(text, 0)]
+
+    assert without_space(Tokens(), prompt, answer) == better
+
+
 def test_tokens_are_no_markup(tiny: str, here: Path, capsys: pytest.CaptureFixture[str]):
     words = ["--clean", "When [b]x[/] $y$", "--corrupted", "When [b]x[/] John", *WORDS[4:]]
     assert command.main(["patch", "--model", tiny, *words]) == 0
@@ -249,7 +354,27 @@ def test_tokens_are_no_markup(tiny: str, here: Path, capsys: pytest.CaptureFixtu
 def test_sites_prints_the_tree(tiny: str, capsys: pytest.CaptureFixture[str]):
     assert command.main(["sites", "--model", tiny]) == 0
     model, tokenizer = load(tiny)
-    assert capsys.readouterr().out == f"{sites(model, **encode(tokenizer, command.CLEAN))}\n"
+    inputs = encode(tokenizer, command.CLEAN)
+    assert capsys.readouterr().out == f"{named_sites(model, [], inputs)}\n"
+    assert [*named_sites(model, [], inputs)] == [*sites(model, **inputs)]
+
+
+def test_sites_shows_the_names_of_parts_and_takes_them(tiny: str, capsys: pytest.CaptureFixture[str]):
+    assert command.main(["sites", "transformer.h.0.**", "z", "--model", tiny]) == 0
+    lines = [line.lstrip("│ ├└─").rstrip() for line in capsys.readouterr().out.splitlines()]
+    projection = "c_proj  Conv1D  Tensor[1, 14, 16] float32  @weight, @bias  ·  z[{0}] = @input[0]/2"
+    assert lines[:3] == ["(model)  GPT2LMHeadModel", "transformer", "h"]
+    assert lines.count(projection.format(0)) == lines.count(projection.format(1)) == 1
+    assert "mlp  GPT2MLP  Tensor[1, 14, 16] float32  ·  = mlp_out[0]  mlp_in[0] = @input[0]" in lines
+    assert not any("mlp_out[1]" in line for line in lines)
+    assert refusal(capsys, "sites", "transformer.x", "--model", tiny).startswith("nicehooks: no module matches")
+
+
+def test_sites_of_a_model_without_an_anatomy():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    assert named_sites(model, ["1"], {"input": torch.ones(1, 2)}).plain() == (
+        "(model)  Sequential\n  1  ReLU  Tensor[1, 2] float32"
+    )
 
 
 A_LINE = "import sys; from nicehooks.cli import command, jobs; jobs.sites_job = print; exit(command.main(['sites']))"
@@ -275,11 +400,12 @@ def test_the_shipped_model_knows_the_indirect_object(one: str, other: str):
     model, tokenizer = shipped()
     text = f"When{one} and{other} went to the store,{{}} gave a drink to"
     pair = encode_pair(tokenizer, text.format(other), text.format(one), one, other)
-    grid = residual_grid(model, pair, layers=[5, 25], positions=[4, 9, 13])
-    assert 3.5 < grid.clean < 8.5
-    assert -8.5 < grid.corrupted < -3.5
-    assert torch.allclose(grid.effects[0], torch.tensor([0.0, 1.0, 0.0]).double(), atol=0.05)
-    assert torch.allclose(grid.effects[1], torch.tensor([0.0, 0.0, 1.0]).double(), atol=0.15)
+    clean, corrupted = differences(model, pair)
+    assert 3.5 < clean < 8.5
+    assert -8.5 < corrupted < -3.5
+    grid = patched(model, pair, layers=[5, 25], positions=[4, 9, 13])
+    assert torch.allclose(grid.values[0], torch.tensor([0.0, 1.0, 0.0]).double(), atol=0.05)
+    assert torch.allclose(grid.values[1], torch.tensor([0.0, 0.0, 1.0]).double(), atol=0.15)
 
 
 @pytest.mark.slow
@@ -352,12 +478,33 @@ def test_the_same_answer_twice(tiny: str, capsys: pytest.CaptureFixture[str]):
     )
 
 
-def test_an_unknown_model(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_model(capsys: pytest.CaptureFixture[str]):
+    here = "there is no such directory or .gguf file here"
     error = refusal(capsys, "patch", "--model", "no/such-model", *WORDS)
     assert error.startswith(
-        "nicehooks: cannot load 'no/such-model' as a causal language model.\n"
-        f"  tried: a directory or .gguf file 'no/such-model' in {here}, then 'no/such-model' on the Hugging Face Hub\n"
+        f"nicehooks: cannot load 'no/such-model': {here}, and the Hugging Face Hub cannot be reached: "
     )
+    assert error.count("\n") == 1
+    for name in ("./model", "no-such.gguf", "a/b/c"):
+        assert refusal(capsys, "sites", "--model", name) == f"nicehooks: cannot load {name!r}: {here}.\n"
+    error = refusal(capsys, "sites", "--model", "no model")
+    assert error == f"nicehooks: cannot load 'no model': {here}, and no such language model on the Hugging Face Hub.\n"
+
+
+QUIET = """
+import sys
+from nicehooks.cli import command
+command.main(["sites", "--model", "nothing/there"])
+print("torch" in sys.modules)
+assert command.main(["sites", "transformer.h.*", "--model", sys.argv[1]]) == 0
+"""
+
+
+def test_only_the_command_itself_writes_to_the_terminal(tiny: str):
+    """A name that is none is refused before torch is loaded, and no other library shows how far it is."""
+    done = subprocess.run([sys.executable, "-c", QUIET, tiny], capture_output=True, text=True, timeout=300)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("nicehooks: cannot load 'nothing/there': ")
+    assert done.stdout.startswith("False\n(model)  GPT2LMHeadModel\n")
 
 
 def test_a_layer_or_position_that_is_not_there(tiny: str, capsys: pytest.CaptureFixture[str]):
@@ -387,10 +534,12 @@ def test_prompts_between_which_the_model_sees_no_difference(tiny: str, capsys: p
     )
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(here: Path, capsys: pytest.CaptureFixture[str]):
-    error = refusal(capsys, "patch", "--model", "never loaded", *WORDS, "--out", "missing/grid.png")
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tiny: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    error = refusal(capsys, "patch", "--model", tiny, *WORDS, "--out", "missing/grid.png")
     assert error == "nicehooks: cannot write 'missing/grid.png': there is no directory 'missing'.\n"
-    error = refusal(capsys, "patch", "--model", "never loaded", *WORDS, "--out", "grid.docx")
+    error = refusal(capsys, "patch", "--model", tiny, *WORDS, "--out", "grid.docx")
     assert error.startswith("nicehooks: cannot write 'grid.docx': its name should end in .")
     (here / "taken.png").mkdir()
     figure = heat_map.heat_map(torch.zeros(1, 1), ["0"], ["When"])

@@ -45,6 +45,7 @@ def test_these_are_the_public_names() -> None:
         "ablate",
         "acdc",
         "anatomy",
+        "attention_view",
         "attribute",
         "capture",
         "captured",
