@@ -27,11 +27,12 @@ class Frame:
         contexts: what rules have entered around the call.
         inside: changes the result as if within the module's own forward: before any rule sees it.
         watcher: what is entered last and left first: around the module's own forward alone, and no rule.
+        answer: a tuple of the one value that is the result without a call of the module's own forward, if there is one.
         numbers: which call this is, for the rules that count.
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("args", "contexts", "inside", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
+    __slots__ = ("answer", "args", "contexts", "inside", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
 
     def __init__(self, tap: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap
@@ -42,6 +43,7 @@ class Frame:
         self.contexts: list[AbstractContextManager[Any]] = []
         self.inside: Any = None
         self.watcher: Any = None
+        self.answer: tuple[Any] | None = None
         self.numbers: dict[int, int] = {}
         self.kept: dict[Any, Any] = {}
 
@@ -94,8 +96,12 @@ def staged(tap: Any, rules: list[Rule], args: tuple[Any, ...], kwargs: dict[str,
     try:
         for rule in rules:
             rule.before(frame)
-        watched = frame.watcher is not None
-        frame.value = _watched_call(tap, frame) if watched else tap.call(frame.module, frame.args, frame.kwargs)
+        if frame.answer is not None:
+            (frame.value,) = frame.answer
+        elif frame.watcher is not None:
+            frame.value = _watched_call(tap, frame)
+        else:
+            frame.value = tap.call(frame.module, frame.args, frame.kwargs)
         if frame.inside is not None:
             frame.value = frame.inside(frame)
         for rule in rules:

@@ -1,0 +1,124 @@
+"""What a sweep puts into each cell: one value, or one for each of several alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.errors import NotCaptured, TreeMismatch
+from nicehooks.experiments.effects import Axis
+from nicehooks.experiments.grids import Cell
+from nicehooks.values import trees
+
+RESAMPLE = "resample"
+
+Source = Callable[[Cell, Any, Any], Any]
+"""`source(cell, region, base)`: what is assigned to the `region` of the cell; `base` is its stem in the base run."""
+
+
+class Replacements(NamedTuple):
+    """What is put into each cell.
+
+    Attributes:
+        sources: one for each alternative.
+        axis: of the alternatives; None where there is one value.
+        are_functions: whether they are functions of what stands in the cell.
+    """
+
+    sources: tuple[Source, ...]
+    axis: Axis | None
+    are_functions: bool
+
+    def new(self, alternative: int, cell: Cell, base: Any, region: Any) -> Any:
+        """What takes the place of `region`, cast and broadcast as in an assignment.
+
+        Args:
+            alternative: which one.
+            cell: where.
+            base: the value at the stem of the cell in the base run.
+            region: what stands in the cell in this run.
+        """
+        try:
+            return trees.assign(region, self.sources[alternative](cell, region, base))
+        except TreeMismatch as error:
+            raise TreeMismatch(f"sweep at {str(cell.path)!r}: {error}") from None
+
+
+def replacements_of(values: Any, region: Any) -> Replacements:
+    """What `values` puts into each cell, if `region` is what stands in the first one.
+
+    Raises:
+        TreeMismatch: it is a tensor that does not fit there.
+    """
+    if isinstance(values, list):
+        labels = [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
+        return _made(values, Axis("alternative", tuple(labels)))
+    if not isinstance(values, Tensor) or not isinstance(region, Tensor) or _is_one(values, region):
+        return _made([values], None)
+    if not trees.fits(values.shape[1:], region.shape):
+        here, there = trees.structure_of(values), trees.structure_of(region)
+        raise TreeMismatch(
+            f"sweep(model, where, values, …): {here} is neither a value for {there}, nor several along a new first "
+            "dimension."
+        )
+    labels = [f"{one.item():.4g}" if one.numel() == 1 else str(at) for at, one in enumerate(values)]
+    return _made(list(values), Axis("alternative", tuple(labels)))
+
+
+def _made(values: list[Any], axis: Axis | None) -> Replacements:
+    return Replacements(tuple(map(_source, values)), axis, any(map(_is_function, values)))
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, Tensor | Mapping)
+
+
+def _is_one(values: Tensor, region: Tensor) -> bool:
+    return trees.fits(values.shape, region.shape)
+
+
+def _source(value: Any) -> Source:
+    if isinstance(value, str) and value == RESAMPLE:
+        return _from_next_example
+    if isinstance(value, Mapping):
+        return _FromCache(cast(Any, value))
+    if _is_function(value):
+        return lambda cell, region, base: value(region)
+    return lambda cell, region, base: value
+
+
+def _from_next_example(cell: Cell, region: Any, base: Any) -> Any:
+    """What the next example of the batch has there; the last one has what the first has."""
+    return trees.get(trees.map_tensors(lambda tensor: torch.roll(tensor, -1, 0), base), cell.chain)
+
+
+class _FromCache:
+    """The value that a cache has at the path of a cell."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.cache = values if isinstance(values, ActivationCache) else ActivationCache(values)
+        self.stems: dict[str, Any] = {}
+
+    def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
+        whole = self._whole(str(cell.stem))
+        if whole is None:
+            return self._directly(cell)
+        try:
+            return trees.get(whole, cell.chain)
+        except TreeMismatch:  # a mean with a dimension of one in the place of the positions, say
+            return trees.get(trees.assign(base, whole), cell.chain)
+
+    def _whole(self, stem: str) -> Any:
+        if stem not in self.stems:
+            self.stems[stem] = self.cache.get(stem)
+        return self.stems[stem]
+
+    def _directly(self, cell: Cell) -> Any:
+        try:
+            return self.cache[str(cell.path)]
+        except NotCaptured as error:
+            raise NotCaptured(f"sweep(model, where, values, …) has no value for {str(cell.path)!r}: {error}") from None

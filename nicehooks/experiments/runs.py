@@ -1,0 +1,72 @@
+"""One run of the model in an experiment: the call, and the metric of what it returns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.errors import TreeMismatch
+from nicehooks.values import trees
+
+PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Leaves of arguments and results that a run cannot change but by writing into a tensor."""
+
+
+class Run:
+    """A model, its inputs, and a metric of its output.
+
+    Attributes:
+        batch: how many examples there are: the first size of the first tensor among the inputs.
+        sample: the output of the base run, whose largest numbers say how exact others can be.
+    """
+
+    def __init__(
+        self, model: nn.Module, metric: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.metric = metric
+        self.args = args
+        self.kwargs = kwargs
+        self.sample: Any = None
+        self.inputs = [leaf for leaf in trees.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.batch = next((tensor.shape[0] for tensor in self.inputs if tensor.ndim), 0)
+        self.has_state = not is_plain((args, kwargs))
+
+    def output(self) -> Any:
+        """What the model returns. What it could change in its arguments, as a key/value cache, is a copy each time."""
+        args, kwargs = (copy.deepcopy((self.args, self.kwargs))) if self.has_state else (self.args, self.kwargs)
+        return self.model(*args, **kwargs)
+
+    def measured(self, output: Any) -> Tensor:
+        """The metric of `output`: a scalar, or `[batch]`.
+
+        Raises:
+            TreeMismatch: it is something else.
+        """
+        value = self.metric(output)
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        if value.ndim > 1:
+            raise TreeMismatch(NO_METRIC.format(shape=trees.structure_of(value)))
+        return value if value.is_floating_point() else value.float()
+
+    def lanes_in(self, budget: int) -> int:
+        """How many times the batch side by side take about `budget` bytes, if a few results as large as the output live."""
+        if self.inputs and self.inputs[0].is_cuda:
+            budget = torch.cuda.mem_get_info(self.inputs[0].device)[0] // 2
+        tensors = [leaf for leaf in trees.leaves(self.sample) if isinstance(leaf, Tensor)]
+        return max(1, budget // max(1, 3 * sum(map(trees.bytes_of, tensors))))
+
+
+def is_plain(tree: Any) -> bool:
+    """Whether `tree` is made of containers, tensors and constants alone."""
+    return all([isinstance(leaf, PLAIN) for leaf in trees.leaves(tree)])
+
+
+NO_METRIC = (
+    "metric(output) is one number for each example, or one for all, but it returned {shape}.\n"
+    "    metric=lambda output: output.logits[:, -1, answer]"
+)

@@ -1,0 +1,211 @@
+"""`sweep`: the exact effect of an intervention at each of many sites, each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.capturing import capture
+from nicehooks.core.selection import Where, select_groups
+from nicehooks.errors import NiceHooksError
+from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
+from nicehooks.experiments.lanes import Base, Growing, Item
+from nicehooks.experiments.recording import Call, Recording
+from nicehooks.experiments.replacements import Replacements, replacements_of
+from nicehooks.experiments.runs import Run
+from nicehooks.experiments.scheduling import Schedule, SweepMismatch
+from nicehooks.experiments.singly import Mapped, OneByOne
+from nicehooks.paths.grammar import ModulePath
+from nicehooks.paths.ports import EVERY_CALL
+from nicehooks.values import trees
+
+Engine = Literal["auto", "growing", "batch", "vmap", "loop"]
+
+
+def sweep(
+    model: nn.Module,
+    where: Where,
+    values: Any,
+    metric: Callable[[Any], Any],
+    *args: Any,
+    engine: Engine = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    check: bool = True,
+    progress: bool | Callable[[int, int], None] = False,
+    resume: Effects | None = None,
+    **kwargs: Any,
+) -> Effects:
+    """What an intervention at each site of `where` does to a metric, each alone.
+
+    The result equals that of the plain loop, up to rounding; it is only faster:
+
+        for path in paths:
+            with patch(model, {path: values[path]}):
+                metric(model(*args, **kwargs)) - baseline
+
+    This is activation patching (Vig et al. 2020, https://arxiv.org/abs/2004.12265; Meng et al. 2022,
+    https://arxiv.org/abs/2202.05262) where `values` are the activations of another run, and ablation where they are a
+    constant or means.
+
+    >>> import torch
+    >>> from nicehooks import capture
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    >>> with capture(model, "*") as clean:
+    ...     _ = model(torch.ones(1, 4))
+    >>> effects = sweep(model, "{0..1}[:, *]", clean, lambda output: output[:, 0], torch.zeros(1, 4))
+    >>> effects.axes
+    (Axis(name='layer', labels=('0', '1')), Axis(name='neuron', labels=('0', '1', '2')))
+
+    Args:
+        model: any module. It is run without gradients, and should be in evaluation mode.
+        where: paths, sites, parts, … (see `select`). What differs between them gives the axes: `"h.*[:, *]"` is layers ×
+            positions.
+        values: what is put there: a cache of activations or of means, of which each site gets its own region; a number;
+            a tensor that broadcasts to the region; a function of the region, as in `edit`; `"resample"`, the value that
+            the next example of the batch has there. A tensor with one more dimension, or a list of any of these, is
+            several alternatives: they are the first axis.
+        metric: of what the model returns: one number for each example of the batch, or one for all.
+        args: the model's inputs, the first tensor of which has the batch for its first dimension.
+        engine: `"growing"`, one forward whose batch grows where each intervention begins; `"batch"`, all side by side
+            in one batch; `"vmap"`, those of one module together, for any module; `"loop"`, one after the other. In
+            each of them what runs before an intervention begins is not run again. By itself the first one that works.
+        chunk_size: how many interventions run at once, at most; by itself as many as fit into some memory.
+        check: compares a random sample with the plain loop.
+        progress: shows how far it is; or a function of what is done and of how much there is.
+        resume: what an earlier call of the same sweep has returned when it was interrupted: what is done there is not
+            done again.
+        kwargs: more inputs.
+
+    Returns:
+        The effects. After an interrupt (`KeyboardInterrupt`) what is not done is NaN, and a note says so.
+
+    Raises:
+        SiteNotFound: `where` selects nothing.
+        NotCaptured: `values` is a cache that has no value for a site.
+        TreeMismatch: a value does not fit its site, or the metric is not one number for each example.
+        SweepMismatch: runs of the model differ from each other, as with dropout in training mode.
+    """
+    run = Run(model, metric, args, kwargs)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        base, seen = _recorded(run, where, check)
+        grid = grid_of(model, where, seen)
+        cell = grid.cells[0]
+        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain))
+        items = _items(grid, replacements, base.recording)
+        schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
+        schedule.resume(resume)
+        metrics = schedule.run(OneByOne(base, replacements, answers=False))
+    return _effects(base, grid, replacements, metrics, schedule.notes)
+
+
+def _recorded(run: Run, where: Where, check: bool) -> tuple[Base, ActivationCache]:
+    """The base run."""
+    sites = [site for group in select_groups(run.model, where, "sweep") for site in group.sites]
+    for site in sites:
+        if site.path.port.is_gradient:
+            raise NiceHooksError(f"sweep at {str(site)!r}: what replaces a gradient does not change the output.")
+    recording = Recording(run.model, sites)
+    before = torch.get_rng_state()
+    with recording.context, capture(run.model, *stems_of(run.model, where), keep="all", clone=True) as seen:
+        output = run.output()
+    if check and not torch.equal(before, torch.get_rng_state()):
+        raise SweepMismatch(RANDOM)
+    metric = run.measured(output)
+    stems = _Stems(seen)
+    run.sample = output
+    return Base(run, recording, stems, metric, reuses=True), seen
+
+
+class _Stems(dict[str, Any]):
+    """The values at the stems of the base run, by path."""
+
+    def __init__(self, seen: ActivationCache) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __missing__(self, stem: str) -> Any:
+        path = ModulePath.parse(stem)
+        calls = self.seen.calls(replace(path, call=None))
+        self[stem] = calls[-1 if path.call is None else int(path.call)]
+        return self[stem]
+
+
+RANDOM = (
+    "sweep: the model draws random numbers, so no two of its runs are equal, and an effect would be noise as well. Is it "
+    "in training mode, with dropout?\n"
+    "    model.eval()\n"
+    "  check=False runs it all the same."
+)
+
+
+def _items(grid: Grid, replacements: Replacements, recording: Recording) -> list[Item]:
+    calls: dict[nn.Module, list[Call]] = {}
+    for call in recording.calls:
+        calls.setdefault(call.module, []).append(call)
+
+    def first(cell: Cell) -> Call | None:
+        of = calls.get(cell.site.module, [])
+        number: Any = cell.path.call or 0
+        return of[number] if number < len(of) and number != EVERY_CALL and _runs(cell) else None
+
+    firsts = [first(cell) for cell in grid.cells]
+    count = len(grid.cells)
+    return [
+        Item(alternative * count + at, alternative, cell, call)
+        for alternative in range(len(replacements.sources))
+        for at, (cell, call) in enumerate(zip(grid.cells, firsts, strict=True))
+    ]
+
+
+def _runs(cell: Cell) -> bool:
+    """Whether what is at the cell comes by in a call of its module, and is no parameter of it."""
+    text = str(cell.path.port)
+    return not cell.path.port.name or "()" in text
+
+
+def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[Item]) -> list[tuple[str, Any]]:
+    """The ways to run `items`, by name, best first.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    one = OneByOne(base, replacements, answers=True)
+    ways: dict[str, list[Any]] = {
+        "growing": [Growing(base, replacements, level, wide) for level, wide in _levels(base, items)],
+        "batch": [Growing(base, replacements, 0, wide) for wide in (False, True)],
+        "vmap": [Mapped(base, replacements)],
+        "loop": [one],
+    }
+    if engine != "auto" and engine not in ways:
+        raise ValueError(f"engine={engine!r}: it is 'auto', {', '.join(map(repr, ways))}")
+    chosen = ("growing", "vmap", "loop") if engine == "auto" else (engine,)
+    return [(name, way) for name in chosen for way in ways[name]]
+
+
+def _levels(base: Base, items: list[Item]) -> list[tuple[int, bool]]:
+    """At which level lanes may begin, deepest first: each site in a call of its own, if there are several."""
+    around = [item.call.around for item in items if item.call is not None]
+    common = 0
+    while around and all([len(a) > common and a[common] is around[0][common] for a in around]):
+        common += 1
+    deepest = common if len(set(around)) > 1 else common - 1
+    widths = (True,) if base.run.batch > 1 else (False, True)
+    return [(level, wide) for level in range(deepest, -1, -1) for wide in widths]
+
+
+def _effects(
+    base: Base, grid: Grid, replacements: Replacements, metrics: Tensor, notes: list[str]
+) -> Effects:
+    axes = (*([] if replacements.axis is None else [replacements.axis]), *grid.axes)
+    shape = [len(axis.labels) for axis in axes]
+    effects = (metrics - base.metric).reshape(*shape, *base.metric.shape)
+    examples = effects if base.metric.ndim else None
+    values = effects.mean(-1) if base.metric.ndim else effects
+    sites = grid.sites * len(replacements.sources)
+    return Effects(values, axes, base.metric, sites, examples, notes)
