@@ -32,7 +32,19 @@ class Frame:
         kept: what rules keep for the rest of the call, by keys of theirs.
     """
 
-    __slots__ = ("answer", "args", "contexts", "inside", "kept", "kwargs", "module", "numbers", "tap", "value", "watcher")
+    __slots__ = (
+        "answer",
+        "args",
+        "contexts",
+        "inside",
+        "kept",
+        "kwargs",
+        "module",
+        "numbers",
+        "tap",
+        "value",
+        "watcher",
+    )
 
     def __init__(self, tap: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tap = tap

@@ -39,13 +39,13 @@ class Item(NamedTuple):
     """One intervention of a sweep.
 
     Attributes:
-        index: its place in the flat grid.
+        at: its place in the flat grid.
         alternative: which of the values it puts there.
         cell: where.
         call: the call of the module at which it acts first; None where nothing calls the module.
     """
 
-    index: int
+    at: int
     alternative: int
     cell: Cell
     call: Call | None
@@ -163,7 +163,9 @@ class Lanes:
             if not tensor.ndim or tensor.shape[0] != self.now * size:
                 return tensor
             first = tensor[:size]
-            copies = first.expand(count, *tensor.shape[1:]) if size == 1 else first.repeat(count, *[1] * (tensor.ndim - 1))
+            copies = (
+                first.expand(count, *tensor.shape[1:]) if size == 1 else first.repeat(count, *[1] * (tensor.ndim - 1))
+            )
             new = torch.cat([tensor, copies])
             made.append(new)
             return new
@@ -174,6 +176,10 @@ class Lanes:
         self.new = made
         return new
 
+    def owned(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or a copy that may be written into."""
+        return tensor.clone() if trees.place_in(self.new, tensor) is None else tensor
+
     def widened(self, tree: Any) -> Any:
         """`tree` with the tensors that have the rows of one lane repeated for all lanes."""
         size = self.base.run.batch
@@ -181,8 +187,7 @@ class Lanes:
         def wide(tensor: Tensor) -> Tensor:
             if not tensor.ndim or tensor.shape[0] != size or self.now == 1:
                 return tensor
-            rest = tensor.shape[1:]
-            return tensor.expand(self.now, *rest) if size == 1 else tensor.repeat(self.now, *[1] * len(rest))
+            return _repeated(tensor, self.now)
 
         return trees.map_tensors(wide, tree)
 
@@ -195,6 +200,12 @@ class Lanes:
         if not is_close(metrics[0], self.base.metric, self.base.metric, output):
             raise Unfit("the lane in which nothing is changed comes out differently")
         return metrics[1:]
+
+
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    """`rows` end to end `count` times; a view, if there is only one."""
+    rest = rows.shape[1:]
+    return rows.expand(count, *rest) if rows.shape[0] == 1 else rows.repeat(count, *[1] * len(rest))
 
 
 def metric_of_lanes(run: Run, output: Any, count: int) -> Tensor:
@@ -277,7 +288,9 @@ class _Write(Action):
             return value
         base = lanes.base.stems[str(items[0][1].cell.stem)]
         sizes = iter(_rows_of_lanes(value, base, lanes.now))
-        own = trees.map_tensors(lambda tensor: tensor if trees.place_in(lanes.new, tensor) is not None else tensor.clone(), value)
+        own = trees.map_tensors(
+            lambda tensor: tensor if trees.place_in(lanes.new, tensor) is not None else tensor.clone(), value
+        )
         split = trees.map_tensors(lambda tensor: tensor.unflatten(0, (lanes.now, next(sizes))), own)
         for lane, item in items:
             cell = item.cell

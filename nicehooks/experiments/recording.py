@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.core.frames import Frame
 from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Group, Site, select_groups
-from nicehooks.core.when import ALWAYS
-from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.core.sessions import Session
+from nicehooks.core.when import ALWAYS
 from nicehooks.experiments.runs import is_plain
 from nicehooks.values import trees
 
@@ -149,7 +149,7 @@ class _Note(FrameAction):
 
 
 def _watched(model: nn.Module, sites: Iterable[Site]) -> Group:
-    """The model, the modules around the sites, and what those call: whoever else is called is inside of one of these."""
+    """The model, the modules around the sites, and what these call: all others are called inside of one of them."""
     around = {""}
     for site in sites:
         parts = site.name.split(".")

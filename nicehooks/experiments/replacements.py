@@ -59,7 +59,7 @@ def replacements_of(values: Any, region: Any) -> Replacements:
         return _made(values, Axis("alternative", tuple(labels)))
     if not isinstance(values, Tensor) or not isinstance(region, Tensor) or _is_one(values, region):
         return _made([values], None)
-    if not trees.fits(values.shape[1:], region.shape):
+    if values.ndim != region.ndim + 1 or not trees.fits(values.shape[1:], region.shape):
         here, there = trees.structure_of(values), trees.structure_of(region)
         raise TreeMismatch(
             f"sweep(model, where, values, …): {here} is neither a value for {there}, nor several along a new first "
@@ -87,7 +87,8 @@ def _source(value: Any) -> Source:
     if isinstance(value, Mapping):
         return _FromCache(cast(Any, value))
     if _is_function(value):
-        return lambda cell, region, base: value(region)
+        function: Callable[[Any], Any] = value
+        return lambda cell, region, base: function(region)
     return lambda cell, region, base: value
 
 

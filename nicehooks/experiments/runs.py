@@ -54,7 +54,7 @@ class Run:
         return value if value.is_floating_point() else value.float()
 
     def lanes_in(self, budget: int) -> int:
-        """How many times the batch side by side take about `budget` bytes, if a few results as large as the output live."""
+        """How many batches side by side take about `budget` bytes, if three tensors as large as the output live."""
         if self.inputs and self.inputs[0].is_cuda:
             budget = torch.cuda.mem_get_info(self.inputs[0].device)[0] // 2
         tensors = [leaf for leaf in trees.leaves(self.sample) if isinstance(leaf, Tensor)]

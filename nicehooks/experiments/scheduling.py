@@ -20,6 +20,23 @@ BUDGET = 1 << 30
 """Bytes that a chunk may take, as far as they can be told beforehand; of a GPU half of what is free."""
 
 
+SHARE = 0.01
+"""Of the interventions, how many are compared with the plain loop, beside the first one."""
+
+CHANGES = (
+    "sweep: runs of the model that should be equal are not, so there is no effect to measure: {what}.\n"
+    "  It may draw random numbers, or change something in itself when it runs (running statistics, a cache). Is it in "
+    "training mode?\n"
+    "    model.eval()"
+)
+
+ENGINE = "sweep(…, engine={name!r}) does not fit this model: {what}\n    engine='auto' finds a way that does."
+
+
+class Differs(Unfit):
+    """A way to run a sweep gives another number than the plain loop."""
+
+
 class SweepMismatch(NiceHooksError, RuntimeError):
     """Runs of a sweep that should be equal are not: the model draws random numbers, or changes from run to run."""
 
@@ -47,7 +64,7 @@ class Schedule:
         self.notes: list[str] = []
         self.metrics = torch.full((len(items), *base.metric.shape), torch.nan, dtype=base.metric.dtype)
         self.metrics = self.metrics.to(base.metric.device)
-        self.todo = list(items)
+        self.asked = self.todo = sorted(items, key=_time_of)
         self.check = check
         self.expected: dict[int, Tensor] = {}
         self.show = _shown_on_stderr() if progress is True else progress or _not_shown
@@ -66,7 +83,7 @@ class Schedule:
             raise NiceHooksError("resume=…: these are the effects of another metric, one number for all examples.")
         self.metrics = done.reshape(self.metrics.shape).to(self.metrics) + self.base.metric
         missing = self.metrics.reshape(len(self.items), -1).isnan().any(1).tolist()
-        self.todo = [item for item, gone in zip(self.items, missing, strict=True) if gone]
+        self.asked = sorted([item for item, gone in zip(self.items, missing, strict=True) if gone], key=_time_of)
 
     def run(self, plain: OneByOne) -> Tensor:
         """The metric under each intervention; NaN where an interrupt came before.
@@ -74,7 +91,7 @@ class Schedule:
         Args:
             plain: the plain loop, which a sample is compared with.
         """
-        self.todo.sort(key=_time_of)
+        self.todo = list(self.asked)
         try:
             while self.todo:
                 self._next_chunk(plain)
@@ -85,46 +102,67 @@ class Schedule:
 
     def _next_chunk(self, plain: OneByOne) -> None:
         chunk = self.todo[: self.size]
-        name, way = self.ways[0]
+        _, way = self.ways[0]
         try:
             metrics = way.measure(chunk)
-            self._compare(plain, chunk, metrics, name)
+            self._compare(plain, chunk, metrics)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             self.size = (len(chunk) + 1) // 2
             self.notes.append(f"out of memory with {len(chunk)} at once: {self.size} at once from there on.")
             return
-        except (Unfit, RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (Unfit, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             self._give_up(error)
             return
-        self.metrics[[item.index for item in chunk]] = metrics.to(self.metrics)
+        self.metrics[[item.at for item in chunk]] = metrics.to(self.metrics)
         del self.todo[: len(chunk)]
         self.show(len(self.items) - len(self.todo), len(self.items))
 
     def _give_up(self, error: Exception) -> None:
         """Goes on to the next way; raises if there is none."""
-        name, _ = self.ways.pop(0)
+        name, way = self.ways.pop(0)
+        if isinstance(error, Differs):
+            self.todo = list(self.asked)  # what it did before is no better
         if not self.ways:
-            raise error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self.notes.append(f"{name} does not fit: {reason}")
+            raise self._reason(error, name, way) from error
+        if self.ways[0][0] != name:
+            self.notes.append(f"{name} does not fit: {_first_line(error)}")
 
-    def _compare(self, plain: OneByOne, chunk: Sequence[Item], metrics: Tensor, name: str) -> None:
-        """Compares some of a chunk with the plain loop."""
+    def _reason(self, error: Exception, name: str, way: Any) -> Exception:
+        """What to raise where no way is left."""
+        if isinstance(error, Differs) and isinstance(way, OneByOne) and not way.answers:
+            return SweepMismatch(CHANGES.format(what=error))
+        return Unfit(ENGINE.format(name=name, what=error)) if isinstance(error, Unfit) else error
+
+    def _compare(self, plain: OneByOne, chunk: Sequence[Item], metrics: Tensor) -> None:
+        """Compares one of a chunk with the plain loop, as long as that is little beside all that was done."""
         if not self.check:
             return
-        for at in random.sample(range(len(chunk)), 1):
-            item = chunk[at]
-            if item.index not in self.expected:
-                self.expected[item.index] = plain.metric(item)
-            expected = self.expected[item.index]
-            if not is_close(metrics[at], expected, self.base.metric, self.base.run.sample):
-                raise Unfit(f"{str(item.cell.path)!r} is {metrics[at].tolist()}, and alone {expected.tolist()}")
+        known = [at for at, item in enumerate(chunk) if item.at in self.expected]
+        done = len(self.asked) - len(self.todo)
+        if not known and len(self.expected) <= SHARE * done:
+            known = [random.randrange(len(chunk))]
+            self.expected[chunk[known[0]].at] = plain.metric(chunk[known[0]])
+        for at in known:
+            self._is_as_expected(chunk[at], metrics[at])
+
+    def _is_as_expected(self, item: Item, metric: Tensor) -> None:
+        expected = self.expected[item.at]
+        if not is_close(metric, expected, self.base.metric, self.base.run.sample):
+            raise Differs(f"{str(item.cell.path)!r} is {_shown(metric)}, and in the plain loop {_shown(expected)}")
+
+
+def _shown(metric: Tensor) -> str:
+    return ", ".join([f"{one:.6g}" for one in metric.flatten().tolist()[:3]])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _time_of(item: Item) -> tuple[int, int]:
-    return (0 if item.call is None else item.call.begin), item.index
+    return (0 if item.call is None else item.call.begin), item.at
 
 
 def _not_shown(done: int, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -89,7 +90,11 @@ class Mapped:
                 return run.measured(run.output())
 
         try:
-            return torch.vmap(metric, randomness="same")(*stacked)
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "There is a performance drop", UserWarning
+                )  # it is faster all the same
+                return torch.vmap(metric, randomness="same")(*stacked)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise Unfit(f"vmap: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 

@@ -64,8 +64,8 @@ def sweep(
 
     Args:
         model: any module. It is run without gradients, and should be in evaluation mode.
-        where: paths, sites, parts, … (see `select`). What differs between them gives the axes: `"h.*[:, *]"` is layers ×
-            positions.
+        where: paths, sites, parts, … (see `select`). What differs between them gives the axes: `"h.*[:, *]"` is
+            layers × positions.
         values: what is put there: a cache of activations or of means, of which each site gets its own region; a number;
             a tensor that broadcasts to the region; a function of the region, as in `edit`; `"resample"`, the value that
             the next example of the batch has there. A tensor with one more dimension, or a list of any of these, is
@@ -137,8 +137,8 @@ class _Stems(dict[str, Any]):
 
 
 RANDOM = (
-    "sweep: the model draws random numbers, so no two of its runs are equal, and an effect would be noise as well. Is it "
-    "in training mode, with dropout?\n"
+    "sweep: the model draws random numbers, so no two of its runs are equal, and an effect would be noise as well. Is "
+    "it in training mode, with dropout?\n"
     "    model.eval()\n"
     "  check=False runs it all the same."
 )
@@ -181,10 +181,12 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
         "batch": [Growing(base, replacements, 0, wide) for wide in (False, True)],
         "vmap": [Mapped(base, replacements)],
         "loop": [one],
+        "loop without reuse": [OneByOne(base, replacements, answers=False)],
     }
     if engine != "auto" and engine not in ways:
-        raise ValueError(f"engine={engine!r}: it is 'auto', {', '.join(map(repr, ways))}")
-    chosen = ("growing", "vmap", "loop") if engine == "auto" else (engine,)
+        raise ValueError(f"engine={engine!r}: it is 'auto', 'growing', 'batch', 'vmap' or 'loop'")
+    last = ("loop", "loop without reuse")
+    chosen = ("growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
     return [(name, way) for name in chosen for way in ways[name]]
 
 
@@ -199,9 +201,7 @@ def _levels(base: Base, items: list[Item]) -> list[tuple[int, bool]]:
     return [(level, wide) for level in range(deepest, -1, -1) for wide in widths]
 
 
-def _effects(
-    base: Base, grid: Grid, replacements: Replacements, metrics: Tensor, notes: list[str]
-) -> Effects:
+def _effects(base: Base, grid: Grid, replacements: Replacements, metrics: Tensor, notes: list[str]) -> Effects:
     axes = (*([] if replacements.axis is None else [replacements.axis]), *grid.axes)
     shape = [len(axis.labels) for axis in axes]
     effects = (metrics - base.metric).reshape(*shape, *base.metric.shape)

@@ -1,0 +1,209 @@
+"""The law of `sweep`: it equals the plain loop over contexts, whatever the model, the sites, the values and the way."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from models import ARCHITECTURES, answer
+from sweep_by_hand import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger, far_from_loop, made, recorded
+from torch import nn
+
+from nicehooks import capture
+from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch
+from nicehooks.experiments.scheduling import SweepMismatch
+from nicehooks.experiments.sweeping import sweep
+
+FAR = 1e-4
+WAYS = ["auto", "growing", "batch", "vmap", "loop"]
+OTHERS = [family for family in ARCHITECTURES if family != "gpt2"]
+
+
+def first(inputs, batch):
+    return {name: value[:batch] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def metric(output):
+    return answer(output).flatten(1)[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "engine"),
+    [
+        *[("gpt2", batch, engine) for batch in (1, 3) for engine in WAYS],
+        *[(family, 1, "vmap") for family in OTHERS],
+        *[(family, 3, "auto") for family in OTHERS],
+    ],
+)
+def test_residual_streams_of_transformers(family, batch, engine):
+    architecture = ARCHITECTURES[family]
+    model, where = architecture.build(), [f"{block}[:, *]" for block in architecture.blocks]
+    clean = recorded(model, where, **first(architecture.inputs(0), batch))
+    inputs = first(architecture.inputs(1), batch)
+    effects = sweep(model, where, clean, metric, engine=engine, **inputs)
+    assert [axis.name for axis in effects.axes] == ["layer", "position"]
+    assert effects.examples.shape == (*effects.values.shape, batch)
+    assert far_from_loop(model, effects, clean.__getitem__, metric, **inputs) < FAR
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_heads_of_every_layer_of_transformers(family):
+    architecture = ARCHITECTURES[family]
+    where = re.sub(r"\.\d+\.", ".*.", architecture.heads, count=1) + "[:, :, *]"
+    model, inputs = architecture.build(), architecture.inputs(1)
+    clean = recorded(model, where, **architecture.inputs(0))
+    effects = sweep(model, where, clean, metric, **inputs)
+    assert [axis.name for axis in effects.axes][-2:] == ["layer", "head"]
+    assert far_from_loop(model, effects, clean.__getitem__, metric, **inputs) < FAR
+    assert not effects.notes  # it went the fast way
+
+
+KINDS = {
+    "channels": (Convolutions, "{first,norm,second}[:, *]", (3, 2, 5, 5)),
+    "places": (Convolutions, "{first,second}[:, :, *, *]", (2, 2, 3, 3)),
+    "batches": (Convolutions, "first[*]", (3, 2, 5, 5)),
+    "a parameter": (Convolutions, "{first,second}@weight[*]", (2, 2, 5, 5)),
+    "an argument": (Convolutions, "second@input[0][:, *]", (2, 2, 5, 5)),
+    "calls": (Looped, "block#*[:, *]", (3, 4)),
+    "all calls": (Looped, "block[:, *]", (3, 4)),
+    "inside a shared module": (Looped, "block.0#*", (3, 4)),
+    "the arguments of calls": (Looped, "block#*@input[0][:, *]", (3, 4)),
+    "sequence first": (SequenceFirst, "layer.linear1[*]", (4, 2, 8)),
+    "an own call": (SequenceFirst, "layer@_sa_block()[*]", (4, 2, 8)),
+    "examples that see each other": (MeanOfBatch, "a[:, *]", (3, 4)),
+    "the model itself": (MeanOfBatch, "[:, *]", (3, 4)),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_are_no_transformers(kind, engine):
+    make, where, shape = KINDS[kind]
+    model, x = made(make), torch.randn(shape)
+    with torch.no_grad(), capture(model, where, clone=True) as clean:
+        model(torch.randn(shape))
+    values = 1.0 if "@weight" in where else clean
+    effects = sweep(model, where, values, total, x, engine=engine)
+    value_at = (lambda path: 1.0) if "@weight" in where else clean.__getitem__
+    assert far_from_loop(model, effects, value_at, total, x) < FAR
+
+
+def total(output):
+    """One number for each example, in which each number of the output counts differently."""
+    return (output * torch.arange(1.0, output.shape[-1] + 1)).sum(-1)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_elements_of_a_tuple(engine):
+    model, ids = made(Tagger), torch.arange(10).reshape(2, 5)
+    for where in ("lstm[0][:, *]", "lstm[1][*][1]", "{embed,head}[:, *]"):
+        clean = recorded(model, where, ids.flip(1))
+        effects = sweep(model, where, clean, total, ids, engine=engine)
+        assert far_from_loop(model, effects, clean.__getitem__, total, ids) < FAR
+
+
+VALUES = {
+    "zero": (0, lambda stem, region, at: 0.0),
+    "a number": (1.5, lambda stem, region, at: 1.5),
+    "a tensor": (torch.arange(32.0), lambda stem, region, at: torch.arange(32.0)),
+    "a function": (lambda v: 2 * v, lambda stem, region, at: lambda v: 2 * v),
+    "resample": ("resample", lambda stem, region, at: at(torch.roll(stem, -1, 0))),
+}
+
+
+@pytest.mark.parametrize("engine", WAYS)
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_of_every_kind(kind, engine):
+    architecture = ARCHITECTURES["gpt2"]
+    model, inputs, where = architecture.build(), architecture.inputs(0), "transformer.h.*[:, *]"
+    base = recorded(model, where, **inputs)
+    values, by_hand = VALUES[kind]
+
+    def value_at(path):
+        stem, _, rest = path.partition("[")
+        position = int(rest[3:-1])
+        return by_hand(base[stem], base[path], lambda whole: whole[:, position])
+
+    effects = sweep(model, where, values, metric, engine=engine, **inputs)
+    assert far_from_loop(model, effects, value_at, metric, **inputs) < FAR
+
+
+@pytest.mark.parametrize("engine", WAYS)
+def test_alternatives_are_the_first_axis(engine):
+    architecture = ARCHITECTURES["gpt2"]
+    model, inputs, where = architecture.build(), architecture.inputs(0), "transformer.h.*[:, -1]"
+    direction, strengths = torch.randn(32), torch.tensor([-1.0, 0.5, 4.0])
+    by_tensor = sweep(model, where, strengths[:, None, None] * direction, metric, engine=engine, **inputs)
+    by_list = sweep(model, where, [s * direction for s in strengths], metric, engine=engine, **inputs)
+    for effects in (by_tensor, by_list):
+        assert [(axis.name, len(axis.labels)) for axis in effects.axes] == [("alternative", 3), ("layer", 3)]
+        for at, strength in enumerate(strengths):
+            one = sweep(model, where, strength * direction, metric, engine="loop", **inputs)
+            assert torch.allclose(effects.values[at], one.values, atol=1e-5)
+    numbers = sweep(model, where, [0, 0.5], metric, **inputs)
+    assert numbers.axes[0].labels == ("0", "0.5")
+    assert numbers.sites == numbers.sites[:3] * 2
+
+
+def test_one_number_for_all_examples():
+    architecture = ARCHITECTURES["bert"]
+    model, inputs = architecture.build(), architecture.inputs(0)
+    total = lambda output: answer(output).sum()  # noqa: E731
+    effects = sweep(model, "encoder.layer.*[:, *]", 0.0, total, **inputs)
+    assert effects.examples is None and effects.baseline.ndim == 0
+    assert far_from_loop(model, effects, lambda path: 0.0, total, **inputs) < FAR
+
+
+def test_a_metric_that_looks_at_numbers():
+    architecture = ARCHITECTURES["gpt2"]
+    model, inputs = architecture.build(), first(architecture.inputs(0), 1)
+    rank = lambda output: torch.tensor([float((answer(output)[0, -1] > answer(output)[0, -1, 3].item()).sum())])  # noqa: E731
+    effects = sweep(model, "transformer.h.*[:, *]", 0.0, rank, **inputs)
+    assert far_from_loop(model, effects, lambda path: 0.0, rank, **inputs) == 0
+
+
+def test_the_first_examples_of_a_grid_in_chunks_are_the_same():
+    architecture = ARCHITECTURES["llama"]
+    model, inputs, where = architecture.build(), architecture.inputs(0), "model.layers.*[:, *]"
+    whole = sweep(model, where, 0.0, metric, **inputs)
+    for size in (1, 4, 20):
+        for engine in ("growing", "vmap"):
+            chunked = sweep(model, where, 0.0, metric, engine=engine, chunk_size=size, **inputs)
+            assert torch.allclose(whole.values, chunked.values, atol=1e-5)
+
+
+# --- what is never silent ---
+
+
+def test_what_is_not_there_is_said():
+    model, x = made(MeanOfBatch), torch.randn(3, 4)
+    with pytest.raises(SiteNotFound, match="no module matches"):
+        sweep(model, "c", 0.0, total, x)
+    with pytest.raises(NotCaptured, match="has no value for 'a'"):
+        sweep(model, "a", {"b": torch.ones(3, 2)}, total, x)
+    with pytest.raises(TreeMismatch, match="neither a value"):
+        sweep(model, "a", torch.ones(7), total, x)
+    with pytest.raises(TreeMismatch, match="one number for each example"):
+        sweep(model, "a", 0.0, lambda output: output, x)
+    with pytest.raises(ValueError, match="engine='fast'"):
+        sweep(model, "a", 0.0, total, x, engine="fast")
+    with pytest.raises(Exception, match="what replaces a gradient"):
+        sweep(model, "a@grad", 0.0, total, x)
+
+
+def test_dropout_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    with pytest.raises(SweepMismatch, match="draws random numbers"):
+        sweep(model, "*[:, *]", 0.0, lambda output: output[:, 0], torch.randn(3, 4))
+
+
+def test_a_model_that_changes_from_run_to_run_is_refused():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            self.bias.data += 1
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), Counting(4, 2)).eval()
+    with pytest.raises(SweepMismatch, match="runs of the model that should be equal are not"):
+        sweep(model, "0[:, *]", 0.0, lambda output: output[:, 0], torch.randn(3, 4))
