@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks import capture
-from nicehooks.experiments.sweeping import sweep
+from nicehooks import capture, sweep
 
 LAYERS, POSITIONS = 12, 16
 Work = Callable[[], Tensor]

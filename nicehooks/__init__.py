@@ -40,8 +40,11 @@ __all__ = [
     "ActivationCache",
     "ActivationCacheLike",
     "AnySlice",
+    "Axis",
     "CheckpointWarning",
     "ContextMisuse",
+    "Effect",
+    "Effects",
     "ModulePath",
     "NiceHooksError",
     "NiceHooksWarning",
@@ -70,6 +73,7 @@ __all__ = [
     "grad_at",
     "head_results",
     "logit_lens",
+    "mean_activations",
     "patch",
     "patch_method_to_module",
     "register_anatomy",
@@ -83,6 +87,7 @@ __all__ = [
     "splice",
     "steer",
     "suspend",
+    "sweep",
     "to_paths",
 ]
 

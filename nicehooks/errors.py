@@ -59,6 +59,10 @@ class HookCheckFailed(NiceHooksError, RuntimeError):
     """`check_auto_hook(…, strict=True)` has found something that hooks do not do as they should on this model."""
 
 
+class SweepMismatch(NiceHooksError, RuntimeError):
+    """Runs of a sweep that should be equal are not: the model draws random numbers, or changes from run to run."""
+
+
 class HooksMisuse(NiceHooksError, ValueError):
     """Hooks in a tree were put together, or called, in a way that cannot work."""
 

@@ -42,6 +42,9 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
+from nicehooks.experiments.effects import Axis, Effect, Effects
+from nicehooks.experiments.means import mean_activations
+from nicehooks.experiments.sweeping import sweep
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nicehooks.errors import NiceHooksError
+from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.lanes import Base, Item, Unfit, is_close
 from nicehooks.experiments.singly import OneByOne
@@ -35,10 +35,6 @@ ENGINE = "sweep(…, engine={name!r}) does not fit this model: {what}\n    engin
 
 class Differs(Unfit):
     """A way to run a sweep gives another number than the plain loop."""
-
-
-class SweepMismatch(NiceHooksError, RuntimeError):
-    """Runs of a sweep that should be equal are not: the model draws random numbers, or changes from run to run."""
 
 
 class Schedule:

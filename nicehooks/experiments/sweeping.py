@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.core.selection import Where, select_groups
-from nicehooks.errors import NiceHooksError
+from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
 from nicehooks.experiments.lanes import Base, Growing, Item
 from nicehooks.experiments.recording import Call, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run
-from nicehooks.experiments.scheduling import Schedule, SweepMismatch
+from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL

@@ -10,10 +10,8 @@ from models import ARCHITECTURES, answer
 from sweep_by_hand import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger, far_from_loop, made, recorded
 from torch import nn
 
-from nicehooks import capture
-from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch
-from nicehooks.experiments.scheduling import SweepMismatch
-from nicehooks.experiments.sweeping import sweep
+from nicehooks import capture, sweep
+from nicehooks.errors import NotCaptured, SiteNotFound, SweepMismatch, TreeMismatch
 
 FAR = 1e-4
 WAYS = ["auto", "growing", "batch", "vmap", "loop"]

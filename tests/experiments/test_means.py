@@ -1,0 +1,64 @@
+"""`mean_activations`: the mean over a data set, batch by batch, and what is ablated with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ARCHITECTURES, tokens
+from sweep_by_hand import Tagger, far_from_loop, made
+from torch import nn
+
+from nicehooks import capture, mean_activations, sweep
+from nicehooks.errors import NiceHooksError, TreeMismatch
+
+
+def test_batches_of_different_sizes_count_by_their_examples():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(7, 4)
+    means = mean_activations(model, "*", x.split([1, 4, 2]))
+    with torch.no_grad():
+        assert torch.allclose(means["0"], model[0](x).mean(0, keepdim=True), atol=1e-6)
+        assert torch.allclose(means["1"], model(x).mean(0, keepdim=True), atol=1e-6)
+
+
+def test_inputs_by_name_and_several_positional_ones():
+    model = ARCHITECTURES["gpt2"].build()
+    by_name = mean_activations(model, "transformer.h.*", [{"input_ids": tokens(0)}])
+    by_place = mean_activations(model, "transformer.h.*", iter([(tokens(0),)]))
+    assert by_name["transformer.h.1"].shape == (1, 7, 32)
+    assert torch.equal(by_name["transformer.h.1"], by_place["transformer.h.1"])
+
+
+def test_positions_may_be_as_many_as_they_like_if_the_mean_is_over_them():
+    model = ARCHITECTURES["gpt2"].build()
+    batches = [tokens(0, 2, 5), tokens(1, 3, 4)]
+    means = mean_activations(model, "transformer.h.*", batches, dim=(0, 1))
+    with torch.no_grad():
+        rows = []
+        for batch in batches:
+            with capture(model, "transformer.h.2") as seen:
+                model(batch)
+            rows.append(seen["transformer.h.2"].flatten(0, 1))
+    assert torch.allclose(means["transformer.h.2"][0, 0], torch.cat(rows).mean(0), atol=1e-6)
+    with pytest.raises(TreeMismatch, match="Take it over the positions too"):
+        mean_activations(model, "transformer.h.*", batches)
+
+
+def test_a_sweep_ablates_with_means():
+    architecture = ARCHITECTURES["gpt2"]
+    model, where, ids = architecture.build(), "transformer.h.*[:, *]", tokens(5)
+    metric = lambda output: output.logits[:, -1, 3]  # noqa: E731
+    for dim in (0, (0, 1)):
+        means = mean_activations(model, "transformer.h.*", [tokens(0), tokens(1)], dim=dim)
+        effects = sweep(model, where, means, metric, ids)
+        by_hand = lambda path: means[path.split("[")[0]][:, int(path[:-1].rsplit(" ")[-1]) if dim == 0 else 0]  # noqa: B023, E731
+        assert far_from_loop(model, effects, by_hand, metric, ids) < 1e-4
+
+
+def test_trees_have_means_and_what_is_no_number_has_none():
+    model, ids = made(Tagger), torch.arange(10).reshape(2, 5)
+    means = mean_activations(model, "lstm", [ids], dim=1)
+    assert [leaf.shape for leaf in (means["lstm"][0], means["lstm"][1][0])] == [(2, 1, 5), (2, 1, 5)]
+    with pytest.raises(TreeMismatch, match="has no mean"):
+        mean_activations(model, "embed@input[0]", [ids])
+    with pytest.raises(NiceHooksError, match="there are no batches"):
+        mean_activations(model, "lstm", [])
