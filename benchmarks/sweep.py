@@ -91,6 +91,7 @@ def residual_grid(model: nn.Module, what: str, targets: dict[str, float], ways: 
 
 WAYS: dict[str, Any] = {
     "sweep": {},
+    "positions, unchecked": {"engine": "positions", "check": False},
     "growing, unchecked": {"engine": "growing", "check": False},
     "batch, unchecked": {"engine": "batch", "check": False},
     "vmap, unchecked": {"engine": "vmap", "check": False},
@@ -104,9 +105,11 @@ def grids() -> Iterator[Callable[[], Grid]]:
     last = ", logits_to_keep=1"
     yield lambda: residual_grid(gpt2(64, 1000), small, {"sweep": 8.5}, WAYS)
     yield lambda: residual_grid(gpt2(64, 1000), small + last, {"sweep": 11.0}, WAYS, logits_to_keep=1)
-    few = {name: WAYS[name] for name in ("sweep", "growing, unchecked")}
-    yield lambda: residual_grid(gpt2(768, 50257), large, {"sweep": 3.6}, few)
-    yield lambda: residual_grid(gpt2(768, 50257), large + last, {"sweep": 3.6}, few, logits_to_keep=1)
+    few = {name: WAYS[name] for name in ("sweep", "positions, unchecked", "growing, unchecked")}
+    yield lambda: residual_grid(gpt2(768, 50257), large, {"growing, unchecked": 3.6, "sweep": 6.0}, few)
+    yield lambda: residual_grid(
+        gpt2(768, 50257), large + last, {"growing, unchecked": 3.6, "sweep": 6.0}, few, logits_to_keep=1
+    )
 
 
 def measured(grid: Grid, rounds: int) -> dict[str, Any]:

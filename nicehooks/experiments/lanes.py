@@ -29,6 +29,7 @@ from nicehooks.experiments.recording import Around, Call, FrameAction, Recording
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.experiments.runs import Run
 from nicehooks.values import trees
+from nicehooks.values.trees import Chain
 
 
 class Unfit(NiceHooksError):
@@ -124,7 +125,10 @@ class Lanes:
 
     Attributes:
         now: how many there are, the base lane included.
+        first: the number of the first that is changed.
     """
+
+    first = 1
 
     def __init__(self, way: Growing, start: int, places: list[tuple[Call, str]], items: list[Item]) -> None:
         self.base = way.base
@@ -133,6 +137,7 @@ class Lanes:
         self.now = 1
         self.counts: Counter[nn.Module] = Counter()
         self.appends = Counter([(call.module, call.number, end) for call, end in places])
+        self.calls = {(call.module, call.number): call for call, _ in places}
         self.answers = self.base.answers_by(start, items)
         self.new: list[Tensor] = []  # what was appended to last: made here, so that it may be written into
         self.outer = {around.module for call, _ in places for around in call.around[:-1]}
@@ -142,7 +147,7 @@ class Lanes:
         sites = {call.module: call.site for call in self.base.recording.calls if self._is_concerned(call)}
         actions: list[tuple[Any, Action]] = [(Group(True, list(sites.values()), True), _Station(self))]
         stems: dict[str, list[tuple[int, Item]]] = {}
-        for lane, item in enumerate(self.items, 1):
+        for lane, item in enumerate(self.items, self.first):
             stems.setdefault(str(item.cell.stem), []).append((lane, item))
         for of_stem in stems.values():
             cell = of_stem[0][1].cell
@@ -155,8 +160,20 @@ class Lanes:
         inner = len(call.around) > 1 and call.around[-2].module in self.outer
         return grows or key in self.answers or (self.way.widens and inner)
 
-    def appended(self, tree: Any, count: int) -> Any:
-        """`tree` with `count` more lanes, each a copy of the base lane."""
+    def stem(self, path: str) -> Any:
+        """The value at the stem `path` in the base run, as far as this forward computes it."""
+        return self.base.stems[path]
+
+    def chain_of(self, cell: Cell) -> Chain:
+        """The subscripts that lead to `cell` in the value at its stem in this forward."""
+        return cell.chain
+
+    def answer(self, call: Call) -> Any:
+        """What is recorded of `call`, for this forward to write into if it likes."""
+        return trees.map_tensors(Tensor.clone, call.value)
+
+    def appended(self, tree: Any, count: int, call: Call | None = None) -> Any:
+        """`tree` with `count` more lanes, each a copy of the base lane; `call` is recorded of what returned it."""
         size = self.base.run.batch
 
         def longer(tensor: Tensor) -> Tensor:
@@ -187,7 +204,7 @@ class Lanes:
         def wide(tensor: Tensor) -> Tensor:
             if not tensor.ndim or tensor.shape[0] != size or self.now == 1:
                 return tensor
-            return _repeated(tensor, self.now)
+            return repeated(tensor, self.now)
 
         return trees.map_tensors(wide, tree)
 
@@ -202,7 +219,7 @@ class Lanes:
         return metrics[1:]
 
 
-def _repeated(rows: Tensor, count: int) -> Tensor:
+def repeated(rows: Tensor, count: int) -> Tensor:
     """`rows` end to end `count` times; a view, if there is only one."""
     rest = rows.shape[1:]
     return rows.expand(count, *rest) if rows.shape[0] == 1 else rows.repeat(count, *[1] * len(rest))
@@ -255,7 +272,7 @@ class _Station(FrameAction):
         call = lanes.answers.get((module, number))
         if call is not None:
             lanes.counts.update([inner.module for inner in call.inside])
-            frame.answer = (trees.map_tensors(Tensor.clone, call.value),)
+            frame.answer = (lanes.answer(call),)
             return
         if lanes.way.widens:
             frame.args, frame.kwargs = lanes.widened((frame.args, frame.kwargs))
@@ -266,9 +283,10 @@ class _Station(FrameAction):
     def after(self, frame: Frame, site: Site) -> None:
         if frame.answer is not None:
             (frame.value,) = frame.answer
-        count = self.lanes.appends[site.module, frame.kept[self], "after"]
+        key = site.module, frame.kept[self]
+        count = self.lanes.appends[(*key, "after")]
         if count:
-            frame.value = self.lanes.appended(frame.value, count)
+            frame.value = self.lanes.appended(frame.value, count, self.lanes.calls[key])
 
 
 class _Write(Action):
@@ -286,18 +304,19 @@ class _Write(Action):
         items = [(lane, item) for lane, item in self.items if lane < lanes.now]
         if not items:
             return value
-        base = lanes.base.stems[str(items[0][1].cell.stem)]
-        sizes = iter(_rows_of_lanes(value, base, lanes.now))
+        path = str(items[0][1].cell.stem)
+        base = lanes.base.stems[path]
+        sizes = iter(_rows_of_lanes(value, lanes.stem(path), lanes.now))
         own = trees.map_tensors(
             lambda tensor: tensor if trees.place_in(lanes.new, tensor) is not None else tensor.clone(), value
         )
         split = trees.map_tensors(lambda tensor: tensor.unflatten(0, (lanes.now, next(sizes))), own)
         for lane, item in items:
-            cell = item.cell
+            cell, chain = item.cell, lanes.chain_of(item.cell)
             block = trees.map_tensors(lambda tensor, lane=lane: tensor[lane], split)
-            region = trees.get(block, cell.chain)
+            region = trees.get(block, chain)
             new = lanes.way.replacements.new(item.alternative, cell, base, region)
-            write(block, cell, region, new)
+            write(block, chain, region, new)
         return own
 
 
@@ -313,12 +332,12 @@ def _rows_of_lanes(value: Any, base: Any, count: int) -> list[int]:
     return [other.shape[0] for _, other in pairs if isinstance(other, Tensor)]
 
 
-def write(block: Any, cell: Cell, region: Any, new: Any) -> None:
-    """Writes `new` into the `region` of `cell` in `block`, in place."""
-    if any([isinstance(item, list) for step in cell.chain for item in (step if isinstance(step, tuple) else (step,))]):
-        region, new = block, trees.rewrite(block, cell.chain, lambda _: new)  # such a region is no view
+def write(block: Any, chain: Chain, region: Any, new: Any) -> None:
+    """Writes `new` into the `region` at the end of `chain` in `block`, in place."""
+    if any([isinstance(item, list) for step in chain for item in (step if isinstance(step, tuple) else (step,))]):
+        region, new = block, trees.rewrite(block, chain, lambda _: new)  # such a region is no view
     for old, other in zip(trees.leaves(region), trees.leaves(new), strict=True):
         if isinstance(old, Tensor):
             old.copy_(other)
         elif old is not other:
-            raise Unfit(f"{str(cell.path)!r} is no tensor that has rows")
+            raise Unfit(f"{trees.structure_of(region)} is not made of tensors that have rows")

@@ -16,6 +16,7 @@ from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
 from nicehooks.experiments.lanes import Base, Growing, Item
+from nicehooks.experiments.positions import FromPosition, fits_positions
 from nicehooks.experiments.recording import Call, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run
@@ -25,7 +26,7 @@ from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
 
-Engine = Literal["auto", "growing", "batch", "vmap", "loop"]
+Engine = Literal["auto", "positions", "growing", "batch", "vmap", "loop"]
 
 
 def sweep(
@@ -72,7 +73,8 @@ def sweep(
             several alternatives: they are the first axis.
         metric: of what the model returns: one number for each example of the batch, or one for all.
         args: the model's inputs, the first tensor of which has the batch for its first dimension.
-        engine: `"growing"`, one forward whose batch grows where each intervention begins; `"batch"`, all side by side
+        engine: `"positions"`, in a causal language model forwards that begin at the position in question, and have
+            the keys and values before it from a cache; `"growing"`, one forward whose batch grows where each intervention begins; `"batch"`, all side by side
             in one batch; `"vmap"`, those of one module together, for any module; `"loop"`, one after the other. In
             each of them what runs before an intervention begins is not run again. By itself the first one that works.
         chunk_size: how many interventions run at once, at most; by itself as many as fit into some memory.
@@ -177,6 +179,7 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
     """
     one = OneByOne(base, replacements, answers=True)
     ways: dict[str, list[Any]] = {
+        "positions": _from_positions(base, replacements, items),
         "growing": [Growing(base, replacements, level, wide) for level, wide in _levels(base, items)],
         "batch": [Growing(base, replacements, 0, wide) for wide in (False, True)],
         "vmap": [Mapped(base, replacements)],
@@ -184,10 +187,25 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
         "loop without reuse": [OneByOne(base, replacements, answers=False)],
     }
     if engine != "auto" and engine not in ways:
-        raise ValueError(f"engine={engine!r}: it is 'auto', 'growing', 'batch', 'vmap' or 'loop'")
+        raise ValueError(f"engine={engine!r}: it is 'auto', 'positions', 'growing', 'batch', 'vmap' or 'loop'")
     last = ("loop", "loop without reuse")
-    chosen = ("growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
-    return [(name, way) for name in chosen for way in ways[name]]
+    chosen = ("positions", "growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
+    found = [(name, way) for name in chosen for way in ways[name]]
+    if not found:
+        raise NiceHooksError(NO_POSITIONS)
+    return found
+
+
+NO_POSITIONS = (
+    "sweep(…, engine='positions') is for a causal model that returns its cache of keys and values (use_cache=True), and "
+    "for positions of what its layers return ('h.*[:, *]').\n    engine='auto' finds a way that fits."
+)
+
+
+def _from_positions(base: Base, replacements: Replacements, items: list[Item]) -> list[Any]:
+    if not fits_positions(base, items):
+        return []
+    return [FromPosition(base, replacements, _levels(base, items)[0][0])]
 
 
 def _levels(base: Base, items: list[Item]) -> list[tuple[int, bool]]:
