@@ -18,7 +18,8 @@ True
 
 `capture` reads; `patch`, `edit`, `ablate`, `steer` and `splice` change, and `suspend` silences them. `captured`,
 `functional` and `grad_at` are functions for `torch.func`; `sites`, `select` and `describe` say what there is, and
-`anatomy` where a transformer has its parts. What is captured is an `ActivationCache`.
+`anatomy` where a transformer has its parts. `sweep` does many interventions, each alone, and gives their `Effects`;
+`mean_activations` is what to ablate with. What is captured is an `ActivationCache`.
 """
 
 # ruff: noqa: F405
@@ -40,10 +41,8 @@ __all__ = [
     "ActivationCache",
     "ActivationCacheLike",
     "AnySlice",
-    "Axis",
     "CheckpointWarning",
     "ContextMisuse",
-    "Effect",
     "Effects",
     "ModulePath",
     "NiceHooksError",

@@ -50,7 +50,7 @@ from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
+HANDED_OUT = [ActiveRecord, ActiveTable, Axis, Calls, Effect, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
 
 
 def _is_handed_out(thing: object) -> bool:

@@ -51,6 +51,11 @@ class Item(NamedTuple):
     cell: Cell
     call: Call | None
 
+    @property
+    def time(self) -> tuple[int, int]:
+        """When it begins, and where it stands among those that begin then."""
+        return (0 if self.call is None else self.call.begin), self.at
+
 
 class Base(NamedTuple):
     """What is known of the base run.
@@ -60,6 +65,7 @@ class Base(NamedTuple):
         recording: its calls.
         stems: the values around the sites, by path.
         metric: of its output.
+        seconds: how long it took.
         reuses: whether later runs may take the results of calls from the recording.
     """
 
@@ -67,6 +73,7 @@ class Base(NamedTuple):
     recording: Recording
     stems: dict[str, Any]
     metric: Tensor
+    seconds: float
     reuses: bool
 
     def answers_by(self, tick: int, items: Sequence[Item]) -> dict[tuple[nn.Module, int], Call]:
@@ -94,6 +101,10 @@ class Growing:
         self.replacements = replacements
         self.level = level
         self.widens = widens
+
+    def order(self, item: Item) -> tuple[int, ...]:
+        """What is run together comes one after the other."""
+        return item.time
 
     def place(self, item: Item) -> tuple[int, Call, str]:
         """When, and at which end of which call, the lane of `item` is appended."""

@@ -89,6 +89,6 @@ class _Sum:
 
 
 SHAPES = (
-    "mean_activations at {path!r}: {now} came after {before}, so there is no one mean. Take it over the positions too:\n"
+    "mean_activations at {path!r}: {now} came after {before}, so there is no mean. Take it over the positions too:\n"
     "    mean_activations(model, where, batches, dim=(0, 1))"
 )

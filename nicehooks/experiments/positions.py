@@ -42,6 +42,9 @@ class FromPosition(Growing):
         super().__init__(base, replacements, level, widens=base.run.batch > 1)
         self.cache = _cache_in(base.run.sample)
 
+    def order(self, item: Item) -> tuple[int, ...]:
+        return (_start(item), *item.time)
+
     def measure(self, items: Sequence[Item]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`.
 
@@ -50,7 +53,7 @@ class FromPosition(Growing):
         """
         groups: dict[int, list[int]] = {}
         for at, item in enumerate(items):
-            groups.setdefault(position_of(item.cell) // TOGETHER * TOGETHER, []).append(at)
+            groups.setdefault(_start(item), []).append(at)
         found: dict[int, Tensor] = {}
         for start, group in groups.items():
             found.update(zip(group, self._from(start, [items[at] for at in group]), strict=True))
@@ -154,10 +157,15 @@ class _LanesFrom(Lanes):
         return trees.map_tensors(complete, output)
 
 
-def position_of(cell: Cell) -> int:
-    """The position that `cell` is at: its first subscript is `[:, 5]`, and may go on behind that."""
-    step: Any = cell.chain[0]
-    return step[1]
+def _start(item: Item) -> int:
+    """Where the forward of `item` begins. The first subscript of its cell is `[:, 5]`, and may go on behind that."""
+    step: Any = item.cell.chain[0]
+    return step[1] // TOGETHER * TOGETHER
+
+
+def forwards_for(base: Base) -> int:
+    """How many forwards the positions of the inputs need."""
+    return -(-length_of(base) // TOGETHER)
 
 
 def fits_positions(base: Base, items: Sequence[Item]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _made(values: list[Any], axis: Axis | None) -> Replacements:
     return Replacements(tuple(map(_source, values)), axis, any(map(_is_function, values)))
 
 
-def _is_function(value: Any) -> bool:
+def _is_function(value: Any) -> TypeGuard[Callable[[Any], Any]]:
     return callable(value) and not isinstance(value, Tensor | Mapping)
 
 
@@ -87,8 +87,7 @@ def _source(value: Any) -> Source:
     if isinstance(value, Mapping):
         return _FromCache(cast(Any, value))
     if _is_function(value):
-        function: Callable[[Any], Any] = value
-        return lambda cell, region, base: function(region)
+        return lambda cell, region, base: value(region)
     return lambda cell, region, base: value
 
 

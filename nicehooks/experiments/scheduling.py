@@ -14,6 +14,7 @@ from torch import Tensor
 from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.lanes import Base, Item, Unfit, is_close
+from nicehooks.experiments.positions import FromPosition, forwards_for
 from nicehooks.experiments.singly import OneByOne
 
 BUDGET = 1 << 30
@@ -42,6 +43,7 @@ class Schedule:
 
     Attributes:
         notes: how it went, in sentences.
+        later: a way that may be taken when the first chunk has said how long an intervention takes.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class Schedule:
         self.notes: list[str] = []
         self.metrics = torch.full((len(items), *base.metric.shape), torch.nan, dtype=base.metric.dtype)
         self.metrics = self.metrics.to(base.metric.device)
-        self.asked = self.todo = sorted(items, key=_time_of)
+        self.asked = self.todo = list(items)
+        self.later: list[FromPosition] = []
         self.check = check
         self.expected: dict[int, Tensor] = {}
         self.show = _shown_on_stderr() if progress is True else progress or _not_shown
@@ -79,7 +82,7 @@ class Schedule:
             raise NiceHooksError("resume=…: these are the effects of another metric, one number for all examples.")
         self.metrics = done.reshape(self.metrics.shape).to(self.metrics) + self.base.metric
         missing = self.metrics.reshape(len(self.items), -1).isnan().any(1).tolist()
-        self.asked = sorted([item for item, gone in zip(self.items, missing, strict=True) if gone], key=_time_of)
+        self.asked = [item for item, gone in zip(self.items, missing, strict=True) if gone]
 
     def run(self, plain: OneByOne) -> Tensor:
         """The metric under each intervention; NaN where an interrupt came before.
@@ -97,10 +100,13 @@ class Schedule:
         return self.metrics
 
     def _next_chunk(self, plain: OneByOne) -> None:
-        chunk = self.todo[: self.size]
         _, way = self.ways[0]
+        self.todo.sort(key=way.order)
+        chunk = self.todo[: min(self.size, len(self.asked) // 8 or 1) if self.later else self.size]
+        start = time.perf_counter()
         try:
             metrics = way.measure(chunk)
+            seconds = time.perf_counter() - start
             self._compare(plain, chunk, metrics)
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
@@ -114,6 +120,21 @@ class Schedule:
         self.metrics[[item.at for item in chunk]] = metrics.to(self.metrics)
         del self.todo[: len(chunk)]
         self.show(len(self.items) - len(self.todo), len(self.items))
+        self._choose(seconds / len(chunk))
+
+    def _choose(self, seconds: float) -> None:
+        """Goes on position by position, if an intervention takes as long as that the tokens which that saves count.
+
+        That saves about half of the tokens, and costs some forwards more, each as long as the base run at most.
+
+        Args:
+            seconds: how long an intervention of the first chunk took.
+        """
+        for way in self.later:
+            saved, spent = 0.5 * seconds * len(self.todo), forwards_for(self.base) * self.base.seconds
+            if saved > 2 * spent:
+                self.ways.insert(0, ("positions", way))
+        self.later = []
 
     def _give_up(self, error: Exception) -> None:
         """Goes on to the next way; raises if there is none."""
@@ -155,10 +176,6 @@ def _shown(metric: Tensor) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _time_of(item: Item) -> tuple[int, int]:
-    return (0 if item.call is None else item.call.begin), item.at
 
 
 def _not_shown(done: int, count: int) -> None:

@@ -34,6 +34,10 @@ class OneByOne:
         self.replacements = replacements
         self.answers = answers and base.reuses
 
+    def order(self, item: Item) -> tuple[int, ...]:
+        """What is run together comes one after the other."""
+        return item.time
+
     def measure(self, items: Sequence[Item]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`."""
         return torch.stack([self.metric(item) for item in items])
@@ -59,6 +63,10 @@ class Mapped:
     def __init__(self, base: Base, replacements: Replacements) -> None:
         self.base = base
         self.replacements = replacements
+
+    def order(self, item: Item) -> tuple[int, ...]:
+        """What is run together comes one after the other."""
+        return item.time
 
     def measure(self, items: Sequence[Item]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -73,10 +74,11 @@ def sweep(
             several alternatives: they are the first axis.
         metric: of what the model returns: one number for each example of the batch, or one for all.
         args: the model's inputs, the first tensor of which has the batch for its first dimension.
-        engine: `"positions"`, in a causal language model forwards that begin at the position in question, and have
-            the keys and values before it from a cache; `"growing"`, one forward whose batch grows where each intervention begins; `"batch"`, all side by side
-            in one batch; `"vmap"`, those of one module together, for any module; `"loop"`, one after the other. In
-            each of them what runs before an intervention begins is not run again. By itself the first one that works.
+        engine: `"growing"`, one forward whose batch grows where each intervention begins; `"positions"`, in a causal
+            language model, forwards that begin at the position in question, with the keys and values before it from a
+            cache; `"batch"`, all side by side in one batch; `"vmap"`, those of one module together, for any module;
+            `"loop"`, one after the other. In all but `"batch"` what runs before an intervention begins is not run
+            again. By itself the first one that works, and where a part of the grid says so, the positions.
         chunk_size: how many interventions run at once, at most; by itself as many as fit into some memory.
         check: compares a random sample with the plain loop.
         progress: shows how far it is; or a function of what is done and of how much there is.
@@ -101,6 +103,8 @@ def sweep(
         replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain))
         items = _items(grid, replacements, base.recording)
         schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
+        if engine == "auto":
+            schedule.later = _from_positions(base, replacements, items)
         schedule.resume(resume)
         metrics = schedule.run(OneByOne(base, replacements, answers=False))
     return _effects(base, grid, replacements, metrics, schedule.notes)
@@ -113,15 +117,16 @@ def _recorded(run: Run, where: Where, check: bool) -> tuple[Base, ActivationCach
         if site.path.port.is_gradient:
             raise NiceHooksError(f"sweep at {str(site)!r}: what replaces a gradient does not change the output.")
     recording = Recording(run.model, sites)
-    before = torch.get_rng_state()
+    before, start = torch.get_rng_state(), time.perf_counter()
     with recording.context, capture(run.model, *stems_of(run.model, where), keep="all", clone=True) as seen:
         output = run.output()
+    seconds = time.perf_counter() - start
     if check and not torch.equal(before, torch.get_rng_state()):
         raise SweepMismatch(RANDOM)
     metric = run.measured(output)
     stems = _Stems(seen)
     run.sample = output
-    return Base(run, recording, stems, metric, reuses=True), seen
+    return Base(run, recording, stems, metric, seconds, reuses=True), seen
 
 
 class _Stems(dict[str, Any]):
@@ -189,7 +194,7 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
     if engine != "auto" and engine not in ways:
         raise ValueError(f"engine={engine!r}: it is 'auto', 'positions', 'growing', 'batch', 'vmap' or 'loop'")
     last = ("loop", "loop without reuse")
-    chosen = ("positions", "growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
+    chosen = ("growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
     found = [(name, way) for name in chosen for way in ways[name]]
     if not found:
         raise NiceHooksError(NO_POSITIONS)
@@ -197,8 +202,8 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
 
 
 NO_POSITIONS = (
-    "sweep(…, engine='positions') is for a causal model that returns its cache of keys and values (use_cache=True), and "
-    "for positions of what its layers return ('h.*[:, *]').\n    engine='auto' finds a way that fits."
+    "sweep(…, engine='positions') is for a causal model that returns its cache of keys and values (use_cache=True), "
+    "and for positions of what its layers return ('h.*[:, *]').\n    engine='auto' finds a way that fits."
 )
 
 

@@ -11,7 +11,7 @@ from sweep_by_hand import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagg
 from torch import nn
 
 from nicehooks import capture, sweep
-from nicehooks.errors import NotCaptured, SiteNotFound, SweepMismatch, TreeMismatch
+from nicehooks.errors import NiceHooksError, NotCaptured, SiteNotFound, SweepMismatch, TreeMismatch
 
 FAR = 1e-4
 WAYS = ["auto", "growing", "batch", "vmap", "loop"]
@@ -30,6 +30,7 @@ def metric(output):
     ("family", "batch", "engine"),
     [
         *[("gpt2", batch, engine) for batch in (1, 3) for engine in WAYS],
+        *[(family, batch, "positions") for family in ("gpt2", "llama") for batch in (1, 3)],
         *[(family, 1, "vmap") for family in OTHERS],
         *[(family, 3, "auto") for family in OTHERS],
     ],
@@ -171,6 +172,25 @@ def test_the_first_examples_of_a_grid_in_chunks_are_the_same():
             assert torch.allclose(whole.values, chunked.values, atol=1e-5)
 
 
+def test_positions_before_the_patched_one_may_be_read_by_the_metric():
+    architecture = ARCHITECTURES["gpt2"]
+    model, where = architecture.build(), "transformer.h.*[:, *]"
+    inputs = {**architecture.inputs(1), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    every = lambda output: output.logits[..., 3].sum(1)  # noqa: E731
+    effects = sweep(model, where, "resample", every, engine="positions", **inputs)
+    assert torch.allclose(
+        effects.values, sweep(model, where, "resample", every, engine="loop", **inputs).values, atol=1e-4
+    )
+
+
+def test_positions_are_for_causal_models_that_have_a_cache():
+    bert, gpt2 = ARCHITECTURES["bert"], ARCHITECTURES["gpt2"]
+    with pytest.raises(NiceHooksError, match="is for a causal model that returns its cache"):
+        sweep(bert.build(), "encoder.layer.*[:, *]", 0.0, metric, engine="positions", **bert.inputs(0))
+    with pytest.raises(NiceHooksError, match="for positions of what its layers return"):
+        sweep(gpt2.build(), "transformer.h.*", 0.0, metric, engine="positions", **gpt2.inputs(0))
+
+
 # --- what is never silent ---
 
 
@@ -198,9 +218,9 @@ def test_dropout_in_training_mode_is_refused():
 
 def test_a_model_that_changes_from_run_to_run_is_refused():
     class Counting(nn.Linear):
-        def forward(self, x):
+        def forward(self, input):
             self.bias.data += 1
-            return super().forward(x)
+            return super().forward(input)
 
     model = nn.Sequential(nn.Linear(4, 4), Counting(4, 2)).eval()
     with pytest.raises(SweepMismatch, match="runs of the model that should be equal are not"):

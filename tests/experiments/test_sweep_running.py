@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -89,21 +91,19 @@ def test_a_way_that_does_not_fit_is_said_and_another_taken():
     model, x = made(MeanOfBatch), torch.randn(3, 4)
     effects = sweep(model, "a[:, *]", 0.0, lambda output: output.sum(-1), x)
     assert effects.notes[0].startswith("growing does not fit: the lane in which nothing is changed")
-    with pytest.raises(NiceHooksError, match="engine='batch' does not fit this model"):
+    with pytest.raises(NiceHooksError, match=r"engine='batch'\) does not fit this model"):
         sweep(model, "a[:, *]", 0.0, lambda output: output.sum(-1), x, engine="batch")
 
 
 def test_each_run_has_a_cache_of_keys_and_values_of_its_own(gpt2):
     cache = DynamicCache()
     with torch.no_grad():
-        gpt2(tokens(1, 1), past_key_values=cache)
+        gpt2(tokens(1, 1), cache=cache)
     ids = tokens(0, 1)
-    effects = sweep(gpt2, WHERE, 0.0, metric, ids, past_key_values=cache)
+    effects = sweep(gpt2, WHERE, 0.0, metric, ids, cache=cache)
     assert cache.get_seq_length() == 7
-    import copy
-
     for at, path in list(enumerate(effects.sites))[::5]:
-        one = sweep(gpt2, path, 0.0, metric, ids, engine="loop", past_key_values=copy.deepcopy(cache))
+        one = sweep(gpt2, path, 0.0, metric, ids, engine="loop", cache=copy.deepcopy(cache))
         assert torch.allclose(one.values.flatten()[0], effects.values.flatten()[at], atol=1e-5)
 
 
@@ -122,9 +122,9 @@ def test_a_module_that_counts_its_calls_is_run_without_reuse():
     old = type(model.first).forward
 
     class Noisy(nn.Linear):
-        def forward(self, x):
+        def forward(self, input):
             model.calls += 1
-            return old(self, x)
+            return old(self, input)
 
     model.first.__class__ = Noisy
     x = torch.randn(3, 4)

@@ -26,6 +26,7 @@ def test_these_are_the_public_names() -> None:
         "AnySlice",
         "CheckpointWarning",
         "ContextMisuse",
+        "Effects",
         "ModulePath",
         "NiceHooksError",
         "NiceHooksWarning",
@@ -54,6 +55,7 @@ def test_these_are_the_public_names() -> None:
         "grad_at",
         "head_results",
         "logit_lens",
+        "mean_activations",
         "patch",
         "patch_method_to_module",
         "register_anatomy",
@@ -67,6 +69,7 @@ def test_these_are_the_public_names() -> None:
         "splice",
         "steer",
         "suspend",
+        "sweep",
         "to_paths",
     ]
 
