@@ -1,6 +1,6 @@
 """What a grid of patches costs by `sweep`, beside the loop of raw hooks in one interleaved run.
 
-    OMP_NUM_THREADS=1 python benchmarks/sweep.py [--rounds 5] [--only WORD …] [--out sweep.json]
+    OMP_NUM_THREADS=1 python benchmarks/sweep.py [--rounds 5] [--only small demo …] [--out sweep.json]
 
 Nothing is asserted about time; benchmarks/README.md says what each row means.
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks import capture, sweep
+from nicehooks import capture, patch, sweep
 
 LAYERS, POSITIONS = 12, 16
 Work = Callable[[], Tensor]
@@ -89,6 +89,64 @@ def residual_grid(model: nn.Module, what: str, targets: dict[str, float], ways: 
     return Grid(what, {**all_ways, **{name: by(options) for name, options in ways.items()}}, targets)
 
 
+def smollm() -> tuple[Any, Any]:
+    """SmolLM2-135M, and the prompts of the demo."""
+    from nicehooks.cli.command import ANSWER, CLEAN, CORRUPTED, WRONG
+    from nicehooks.cli.loading import load
+    from nicehooks.cli.prompts import encode_pair
+
+    model, tokenizer = load()
+    return model, encode_pair(tokenizer, CLEAN, CORRUPTED, ANSWER, WRONG)
+
+
+def demo_grid() -> Grid:
+    """Layers × positions of SmolLM2, beside the loop over batches of 16 that the demo had."""
+    from nicehooks.cli.patching_job import residual_grid as batched_loop
+
+    model, pair = smollm()
+    with capture(model, "model.layers.*") as clean:
+        model(**pair.clean)
+
+    def loop() -> Tensor:
+        grid = batched_loop(model, pair)
+        return grid.effects * (grid.clean - grid.corrupted)
+
+    def swept(engine: Any) -> Work:
+        given: Any = {"engine": engine, **pair.corrupted}
+        return lambda: sweep(model, "model.layers.*[:, *]", clean, pair.logit_difference, **given).values
+
+    ways = {"batched loop": loop, "sweep": swept("auto"), "growing": swept("growing")}
+    return Grid("SmolLM2, 30 layers × 14 positions", ways, {"sweep": 3.0})
+
+
+def heads_grid() -> Grid:
+    """All heads of SmolLM2 ablated, on four prompts; of the loop only a part is run, which counts for all of it."""
+    model, pair = smollm()
+    ids, where = pair.corrupted["input_ids"].repeat(4, 1), "model.layers.*.self_attn.o_proj@input[0]/9[:, :, *]"
+    ids[:, 1] += torch.arange(4)  # four prompts that are not the same
+    paths = [where.replace("*", str(cell // 9), 1).replace("*", str(cell % 9)) for cell in range(0, 270, HEADS_SKIPPED)]
+
+    def loop() -> Tensor:
+        effects: list[Tensor] = []
+        baseline = metric(model(ids))
+        for path in paths:
+            with patch(model, path, 0.0):
+                effects.append((metric(model(ids)) - baseline).mean())
+        return torch.stack(effects)
+
+    ways: dict[str, Work] = {
+        "loop": loop,
+        "sweep": lambda: sweep(model, where, 0.0, metric, ids).values.flatten()[::HEADS_SKIPPED],
+    }
+    return Grid(
+        f"SmolLM2, 30 × 9 heads, 4 prompts (loop: one in {HEADS_SKIPPED})", ways, {"sweep": 5.0 / HEADS_SKIPPED}
+    )
+
+
+HEADS_SKIPPED = 18
+"""One in so many heads is patched by the loop: all of them would take minutes."""
+
+
 WAYS: dict[str, Any] = {
     "sweep": {},
     "positions, unchecked": {"engine": "positions", "check": False},
@@ -99,17 +157,27 @@ WAYS: dict[str, Any] = {
 }
 
 
-def grids() -> Iterator[Callable[[], Grid]]:
-    """Each grid, made when it is its turn."""
+def grids(only: list[str]) -> Iterator[Callable[[], Grid]]:
+    """Each grid whose name is among `only`, made when it is its turn."""
+    for name, make in every_grid().items():
+        if not only or name in only:
+            yield make
+
+
+def every_grid() -> dict[str, Callable[[], Grid]]:
+    """How to make each grid, by a short name."""
     small, large = "12 × 16, width 64", "12 × 16, width 768"
     last = ", logits_to_keep=1"
-    yield lambda: residual_grid(gpt2(64, 1000), small, {"sweep": 8.5}, WAYS)
-    yield lambda: residual_grid(gpt2(64, 1000), small + last, {"sweep": 11.0}, WAYS, logits_to_keep=1)
     few = {name: WAYS[name] for name in ("sweep", "positions, unchecked", "growing, unchecked")}
-    yield lambda: residual_grid(gpt2(768, 50257), large, {"growing, unchecked": 3.6, "sweep": 6.0}, few)
-    yield lambda: residual_grid(
-        gpt2(768, 50257), large + last, {"growing, unchecked": 3.6, "sweep": 6.0}, few, logits_to_keep=1
-    )
+    asked = {"growing, unchecked": 3.6, "sweep": 6.0}
+    return {
+        "small": lambda: residual_grid(gpt2(64, 1000), small, {"sweep": 8.5}, WAYS),
+        "small-last": lambda: residual_grid(gpt2(64, 1000), small + last, {"sweep": 11.0}, WAYS, logits_to_keep=1),
+        "large": lambda: residual_grid(gpt2(768, 50257), large, asked, few),
+        "large-last": lambda: residual_grid(gpt2(768, 50257), large + last, asked, few, logits_to_keep=1),
+        "demo": demo_grid,
+        "heads": heads_grid,
+    }
 
 
 def measured(grid: Grid, rounds: int) -> dict[str, Any]:
@@ -132,19 +200,17 @@ def measured(grid: Grid, rounds: int) -> dict[str, Any]:
     return {"seconds": {name: statistics.median(each) for name, each in seconds.items()}, "ratios": ratios}
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], choices=sorted(every_grid()))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     found: dict[str, Any] = {}
-    for make in grids():
+    for make in grids(options.only):
         grid = make()
-        if options.only and not all([word in grid.what for word in options.only]):
-            continue
         result = found[grid.what] = measured(grid, options.rounds)
         print(f"\n{grid.what}")
         for name in grid.ways:
