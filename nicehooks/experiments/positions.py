@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nicehooks.experiments.grids import Cell
-from nicehooks.experiments.lanes import Base, Growing, Item, Lanes, Unfit, metric_of_lanes, repeated
+from nicehooks.experiments.items import Base, Item, Unfit
+from nicehooks.experiments.lanes import Growing, Lanes, metric_of_lanes, repeated
 from nicehooks.experiments.recording import Around, Call
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.values import trees

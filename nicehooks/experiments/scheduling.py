@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
-from nicehooks.experiments.lanes import Base, Item, Unfit, is_close
+from nicehooks.experiments.items import Base, Item, Unfit
+from nicehooks.experiments.lanes import is_close
 from nicehooks.experiments.positions import FromPosition, forwards_for
 from nicehooks.experiments.singly import OneByOne
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nicehooks.contexts.changes import edit, patch
 from nicehooks.core.frames import Frame
 from nicehooks.core.selection import Group, Site
-from nicehooks.experiments.lanes import Base, Item, Unfit
+from nicehooks.experiments.items import Base, Item, Unfit
 from nicehooks.experiments.recording import Around, Call, FrameAction
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.values import trees

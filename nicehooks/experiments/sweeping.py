@@ -16,7 +16,8 @@ from nicehooks.core.selection import Where, select_groups
 from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
-from nicehooks.experiments.lanes import Base, Growing, Item
+from nicehooks.experiments.items import Base, Item
+from nicehooks.experiments.lanes import Growing
 from nicehooks.experiments.positions import FromPosition, fits_positions
 from nicehooks.experiments.recording import Call, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
