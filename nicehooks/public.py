@@ -50,8 +50,6 @@ from nicehooks.experiments.faithful import faithfulness
 from nicehooks.experiments.greedy import acdc
 from nicehooks.experiments.means import mean_activations
 from nicehooks.experiments.score_terms import score_attribution
-from nicehooks.experiments.effects import Axis, Effect, Effects
-from nicehooks.experiments.means import mean_activations
 from nicehooks.experiments.sweeping import sweep
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.pictures.attention import attention_view

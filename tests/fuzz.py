@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from gallery.returning import Gives
+from gallery.mixed import Summed, total
 from gallery.values import Box, Pair
 from machine import VERBS, model_called
 from reference import FORWARDS
@@ -109,23 +109,8 @@ def made(rng: random.Random, depth: int) -> Callable[..., Any]:
     return lambda x, change=torch.positive: kind(a(x, change), b(x, change))
 
 
-class Summed(nn.Module):
-    """What comes out of it depends on every leaf."""
-
-    def __init__(self, make: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.nest = Gives(make)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return total(self.nest(x * 2))
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
-
-
-def total(value: Any) -> Tensor:
-    return sum((leaf.sin() * number for number, leaf in enumerate(tensors_in(value), 1)), torch.zeros(()))
 
 
 def triple(leaf: Tensor) -> Tensor:

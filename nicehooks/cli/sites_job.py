@@ -29,7 +29,7 @@ def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any
     table = sites(model, **inputs)
     wanted = {where for path in paths for where in _modules(model, parts, path)}
     records = [record for record in table if not paths or record.path in wanted]
-    return SiteTable(records, table.kind, _notes(parts))
+    return SiteTable(records, table.kind, _notes_on(parts))
 
 
 def _modules(model: nn.Module, parts: Mapping[str, list[Part]], path: str) -> list[str]:
@@ -57,7 +57,7 @@ def _parts_named(found: Anatomy, name: str) -> list[Part]:
     return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
 
 
-def _notes(parts: Mapping[str, list[Part]]) -> dict[str, str]:
+def _notes_on(parts: Mapping[str, list[Part]]) -> dict[str, str]:
     """What to say of each module: `= attn_out[3]` where its output is that part, `z[3] = @input[0]/9` where more is."""
     notes: dict[str, list[str]] = {}
     for part in [part for each in parts.values() for part in each]:

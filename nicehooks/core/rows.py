@@ -26,11 +26,11 @@ class RowsRule(Rule):
 def _rows_rules(sites: list[Site], root: nn.Module, counting: bool) -> Pairs:
     """A rule for each module around a site that splits rows."""
     split = [site for site in sites if any([isinstance(step, Rows) for step in site.path.chain])]
-    around = {id(module): module for module in [_around(site, root) for site in split]}
+    around = {id(module): module for module in [_module_around(site, root) for site in split]}
     return [(module, RowsRule()) for module in around.values()]
 
 
-def _around(site: Site, root: nn.Module) -> nn.Module:
+def _module_around(site: Site, root: nn.Module) -> nn.Module:
     """The module around that of `site`."""
     outer, dot, _ = site.name.rpartition(".")
     around = module_at(root, outer)

@@ -146,20 +146,20 @@ def _columns(site: Site, path: ModulePath, value: Any, known: int) -> Iterator[C
     skeleton = ".".join(["*" if part.isdigit() else part for part in parts])
     fixed = "".join(map(trees.show_step, path.chain[:known]))
     yield Column("module", "module", f"{skeleton}{path.port}{fixed}", False)
-    for count, (before, number) in enumerate(_numbers(parts)):
+    for count, (before, number) in enumerate(_numbers_in(parts)):
         yield Column(f"number {count}", before, number, False)
     yield Column("call", "call", str(path.call), site.path.call == EVERY_CALL)
     names = _names_of_dimensions(path, value, known)
     for at in range(known, len(path.chain)):
-        items = _items(path.chain[at])
-        for place, (star, item) in enumerate(zip(_items(site.path.chain[at]), items, strict=True)):
+        items = _items_of_step(path.chain[at])
+        for place, (star, item) in enumerate(zip(_items_of_step(site.path.chain[at]), items, strict=True)):
             name = names[place] if place < len(names) else "element"
-            yield Column(f"step {at - known} item {place}", name, _shown(item), star is STAR)
+            yield Column(f"step {at - known} item {place}", name, _shown_label(item), star is STAR)
         was_tensor, value = isinstance(value, Tensor), trees.get(value, path.chain[at : at + 1])
         names = _left(names, items) if was_tensor else _names_of_dimensions(path, value, 0)
 
 
-def _numbers(parts: list[str]) -> Iterator[tuple[str, str]]:
+def _numbers_in(parts: list[str]) -> Iterator[tuple[str, str]]:
     """Each number in a name: the first is that of a layer, the others are called by what stands before them."""
     before = "layer"
     for at, part in enumerate(parts):
@@ -198,11 +198,11 @@ def _left(names: tuple[str, ...], items: Sequence[Any]) -> tuple[str, ...]:
     return tuple([name for place, name in enumerate(names) if place not in taken])
 
 
-def _items(step: Any) -> tuple[Any, ...]:
+def _items_of_step(step: Any) -> tuple[Any, ...]:
     return step if isinstance(step, tuple) else (step,)
 
 
-def _shown(item: Any) -> str:
+def _shown_label(item: Any) -> str:
     return item if isinstance(item, str) else trees.show_step(item).strip("[]")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.grids import Cell
-from nicehooks.experiments.recording import Call, Recording
+from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.runs import Run
 
 
@@ -17,7 +17,7 @@ class Unfit(NiceHooksError):
     """A way to run a sweep does not fit this model; the message says why."""
 
 
-class Item(NamedTuple):
+class GridItem(NamedTuple):
     """One intervention of a sweep.
 
     Attributes:
@@ -30,7 +30,7 @@ class Item(NamedTuple):
     at: int
     alternative: int
     cell: Cell
-    call: Call | None
+    call: RecordedCall | None
 
     @property
     def time(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class Base(NamedTuple):
     seconds: float
     reuses: bool
 
-    def answers_by(self, tick: int, items: Sequence[Item]) -> dict[tuple[nn.Module, int], Call]:
+    def answers_by(self, tick: int, items: Sequence[GridItem]) -> dict[tuple[nn.Module, int], RecordedCall]:
         """The calls that are answered from the recording where `items` begin at `tick`, by module and number."""
         if not self.reuses:
             return {}

@@ -24,8 +24,8 @@ from nicehooks.core.rules import Action
 from nicehooks.core.selection import Group, Site
 from nicehooks.core.sessions import Session
 from nicehooks.experiments.grids import Cell
-from nicehooks.experiments.items import Base, Item, Unfit
-from nicehooks.experiments.recording import Around, Call, FrameAction
+from nicehooks.experiments.items import Base, GridItem, Unfit
+from nicehooks.experiments.recording import CallsAround, FrameAction, RecordedCall
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.experiments.runs import Run
 from nicehooks.values import trees
@@ -48,11 +48,11 @@ class Growing:
         self.level = level
         self.widens = widens
 
-    def order(self, item: Item) -> tuple[int, ...]:
+    def order(self, item: GridItem) -> tuple[int, ...]:
         """What is run together comes one after the other."""
         return item.time
 
-    def place(self, item: Item) -> tuple[int, Call, str]:
+    def place(self, item: GridItem) -> tuple[int, RecordedCall, str]:
         """When, and at which end of which call, the lane of `item` is appended."""
         if item.call is None:
             raise Unfit(f"nothing calls the module of {str(item.cell.path)!r}")
@@ -60,7 +60,7 @@ class Growing:
         own = call is item.call and item.cell.path.port.is_output
         return (call.end, call, "after") if own else (call.begin, call, "before")
 
-    def measure(self, items: Sequence[Item]) -> Tensor:
+    def measure(self, items: Sequence[GridItem]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`.
 
         Raises:
@@ -69,7 +69,7 @@ class Growing:
         placed = sorted([(*self.place(item), at) for at, item in enumerate(items)], key=lambda one: (one[0], one[3]))
         order = [at for *_, at in placed]
         lanes = Lanes(self, placed[0][0], [(call, end) for _, call, end, _ in placed], [items[at] for at in order])
-        with Around(self.base.run.model, lanes.actions()):
+        with CallsAround(self.base.run.model, lanes.actions()):
             output = self.base.run.output()
         metrics = lanes.measured(output)
         back = torch.empty(len(order), dtype=torch.long)
@@ -87,7 +87,7 @@ class Lanes:
 
     first = 1
 
-    def __init__(self, way: Growing, start: int, places: list[tuple[Call, str]], items: list[Item]) -> None:
+    def __init__(self, way: Growing, start: int, places: list[tuple[RecordedCall, str]], items: list[GridItem]) -> None:
         self.base = way.base
         self.way = way
         self.items = items
@@ -103,7 +103,7 @@ class Lanes:
         """What is done where: first lanes are appended, then values are written into them."""
         sites = {call.module: call.site for call in self.base.recording.calls if self._is_concerned(call)}
         actions: list[tuple[Any, Action]] = [(Group(True, list(sites.values()), True), _Station(self))]
-        stems: dict[str, list[tuple[int, Item]]] = {}
+        stems: dict[str, list[tuple[int, GridItem]]] = {}
         for lane, item in enumerate(self.items, self.first):
             stems.setdefault(str(item.cell.stem), []).append((lane, item))
         for of_stem in stems.values():
@@ -111,7 +111,7 @@ class Lanes:
             actions.append(([cell.site.at(cell.stem)], _Write(self, of_stem)))
         return actions
 
-    def _is_concerned(self, call: Call) -> bool:
+    def _is_concerned(self, call: RecordedCall) -> bool:
         key = (call.module, call.number)
         grows = (*key, "before") in self.appends or (*key, "after") in self.appends
         inner = len(call.around) > 1 and call.around[-2].module in self.outer
@@ -125,11 +125,11 @@ class Lanes:
         """The subscripts that lead to `cell` in the value at its stem in this forward."""
         return cell.chain
 
-    def answer(self, call: Call) -> Any:
+    def answer(self, call: RecordedCall) -> Any:
         """What is recorded of `call`, for this forward to write into if it likes."""
         return trees.map_tensors(Tensor.clone, call.value)
 
-    def appended(self, tree: Any, count: int, call: Call | None = None) -> Any:
+    def appended(self, tree: Any, count: int, call: RecordedCall | None = None) -> Any:
         """`tree` with `count` more lanes, each a copy of the base lane; `call` is recorded of what returned it."""
         size = self.base.run.batch
 
@@ -252,7 +252,7 @@ class _Write(Action):
     __slots__ = ("items", "lanes")
     verb = "sweep"
 
-    def __init__(self, lanes: Lanes, items: list[tuple[int, Item]]) -> None:
+    def __init__(self, lanes: Lanes, items: list[tuple[int, GridItem]]) -> None:
         self.lanes = lanes
         self.items = items
 
@@ -273,7 +273,7 @@ class _Write(Action):
             block = trees.map_tensors(lambda tensor, lane=lane: tensor[lane], split)
             region = trees.get(block, chain)
             new = lanes.way.replacements.new(item.alternative, cell, base, region)
-            write(block, chain, region, new)
+            write_lane(block, chain, region, new)
         return own
 
 
@@ -289,7 +289,7 @@ def _rows_of_lanes(value: Any, base: Any, count: int) -> list[int]:
     return [other.shape[0] for _, other in pairs if isinstance(other, Tensor)]
 
 
-def write(block: Any, chain: Chain, region: Any, new: Any) -> None:
+def write_lane(block: Any, chain: Chain, region: Any, new: Any) -> None:
     """Writes `new` into the `region` at the end of `chain` in `block`, in place."""
     if any([isinstance(item, list) for step in chain for item in (step if isinstance(step, tuple) else (step,))]):
         region, new = block, trees.rewrite(block, chain, lambda _: new)  # such a region is no view

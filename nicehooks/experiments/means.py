@@ -46,7 +46,7 @@ def mean_activations(
     sums: dict[str, _Sum] = {}
     for batch in batches:
         with torch.no_grad(), capture(model, where) as seen:
-            _call(model, batch)
+            _call_with(model, batch)
         for path, value in seen.items():
             sums.setdefault(path, _Sum(path)).add(value, dims)
     if not sums:
@@ -54,7 +54,7 @@ def mean_activations(
     return ActivationCache({path: one.mean() for path, one in sums.items()})
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def _call_with(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from nicehooks.experiments.grids import Cell
-from nicehooks.experiments.items import Base, Item, Unfit
+from nicehooks.experiments.items import Base, GridItem, Unfit
 from nicehooks.experiments.lanes import Growing, Lanes, metric_of_lanes, repeated
-from nicehooks.experiments.recording import Around, Call
+from nicehooks.experiments.recording import CallsAround, RecordedCall
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain
 
-TOGETHER = 2
+POSITIONS_TOGETHER = 2
 """How many neighbouring positions share a forward."""
 
 BY_POSITION = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
@@ -43,10 +43,10 @@ class FromPosition(Growing):
         super().__init__(base, replacements, level, widens=base.run.batch > 1)
         self.cache = _cache_in(base.run.sample)
 
-    def order(self, item: Item) -> tuple[int, ...]:
+    def order(self, item: GridItem) -> tuple[int, ...]:
         return (_start(item), *item.time)
 
-    def measure(self, items: Sequence[Item]) -> Tensor:
+    def measure(self, items: Sequence[GridItem]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`.
 
         Raises:
@@ -60,7 +60,7 @@ class FromPosition(Growing):
             found.update(zip(group, self._from(start, [items[at] for at in group]), strict=True))
         return torch.stack([found[at] for at in range(len(items))])
 
-    def _from(self, start: int, items: list[Item]) -> Tensor:
+    def _from(self, start: int, items: list[GridItem]) -> Tensor:
         """The metrics of `items`, none of which is before `start`."""
         order = sorted(range(len(items)), key=lambda at: self.place(items[at])[0])
         places = [self.place(items[at]) for at in order]
@@ -69,7 +69,7 @@ class FromPosition(Growing):
         lanes = _LanesFrom(self, start, places, [items[at] for at in order])
         run = self.base.run
         args, kwargs = self._inputs(start)
-        with Around(run.model, lanes.actions()):
+        with CallsAround(run.model, lanes.actions()):
             metrics = lanes.measured(run.model(*args, **kwargs))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
@@ -92,22 +92,24 @@ class _LanesFrom(Lanes):
 
     first = 0
 
-    def __init__(self, way: FromPosition, start: int, places: list[tuple[int, Call, str]], items: list[Item]) -> None:
+    def __init__(
+        self, way: FromPosition, start: int, places: list[tuple[int, RecordedCall, str]], items: list[GridItem]
+    ) -> None:
         super().__init__(way, places[0][0], [(call, end) for _, call, end in places], items)
         self.start = start
         self.begun = False
         self.answers = {key: call for key, call in self.answers.items() if self._has_positions(call)}
         self.appends = Counter(self.appends)
 
-    def _has_positions(self, call: Call) -> bool:
+    def _has_positions(self, call: RecordedCall) -> bool:
         tensors = [leaf for leaf in trees.leaves(call.value) if isinstance(leaf, Tensor)]
         length = length_of(self.base)
         return all([tensor.ndim > 1 and tensor.shape[1] == length for tensor in tensors])
 
-    def answer(self, call: Call) -> Any:
+    def answer(self, call: RecordedCall) -> Any:
         return trees.map_tensors(lambda tensor: tensor[:, self.start :].clone(), call.value)
 
-    def appended(self, tree: Any, count: int, call: Call | None = None) -> Any:
+    def appended(self, tree: Any, count: int, call: RecordedCall | None = None) -> Any:
         if call is None or not self._has_positions(call):
             raise Unfit("what a module returns has no positions in its second dimension")
         recorded = iter([leaf for leaf in trees.leaves(call.value) if isinstance(leaf, Tensor)])
@@ -158,18 +160,18 @@ class _LanesFrom(Lanes):
         return trees.map_tensors(complete, output)
 
 
-def _start(item: Item) -> int:
+def _start(item: GridItem) -> int:
     """Where the forward of `item` begins. The first subscript of its cell is `[:, 5]`, and may go on behind that."""
     step: Any = item.cell.chain[0]
-    return step[1] // TOGETHER * TOGETHER
+    return step[1] // POSITIONS_TOGETHER * POSITIONS_TOGETHER
 
 
 def forwards_for(base: Base) -> int:
     """How many forwards the positions of the inputs need."""
-    return -(-length_of(base) // TOGETHER)
+    return -(-length_of(base) // POSITIONS_TOGETHER)
 
 
-def fits_positions(base: Base, items: Sequence[Item]) -> bool:
+def fits_positions(base: Base, items: Sequence[GridItem]) -> bool:
     """Whether every one of `items` is at a position, and the base run has left a cache that can be cut off there."""
     run = base.run
     named = {name for name, value in run.kwargs.items() if isinstance(value, Tensor)}

@@ -19,7 +19,7 @@ from nicehooks.experiments.runs import is_plain
 from nicehooks.values import trees
 
 
-class Call:
+class RecordedCall:
     """One call of one module in the base run.
 
     Attributes:
@@ -32,14 +32,14 @@ class Call:
         is_plain: whether that is made of containers, tensors and constants alone.
     """
 
-    def __init__(self, site: Site, number: int, begin: int, around: tuple[Call, ...]) -> None:
+    def __init__(self, site: Site, number: int, begin: int, around: tuple[RecordedCall, ...]) -> None:
         self.site = site
         self.module = site.module
         self.number = number
         self.begin = begin
         self.end = -1
         self.around = (*around, self)
-        self.inside: list[Call] = []
+        self.inside: list[RecordedCall] = []
         self.value: Any = None
         self.is_plain = False
 
@@ -70,7 +70,7 @@ class FrameRule(SiteRule):
         self.action.after(frame, self.site)
 
 
-class Around(Intervention):
+class CallsAround(Intervention):
     """Does things around the calls of modules; the sites that it acts at may be reached or not."""
 
     verb = "sweep"
@@ -98,16 +98,16 @@ class Recording:
     """The calls of the base run, in the order in which they began."""
 
     def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
-        self.calls: list[Call] = []
-        self._open: list[Call] = []
+        self.calls: list[RecordedCall] = []
+        self._open: list[RecordedCall] = []
         self._ticks = 0
         self._counts: Counter[nn.Module] = Counter()
-        self.context = Around(model, [(_watched(model, sites), _Note(self))])
+        self.context = CallsAround(model, [(_is_watched_value(model, sites), _Note(self))])
 
     def begin(self, site: Site) -> None:
         """Notes that the module of `site` is called."""
         self._ticks += 1
-        call = Call(site, self._counts[site.module], self._ticks, tuple(self._open))
+        call = RecordedCall(site, self._counts[site.module], self._ticks, tuple(self._open))
         self._counts[site.module] += 1
         for outer in self._open:
             outer.inside.append(call)
@@ -123,11 +123,11 @@ class Recording:
         if call.around[0] is not call and call.is_plain:
             call.value = trees.map_tensors(lambda tensor: tensor.detach().clone(), value)
 
-    def calls_of(self, module: nn.Module) -> list[Call]:
+    def calls_of(self, module: nn.Module) -> list[RecordedCall]:
         """The calls of `module`."""
         return [call for call in self.calls if call.module is module]
 
-    def finished_by(self, tick: int) -> Iterator[Call]:
+    def finished_by(self, tick: int) -> Iterator[RecordedCall]:
         """The calls that were over by `tick`, and not those inside of them."""
         for call in self.calls:
             outer = call.around[-2].end if len(call.around) > 1 else tick + 1
@@ -148,7 +148,7 @@ class _Note(FrameAction):
         self.recording.end(frame.value)
 
 
-def _watched(model: nn.Module, sites: Iterable[Site]) -> Group:
+def _is_watched_value(model: nn.Module, sites: Iterable[Site]) -> Group:
     """The model, the modules around the sites, and what these call: all others are called inside of one of them."""
     around = {""}
     for site in sites:

@@ -70,10 +70,10 @@ def replacements_of(values: Any, region: Any) -> Replacements:
 
 
 def _made(values: list[Any], axis: Axis | None) -> Replacements:
-    return Replacements(tuple(map(_source, values)), axis, any(map(_is_function, values)))
+    return Replacements(tuple(map(_source, values)), axis, any(map(_is_user_function, values)))
 
 
-def _is_function(value: Any) -> TypeGuard[Callable[[Any], Any]]:
+def _is_user_function(value: Any) -> TypeGuard[Callable[[Any], Any]]:
     return callable(value) and not isinstance(value, Tensor | Mapping)
 
 
@@ -86,7 +86,7 @@ def _source(value: Any) -> Source:
         return _from_next_example
     if isinstance(value, Mapping):
         return _FromCache(cast(Any, value))
-    if _is_function(value):
+    if _is_user_function(value):
         return lambda cell, region, base: value(region)
     return lambda cell, region, base: value
 

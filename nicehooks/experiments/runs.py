@@ -50,7 +50,7 @@ class Run:
         value = self.metric(output)
         value = value if isinstance(value, Tensor) else torch.as_tensor(value)
         if value.ndim > 1:
-            raise TreeMismatch(NO_METRIC.format(shape=trees.structure_of(value)))
+            raise TreeMismatch(NO_NUMBER.format(shape=trees.structure_of(value)))
         return value if value.is_floating_point() else value.float()
 
     def lanes_in(self, budget: int) -> int:
@@ -66,7 +66,7 @@ def is_plain(tree: Any) -> bool:
     return all([isinstance(leaf, PLAIN) for leaf in trees.leaves(tree)])
 
 
-NO_METRIC = (
+NO_NUMBER = (
     "metric(output) is one number for each example, or one for all, but it returned {shape}.\n"
     "    metric=lambda output: output.logits[:, -1, answer]"
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
-from nicehooks.experiments.items import Base, Item, Unfit
+from nicehooks.experiments.items import Base, GridItem, Unfit
 from nicehooks.experiments.lanes import is_close
 from nicehooks.experiments.positions import FromPosition, forwards_for
 from nicehooks.experiments.singly import OneByOne
@@ -50,7 +50,7 @@ class Schedule:
     def __init__(
         self,
         base: Base,
-        items: list[Item],
+        items: list[GridItem],
         ways: list[tuple[str, Any]],
         chunk_size: int | Literal["auto"],
         check: bool,
@@ -153,7 +153,7 @@ class Schedule:
             return SweepMismatch(CHANGES.format(what=error))
         return Unfit(ENGINE.format(name=name, what=error)) if isinstance(error, Unfit) else error
 
-    def _compare(self, plain: OneByOne, chunk: Sequence[Item], metrics: Tensor) -> None:
+    def _compare(self, plain: OneByOne, chunk: Sequence[GridItem], metrics: Tensor) -> None:
         """Compares one of a chunk with the plain loop, as long as that is little beside all that was done."""
         if not self.check:
             return
@@ -165,13 +165,15 @@ class Schedule:
         for at in known:
             self._is_as_expected(chunk[at], metrics[at])
 
-    def _is_as_expected(self, item: Item, metric: Tensor) -> None:
+    def _is_as_expected(self, item: GridItem, metric: Tensor) -> None:
         expected = self.expected[item.at]
         if not is_close(metric, expected, self.base.metric, self.base.run.sample):
-            raise Differs(f"{str(item.cell.path)!r} is {_shown(metric)}, and in the plain loop {_shown(expected)}")
+            raise Differs(
+                f"{str(item.cell.path)!r} is {_shown_notes(metric)}, and in the plain loop {_shown_notes(expected)}"
+            )
 
 
-def _shown(metric: Tensor) -> str:
+def _shown_notes(metric: Tensor) -> str:
     return ", ".join([f"{one:.6g}" for one in metric.flatten().tolist()[:3]])
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nicehooks.contexts.changes import edit, patch
 from nicehooks.core.frames import Frame
 from nicehooks.core.selection import Group, Site
-from nicehooks.experiments.items import Base, Item, Unfit
-from nicehooks.experiments.recording import Around, Call, FrameAction
+from nicehooks.experiments.items import Base, GridItem, Unfit
+from nicehooks.experiments.recording import CallsAround, FrameAction, RecordedCall
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.values import trees
 
@@ -34,15 +34,15 @@ class OneByOne:
         self.replacements = replacements
         self.answers = answers and base.reuses
 
-    def order(self, item: Item) -> tuple[int, ...]:
+    def order(self, item: GridItem) -> tuple[int, ...]:
         """What is run together comes one after the other."""
         return item.time
 
-    def measure(self, items: Sequence[Item]) -> Tensor:
+    def measure(self, items: Sequence[GridItem]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`."""
         return torch.stack([self.metric(item) for item in items])
 
-    def metric(self, item: Item) -> Tensor:
+    def metric(self, item: GridItem) -> Tensor:
         """The metric under `item`: the loop over contexts that a sweep has to be equal to."""
         run, path = self.base.run, str(item.cell.path)
         source, base = self.replacements.sources[item.alternative], self.base.stems[str(item.cell.stem)]
@@ -64,11 +64,11 @@ class Mapped:
         self.base = base
         self.replacements = replacements
 
-    def order(self, item: Item) -> tuple[int, ...]:
+    def order(self, item: GridItem) -> tuple[int, ...]:
         """What is run together comes one after the other."""
         return item.time
 
-    def measure(self, items: Sequence[Item]) -> Tensor:
+    def measure(self, items: Sequence[GridItem]) -> Tensor:
         """The metric under each of `items`: `[item]`, or `[item, batch]`.
 
         Raises:
@@ -83,7 +83,7 @@ class Mapped:
             metrics.update(zip(of_stem, found, strict=True))
         return torch.stack([metrics[at] for at in range(len(items))])
 
-    def _at(self, stem: str, items: list[Item]) -> Tensor:
+    def _at(self, stem: str, items: list[GridItem]) -> Tensor:
         run, base = self.base.run, self.base.stems[stem]
         several = items[0].cell.path.call is None and len(self.base.recording.calls_of(items[0].cell.site.module)) > 1
         if several and (self.replacements.are_functions or items[0].cell.chain):
@@ -106,13 +106,13 @@ class Mapped:
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             raise Unfit(f"vmap: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
-    def _whole(self, item: Item, base: Any) -> Any:
+    def _whole(self, item: GridItem, base: Any) -> Any:
         return trees.rewrite(
             base, item.cell.chain, lambda region: self.replacements.new(item.alternative, item.cell, base, region)
         )
 
 
-def answered(base: Base, item: Item) -> Any:
+def answered(base: Base, item: GridItem) -> Any:
     """A context in which what was over before `item` begins is answered from the recording."""
     if item.call is None:
         return nullcontext()
@@ -120,13 +120,13 @@ def answered(base: Base, item: Item) -> Any:
     if not calls:
         return nullcontext()
     sites = {call.module: call.site for call in calls.values()}
-    return Around(base.run.model, [(Group(True, list(sites.values()), True), _Answers(calls))])
+    return CallsAround(base.run.model, [(Group(True, list(sites.values()), True), _Answers(calls))])
 
 
 class _Answers(FrameAction):
     __slots__ = ("calls", "counts")
 
-    def __init__(self, calls: dict[tuple[nn.Module, int], Call]) -> None:
+    def __init__(self, calls: dict[tuple[nn.Module, int], RecordedCall]) -> None:
         self.calls = calls
         self.counts: Counter[nn.Module] = Counter()
 

@@ -16,10 +16,10 @@ from nicehooks.core.selection import Where, select_groups
 from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
-from nicehooks.experiments.items import Base, Item
+from nicehooks.experiments.items import Base, GridItem
 from nicehooks.experiments.lanes import Growing
 from nicehooks.experiments.positions import FromPosition, fits_positions
-from nicehooks.experiments.recording import Call, Recording
+from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run
 from nicehooks.experiments.scheduling import Schedule
@@ -102,7 +102,7 @@ def sweep(
         grid = grid_of(model, where, seen)
         cell = grid.cells[0]
         replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain))
-        items = _items(grid, replacements, base.recording)
+        items = _items_to_run(grid, replacements, base.recording)
         schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
         if engine == "auto":
             schedule.later = _from_positions(base, replacements, items)
@@ -152,12 +152,12 @@ RANDOM = (
 )
 
 
-def _items(grid: Grid, replacements: Replacements, recording: Recording) -> list[Item]:
-    calls: dict[nn.Module, list[Call]] = {}
+def _items_to_run(grid: Grid, replacements: Replacements, recording: Recording) -> list[GridItem]:
+    calls: dict[nn.Module, list[RecordedCall]] = {}
     for call in recording.calls:
         calls.setdefault(call.module, []).append(call)
 
-    def first(cell: Cell) -> Call | None:
+    def first(cell: Cell) -> RecordedCall | None:
         of = calls.get(cell.site.module, [])
         number: Any = cell.path.call or 0
         return of[number] if number < len(of) and number != EVERY_CALL and _runs(cell) else None
@@ -165,7 +165,7 @@ def _items(grid: Grid, replacements: Replacements, recording: Recording) -> list
     firsts = [first(cell) for cell in grid.cells]
     count = len(grid.cells)
     return [
-        Item(alternative * count + at, alternative, cell, call)
+        GridItem(alternative * count + at, alternative, cell, call)
         for alternative in range(len(replacements.sources))
         for at, (cell, call) in enumerate(zip(grid.cells, firsts, strict=True))
     ]
@@ -177,7 +177,7 @@ def _runs(cell: Cell) -> bool:
     return not cell.path.port.name or "()" in text
 
 
-def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[Item]) -> list[tuple[str, Any]]:
+def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[GridItem]) -> list[tuple[str, Any]]:
     """The ways to run `items`, by name, best first.
 
     Raises:
@@ -208,13 +208,13 @@ NO_POSITIONS = (
 )
 
 
-def _from_positions(base: Base, replacements: Replacements, items: list[Item]) -> list[Any]:
+def _from_positions(base: Base, replacements: Replacements, items: list[GridItem]) -> list[Any]:
     if not fits_positions(base, items):
         return []
     return [FromPosition(base, replacements, _levels(base, items)[0][0])]
 
 
-def _levels(base: Base, items: list[Item]) -> list[tuple[int, bool]]:
+def _levels(base: Base, items: list[GridItem]) -> list[tuple[int, bool]]:
     """At which level lanes may begin, deepest first: each site in a call of its own, if there are several."""
     around = [item.call.around for item in items if item.call is not None]
     common = 0

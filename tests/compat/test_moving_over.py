@@ -12,8 +12,8 @@ from typing import get_args
 
 import pytest
 import torch
+from gallery.mixed import Coder, Idle
 from gallery.toy import inputs, toy
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import nicehooks
@@ -472,16 +472,6 @@ def test_the_lists_of_a_point_are_looked_up() -> None:
 # Auto_HookPoint
 
 
-class Coder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(4, 4)
-        self.W_enc = nn.Parameter(torch.ones(4, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc1(x) @ self.W_enc
-
-
 def test_a_class_and_a_model_stay_what_they_are() -> None:
     class Own(Coder):
         pass
@@ -498,11 +488,6 @@ def test_hook_points_are_paths_too() -> None:
         model(x)
     for name, path in (("hook_point", ""), ("fc1.hook_point", "fc1"), ("W_enc.hook_point", "@W_enc.uses()")):
         assert torch.equal(cache[name], acts[path])
-
-
-class Idle(Coder):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.W_enc
 
 
 def test_the_check_raises_or_warns() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from gallery.architectures import ARCHITECTURES, answer, tokens
+from gallery.swept import Small
 from sweep_by_hand import MeanOfBatch, far_from_loop, made
 from torch import nn
 from transformers import DynamicCache
@@ -52,20 +53,6 @@ def test_an_interrupt_returns_what_is_done_and_it_goes_on_from_there(gpt2):
     assert torch.allclose(rest.values, whole.values, atol=1e-5)
     with pytest.raises(NiceHooksError, match="another sweep"):
         sweep(gpt2, "transformer.h.*", 0.0, metric, tokens(0), resume=part)
-
-
-class Small(nn.Module):
-    """A model that has no memory for more than some rows."""
-
-    def __init__(self, most):
-        super().__init__()
-        self.layer, self.most = nn.Linear(4, 4), most
-
-    def forward(self, x):
-        x = self.layer(x).tanh()
-        if x.shape[0] > self.most:
-            raise torch.OutOfMemoryError("no memory left")
-        return x
 
 
 def test_without_memory_half_as_many_run_at_once():

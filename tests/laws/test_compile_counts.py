@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 import torch._dynamo
+from gallery.checkpointed import CheckpointedFunction
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from worlds import graphs, inputs, make
 
 from nicehooks import StaleActivation, UnsupportedModule, ablate, capture, edit, grad_at, patch, steer
@@ -197,20 +197,11 @@ def test_a_gradient_of_a_backward_that_is_compiled_is_refused():
     assert "forward" not in vars(model[0])
 
 
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.b(checkpoint(lambda value: self.a(value).tanh(), x, use_reentrant=False))
-
-
 @slow
 def test_a_model_that_checkpoints_inside_compiled_code():
     """torch's own error names the line that lets it run; with it, values and gradients are those of eager code."""
     torch.manual_seed(0)
-    model, x = Checkpointed(), inputs()
+    model, x = CheckpointedFunction(), inputs()
 
     def done(run):
         model.zero_grad()

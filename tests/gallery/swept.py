@@ -1,0 +1,109 @@
+"""Models for sweeps: what is none of the usual transformers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nicehooks import (
+    anatomy,
+    capture,
+)
+
+
+class Convolutions(nn.Module):
+    """Two convolutions with a residual connection, a batch norm and an in-place layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.first(pictures)))
+        x = self.relu(self.second(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class Tagger(nn.Module):
+    """An LSTM over embeddings, batch first, whose last state is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out, (hidden, _) = self.lstm(self.embed(ids))
+        return self.head(hidden[-1] + out.mean(1))
+
+
+class Looped(nn.Module):
+    """One block three times, as ALBERT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.block(x)
+        return self.head(x)
+
+
+class SequenceFirst(nn.Module):
+    """A transformer layer of torch's own, with the positions in the first dimension and the batch in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x))[-1]
+
+
+class MeanOfBatch(nn.Module):
+    """What an example becomes depends on the other examples of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).tanh()
+        return self.b(x - x.mean(0, keepdim=True))
+
+
+class ReadsHeads(nn.Module):
+    """A transformer whose output is a linear function of what the heads of its last layer hand on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.direction = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        z = anatomy(self.inner).z[-1]
+        with capture(self.inner, z) as seen:
+            self.inner(ids)
+        return (seen[z][:, -1] * self.direction).sum((-1, -2))
+
+
+class Small(nn.Module):
+    """A model that has no memory for more than some rows."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.layer, self.most = nn.Linear(4, 4), most
+
+    def forward(self, x):
+        x = self.layer(x).tanh()
+        if x.shape[0] > self.most:
+            raise torch.OutOfMemoryError("no memory left")
+        return x
