@@ -9,6 +9,7 @@ import torch
 from bodies import body
 from by_hooks import one_thread
 from gallery.architectures import VOCABULARY
+from gallery.reading import ReadsHeads
 from torch import Tensor, nn
 
 from nicehooks import ActivationCache, NotCaptured, TreeMismatch, UnsupportedModule, anatomy, attribute, capture, patch
@@ -81,21 +82,6 @@ def test_straight_lines_add_up_to_the_effect_of_all_cells_together() -> None:
     assert torch.allclose(effects.examples.sum(0), whole, atol=0.02 * whole.abs().max().item())
     gradient = attribute(model, f"{site}[:, *]", acts, metric, corrupted)
     assert not torch.allclose(gradient.examples.sum(0), whole, atol=0.02 * whole.abs().max().item())
-
-
-class ReadsHeads(nn.Module):
-    """A transformer whose output is a linear function of what the heads of its last layer hand on."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.direction = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        z = anatomy(self.inner).z[-1]
-        with capture(self.inner, z) as seen:
-            self.inner(ids)
-        return (seen[z][:, -1] * self.direction).sum((-1, -2))
 
 
 @pytest.mark.parametrize("what", ["q", "k"])
