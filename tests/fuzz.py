@@ -109,10 +109,6 @@ def made(rng: random.Random, depth: int) -> Callable[..., Any]:
     return lambda x, change=torch.positive: kind(a(x, change), b(x, change))
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
-
-
 def triple(leaf: Tensor) -> Tensor:
     return leaf * 3
 

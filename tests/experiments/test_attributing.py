@@ -9,7 +9,7 @@ import torch
 from bodies import body
 from by_hooks import one_thread
 from gallery.architectures import VOCABULARY
-from gallery.swept import ReadsHeads
+from gallery.reading import ReadsHeads
 from torch import Tensor, nn
 
 from nicehooks import ActivationCache, NotCaptured, TreeMismatch, UnsupportedModule, anatomy, attribute, capture, patch

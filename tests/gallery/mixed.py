@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gallery.returning import Gives
+from nicehooks.values import trees
 
 
 class Coder(nn.Module):
@@ -28,6 +29,10 @@ class Idle(Coder):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.W_enc
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves(value) if isinstance(leaf, Tensor)]
 
 
 def total(value: Any) -> Tensor:

@@ -5,11 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nicehooks import (
-    anatomy,
-    capture,
-)
-
 
 class Convolutions(nn.Module):
     """Two convolutions with a residual connection, a batch norm and an in-place layer."""
@@ -78,21 +73,6 @@ class MeanOfBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x).tanh()
         return self.b(x - x.mean(0, keepdim=True))
-
-
-class ReadsHeads(nn.Module):
-    """A transformer whose output is a linear function of what the heads of its last layer hand on."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.direction = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        z = anatomy(self.inner).z[-1]
-        with capture(self.inner, z) as seen:
-            self.inner(ids)
-        return (seen[z][:, -1] * self.direction).sum((-1, -2))
 
 
 class Small(nn.Module):
