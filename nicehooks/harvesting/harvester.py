@@ -1,0 +1,186 @@
+"""`harvest`: writes what a model computes for a stream of batches into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nicehooks.contexts.listing import describe
+from nicehooks.core.selection import Where
+from nicehooks.errors import NiceHooksError
+from nicehooks.harvesting.activation_store import ActivationStore
+from nicehooks.harvesting.addresses import Address, address, put
+from nicehooks.harvesting.fingerprints import fingerprint, name_of
+from nicehooks.harvesting.inputs import batches_of, peeked
+from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
+from nicehooks.harvesting.parts import finish_part, this_part
+from nicehooks.harvesting.rows import PROVENANCE, Chosen, Per, Progress, Recipe
+from nicehooks.harvesting.shards import Column
+from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
+
+SHARD_BYTES = 1 << 27
+"""About how large a shard is where nothing is said."""
+
+
+def harvest(
+    model: nn.Module,
+    where: Where,
+    batches: Iterable[Any],
+    store: Any,
+    *,
+    per: Per = "token",
+    map: Callable[..., Any] | None = None,
+    dtype: torch.dtype | None = None,
+    skip_tokens: Sequence[int] = (),
+    shard_rows: int | None = None,
+    resume: bool = False,
+    part: tuple[int, int] | None = None,
+    engine: str = "here",
+    progress: Callable[[int], Any] | None = None,
+    **more: Any,
+) -> ActivationStore:
+    """Writes the activations of a stream of batches into a store: a row for each token, or for each example.
+
+    >>> model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 8), nn.Linear(8, 50))
+    >>> ids = torch.tensor([[3, 7, 9, 0], [5, 2, 0, 0]])
+    >>> mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    >>> inner = nn.ModuleDict({"net": model})
+    >>> inner.forward = lambda input_ids, attention_mask: model(input_ids)
+    >>> store = harvest(inner, "net.1", [{"input_ids": ids, "attention_mask": mask}], "activations")
+    >>> len(store), store["net.1"][:2].shape, store.token[:].tolist(), store.position[:].tolist()
+    (5, torch.Size([2, 8]), [3, 7, 9, 5, 2], [0, 1, 2, 0, 1])
+
+    Each forward ends after the last site that is asked for. A row knows the number of its example in the stream, its
+    position among the tokens of the example, and its token; padding gives no row. After a kill, whenever it came,
+    `resume=True` goes on where the last whole shard ends, without losing or repeating a row: see NOTE [A shard is there
+    or it is not].
+
+    Args:
+        model: any module, in the mode that it is in; with `engine="ray"` also a function that makes it.
+        where: paths, sites, … (see `select`).
+        batches: an iterable of what the model is called with: dicts of tensors (`input_ids` and `attention_mask`, say), or
+            single tensors. The entry `"sample"` of a dict, if there is one, gives the examples numbers of one's own. With
+            `engine="ray"` also a Ray dataset.
+        store: a directory, or an address that `fsspec` knows.
+        per: what has a row: `"token"`, for values `[batch, pos, …]`, or `"example"`, for values `[batch, …]`.
+        map: reduces each value before it is stored: `fn(value)` or `fn(value, site=…)`. Of tokens it gets the rows
+            `[row, …]`, of examples one after the other without its padding `[1, pos, …]`, or, where nothing says what
+            is padding, all at once. It returns a tensor, or several in a dict, with as many rows.
+        dtype: what floating values are stored as, `torch.bfloat16` for example; as they are where it is left out.
+        skip_tokens: tokens that give no rows, the first one of each text, say.
+        shard_rows: how many rows a shard has; where it is left out, as many as make about 128 MB.
+        resume: goes on with a store that is there; without, one that is there is an error.
+        part: which part of the batches this process takes, and of how many; where it is left out, its rank under
+            `torch.distributed`, or all of them.
+        engine: `"here"`, or `"ray"` for a cluster.
+        progress: called with the number of rows that are done, after each batch.
+        more: what the engine takes besides: see `nicehooks.harvesting.ray_engine`.
+
+    Returns:
+        The store. Where another process writes another part, it may not be complete yet.
+
+    Raises:
+        SiteNotFound: `where` selects nothing.
+        TreeMismatch: a value has no row for each token, or each example.
+        StoreMismatch: `store` was begun with another model, other data or other settings.
+        FileFault: there is a store already, one of its files is damaged, or the disk is full.
+    """
+    recipe = Recipe(model, where, per, map, dtype, tuple(skip_tokens))
+    there = address(store)
+    if engine == "ray":
+        from nicehooks.harvesting.ray_engine import harvest_with_ray
+
+        return harvest_with_ray(recipe, batches, store, shard_rows, resume, progress, **more)
+    if engine != "here" or more:
+        raise NiceHooksError(f"harvest(…): there is no engine {engine!r} that takes {sorted(more)}; it is 'here' or 'ray'.")
+    job = Job(recipe, there, *(this_part() if part is None else part))
+    return job.run(batches, shard_rows, resume, progress)
+
+
+class Format(NamedTuple):
+    """What a row of a harvest is, known from the first batch."""
+
+    columns: dict[str, Column]
+    origin: dict[str, Column]
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row."""
+        return sum(column.nbytes for column in (*self.columns.values(), *self.origin.values()))
+
+
+def format_of(recipe: Recipe, first: Any) -> Format:
+    """Runs the model once, on the batch `first`, to see what a row is."""
+    chosen = Chosen(next(iter(batches_of([first]))), recipe)
+    columns = {name: Column(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
+    origin = {name: Column(PROVENANCE[name], ()) for name in chosen.origin()}
+    return Format(columns, origin)
+
+
+def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: int) -> Manifest:
+    """The manifest of a store that is begun."""
+    rows = max(1, min(1 << 20, SHARD_BYTES // found.row_bytes)) if shard_rows is None else shard_rows
+    under = [record.intervention for record in describe(recipe.model)]
+    kind = type(recipe.model).__name__
+    return Manifest(
+        kind, fingerprint(recipe.model), recipe.per, name_of(recipe.map), under, *found, shard_rows=rows, parts=parts
+    )
+
+
+class Job(NamedTuple):
+    """One part of a harvest, in this process."""
+
+    recipe: Recipe
+    there: Address
+    part: int
+    parts: int
+
+    def run(
+        self, batches: Iterable[Any], shard_rows: int | None, resume: bool, progress: Callable[[int], Any] | None
+    ) -> ActivationStore:
+        """Writes this part."""
+        begun = self._begun(resume)
+        if begun is not None and begun.complete:
+            return ActivationStore(self.there)
+        first, batches = peeked(batches)
+        wanted = shard_rows if begun is None or shard_rows is not None else begun.shard_rows
+        manifest = manifest_for(self.recipe, format_of(self.recipe, first), wanted, self.parts)
+        if begun is not None:
+            begun.check_same(manifest, self.there.full(""))
+        else:
+            manifest.save(self.there)
+        shards, after = self._already_there() if resume else ([], None)
+        clean(self.there, self.part, len(shards))
+        writer = Writer(self.there, manifest, self.part, shards, after)
+        try:
+            for block in self.recipe.blocks(batches, (self.part, self.parts), after):
+                writer.add(block)
+                if progress is not None:
+                    progress(block.progress.rows)
+        except BaseException:
+            writer.abandon()
+            raise
+        finish_part(self.there, manifest, self.part, writer.close(), writer.progress)
+        return ActivationStore(self.there)
+
+    def _begun(self, resume: bool) -> Manifest | None:
+        """The manifest that is there."""
+        if NAME not in self.there.names():
+            return None
+        found = Manifest.load(self.there)
+        others = self.parts > 1 and not found.complete  # another rank may have been here first
+        if not resume and not others:
+            state = "is complete" if found.complete else "was begun"
+            raise StoreThere(THERE.format(where=self.there.full(""), state=state))
+        return found
+
+    def _already_there(self) -> tuple[list[ShardRecord], Progress | None]:
+        """The shards that an earlier run has written, and how far it had read."""
+        names, found, last = self.there.names(), [], None
+        for file in shards_of(self.there, self.part):
+            record, last = record_of(self.there, file, names[file])
+            found.append(record)
+        return found, last
