@@ -42,12 +42,15 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
+from nicehooks.harvesting.activation_store import ActivationStore, StoredColumn, StoredRows
+from nicehooks.harvesting.harvester import harvest
+from nicehooks.harvesting.streaming import on_the_fly
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
+HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable, StoredColumn, StoredRows]
 
 
 def _is_handed_out(thing: object) -> bool:

@@ -36,14 +36,14 @@ ORDER = [
     "anatomies",
     "experiments",
     "pictures",
-    "harvest",
+    "harvesting",
     "serving",
     "compat",
     "cli",
     "public",
     "doors",
 ]
-"""From the ground up. Experiments, harvest and serving have a place here before they have a room."""
+"""From the ground up. Experiments and serving have a place here before they have a room."""
 
 
 def room_of(file: str) -> str:

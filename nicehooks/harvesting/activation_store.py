@@ -206,7 +206,7 @@ class ActivationStore:
         size: int,
         *,
         shuffle: bool = False,
-        seed: int = 0,
+        seed: int | str = 0,
         sites: Sequence[str] | None = None,
         rank: int = 0,
         world: int = 1,

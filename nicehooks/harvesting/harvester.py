@@ -10,13 +10,13 @@ from torch import nn
 
 from nicehooks.contexts.listing import describe
 from nicehooks.core.selection import Where
-from nicehooks.errors import NiceHooksError
+from nicehooks.errors import FileFault, NiceHooksError
 from nicehooks.harvesting.activation_store import ActivationStore
-from nicehooks.harvesting.addresses import Address, address, put
+from nicehooks.harvesting.addresses import Address, address
 from nicehooks.harvesting.fingerprints import fingerprint, name_of
 from nicehooks.harvesting.inputs import batches_of, peeked
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
-from nicehooks.harvesting.parts import finish_part, this_part
+from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
 from nicehooks.harvesting.rows import PROVENANCE, Chosen, Per, Progress, Recipe
 from nicehooks.harvesting.shards import Column
 from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
@@ -123,7 +123,8 @@ def format_of(recipe: Recipe, first: Any) -> Format:
 def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: int) -> Manifest:
     """The manifest of a store that is begun."""
     rows = max(1, min(1 << 20, SHARD_BYTES // found.row_bytes)) if shard_rows is None else shard_rows
-    under = [record.intervention for record in describe(recipe.model)]
+    acting = dict.fromkeys([record.intervention for record in describe(recipe.model) if record.acting])
+    under = [text for text in acting if not text.startswith("capture(")]
     kind = type(recipe.model).__name__
     return Manifest(
         kind, fingerprint(recipe.model), recipe.per, name_of(recipe.map), under, *found, shard_rows=rows, parts=parts
@@ -145,11 +146,14 @@ class Job(NamedTuple):
         begun = self._begun(resume)
         if begun is not None and begun.complete:
             return ActivationStore(self.there)
+        if begun is not None and done_name(self.part) in self.there.names():
+            put_together(self.there, begun)
+            return ActivationStore(self.there)
         first, batches = peeked(batches)
         wanted = shard_rows if begun is None or shard_rows is not None else begun.shard_rows
         manifest = manifest_for(self.recipe, format_of(self.recipe, first), wanted, self.parts)
         if begun is not None:
-            begun.check_same(manifest, self.there.full(""))
+            begun.check_same(manifest, self.there.full("").rstrip("/"))
         else:
             manifest.save(self.there)
         shards, after = self._already_there() if resume else ([], None)
@@ -171,10 +175,10 @@ class Job(NamedTuple):
         if NAME not in self.there.names():
             return None
         found = Manifest.load(self.there)
-        others = self.parts > 1 and not found.complete  # another rank may have been here first
-        if not resume and not others:
+        mine = [name for name in self.there.names() if name.startswith(f"{self.part:05}")]
+        if not resume and (found.complete or self.parts == 1 or mine):  # else another part has begun the store
             state = "is complete" if found.complete else "was begun"
-            raise StoreThere(THERE.format(where=self.there.full(""), state=state))
+            raise FileFault(THERE.format(where=self.there.full("").rstrip("/"), state=state))
         return found
 
     def _already_there(self) -> tuple[list[ShardRecord], Progress | None]:
@@ -184,3 +188,9 @@ class Job(NamedTuple):
             record, last = record_of(self.there, file, names[file])
             found.append(record)
         return found, last
+
+
+THERE = """\
+there is a store at {where!r} already, which {state}.
+    harvest(…, resume=True)  # goes on with it
+  or harvest into another place, or remove it."""

@@ -27,16 +27,18 @@ def done_name(part: int) -> str:
 def finish_part(
     there: Address, manifest: Manifest, part: int, shards: list[ShardRecord], progress: Progress | None
 ) -> None:
-    """Says that a part is done; where it is the last one, puts together the manifest of them all.
-
-    Two that are done at the same time both do it, and write the same.
-    """
+    """Says that a part is done; where it is the last one, the store is complete."""
     said = {"shards": [asdict(shard) for shard in shards], "progress": asdict(progress) if progress else None}
     put(there, done_name(part), [json.dumps(said).encode()])
+    put_together(there, manifest)
+
+
+def put_together(there: Address, manifest: Manifest) -> None:
+    """Writes the manifest of all parts, if they are done. Two that are done at the same time write the same."""
     names = there.names()
-    if not all(done_name(other) in names for other in range(manifest.parts)):
+    if not all(done_name(part) in names for part in range(manifest.parts)):
         return
-    parts = [json.loads(there.read(done_name(other))) for other in range(manifest.parts)]
+    parts = [json.loads(there.read(done_name(part))) for part in range(manifest.parts)]
     every = [ShardRecord(**shard) for each in parts for shard in each["shards"]]
     ends = [each["progress"] or {"batches": 0, "digest": ""} for each in parts]
     data = [end["digest"] for end in ends]

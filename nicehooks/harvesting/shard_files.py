@@ -14,14 +14,11 @@ from torch import Tensor
 from nicehooks.errors import FileFault, FileMissing
 from nicehooks.harvesting.addresses import Address
 from nicehooks.harvesting.manifest import ShardRecord
-from nicehooks.harvesting.shards import Column, Header, as_rows, checksum_of, mapped
+from nicehooks.harvesting.shards import SAME_SIZE, Column, Header, as_rows, checksum_of, mapped
 from nicehooks.harvesting.writing import header_of
 
 OPEN = 4096
 """How many shards are open at most: a system maps only so many files into one process."""
-
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Dtypes that every operation knows, by their bytes: rows are copied as these, whatever they are."""
 
 
 class ShardFiles:

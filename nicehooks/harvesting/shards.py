@@ -37,6 +37,10 @@ DTYPES: dict[torch.dtype, str] = {
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Dtypes that every operation knows, by their bytes: rows are copied as these, whatever they are."""
+
+
 class Column(NamedTuple):
     """What each row of one tensor of a shard is like."""
 
@@ -157,6 +161,11 @@ def as_rows(content: Tensor, column: Column, rows: int) -> Tensor:
     if content.storage_offset() % column.dtype.itemsize:
         content = content.clone()  # another writer's file, whose tensors stand anywhere
     return content.view(column.dtype).reshape(rows, *column.shape)
+
+
+def picked(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a tensor of any dtype, also of one that torch cannot index."""
+    return tensor.view(SAME_SIZE[tensor.element_size()]).index_select(0, rows).view(tensor.dtype)
 
 
 NO_SHARD = "{file!r} is no shard of a store, or is damaged: {why}."

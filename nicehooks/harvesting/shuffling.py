@@ -23,10 +23,10 @@ class Shuffle:
 
     Args:
         count: how many there are.
-        seed: which permutation; an int.
+        seed: which permutation.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int | str) -> None:
         self.count = count
         self.half = max(1, -(-max(1, (count - 1).bit_length()) // 2))
         words = hashlib.sha512(f"{seed} {count}".encode()).digest()
@@ -60,7 +60,7 @@ def _shifted_right(numbers: Tensor, by: int) -> Tensor:
     return (numbers >> by) & ((1 << (64 - by)) - 1)
 
 
-def order_of(count: int, shuffle: bool, seed: int, part: tuple[int, int], size: int, at: int) -> Tensor:
+def order_of(count: int, shuffle: bool, seed: int | str, part: tuple[int, int], size: int, at: int) -> Tensor:
     """Which rows are batch `at` of one of several readers: each has its own places of the one order, next to none."""
     index, parts = part
     places = torch.arange(at * size, (at + 1) * size) * parts + index

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nicehooks.core.selection import Where
 from nicehooks.harvesting.activation_store import StoredRows
 from nicehooks.harvesting.rows import Block, Per, Recipe
+from nicehooks.harvesting.shards import picked
 
 
 def on_the_fly(
@@ -93,7 +94,7 @@ class _Pool:
         left = order[out:]
         for group in (self.columns, self.origin):
             for value in group.values():
-                value[: len(left)] = value[left]
+                value[: len(left)] = picked(value, left)
         self.filled = len(left)
 
 
@@ -102,4 +103,4 @@ def _each(tensors: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
 
 
 def _picked(tensors: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-    return {name: value[index] for name, value in tensors.items()}
+    return {name: picked(value, index) for name, value in tensors.items()}
