@@ -58,7 +58,11 @@ class StoredRows(dict[str, Tensor]):
 
 
 class StoredColumn:
-    """One place of a store: a tensor `[row, …]` that is on the disk. A subscript reads it, `column[:]` all of it."""
+    """One place of a store: a tensor `[row, …]` that is on the disk. A subscript reads it, `column[:]` all of it.
+
+    Rows of one local shard that follow each other are not copied, but mapped from its file. Writing into them changes
+    nothing on the disk, only what this store gives from then on.
+    """
 
     def __init__(self, files: ShardFiles, name: str) -> None:
         self._files = files
@@ -235,10 +239,10 @@ class ActivationStore:
             start += 1
 
     def _run(self, first: int, count: int, sites: Sequence[str] | None) -> StoredRows:
-        """Rows that follow each other, which need not be copied."""
+        """Rows that follow each other, copied: whoever writes into a batch changes no later one."""
         keys = self.sites if sites is None else [named(path, self.sites) for path in sites]
-        columns = {key: self.files.part(key, first, first + count) for key in keys}
-        origin = {name: self.files.part(ORIGIN + name, first, first + count) for name in self.manifest.origin}
+        columns = {key: self.files.part(key, first, first + count).clone() for key in keys}
+        origin = {name: self.files.part(ORIGIN + name, first, first + count).clone() for name in self.manifest.origin}
         return StoredRows.of(columns, origin)
 
     def dataset(self, size: int, **options: Any) -> StoreDataset:

@@ -60,8 +60,7 @@ def batches_of(stream: Iterable[Any], part: tuple[int, int] = (0, 1)) -> Iterato
     Raises:
         BatchFault: the stream gives something that is no batch.
     """
-    if isinstance(stream, Tensor | Mapping | str):
-        raise BatchFault(ONE_BATCH.format(kind=type(stream).__name__))
+    check_stream(stream)
     first = 0
     for number, given in enumerate(stream):
         batch = _batch(given, number, first)
@@ -70,8 +69,15 @@ def batches_of(stream: Iterable[Any], part: tuple[int, int] = (0, 1)) -> Iterato
             yield batch
 
 
+def check_stream(stream: Any) -> None:
+    """Raises a `BatchFault` where one batch was given in the place of many."""
+    if isinstance(stream, Tensor | Mapping | str):
+        raise BatchFault(ONE_BATCH.format(kind=type(stream).__name__))
+
+
 def peeked(stream: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch of a stream, and the stream as if nobody had looked."""
+    check_stream(stream)
     rest = iter(stream)
     for first in rest:
         return first, stream if isinstance(stream, Sequence) else chain([first], rest)
