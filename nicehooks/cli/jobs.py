@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from nicehooks.cli import terminal
+from nicehooks.cli.harvest_job import harvest_job as harvest_job
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import ResidualGrid, residual_grid
 from nicehooks.cli.prompts import encode, encode_pair

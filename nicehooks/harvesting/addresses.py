@@ -51,7 +51,10 @@ def address(where: Any) -> Address:
 
 def put(there: Address, name: str, pieces: Iterable[bytes | memoryview]) -> None:
     """Writes a file, and shows it only when it is whole."""
-    there.publish(there.write(name, pieces), name)
+    try:
+        there.publish(there.write(name, pieces), name)
+    except OSError as error:
+        raise FileFault(f"{there.full(name)!r} cannot be written: {error}") from None
 
 
 class _Local:

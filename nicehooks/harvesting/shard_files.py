@@ -131,4 +131,4 @@ class ShardFiles:
 
 CHANGED = """\
 {file!r} is damaged: the checksum of its tensors is {found}, and was {said} when it was written.
-  Harvest it again: without this file and those after it, harvest(…, resume=True) goes on where they began."""
+  Remove it, the shards after it and manifest.json: harvest(…, resume=True) then goes on where it began."""

@@ -172,4 +172,4 @@ NO_SHARD = "{file!r} is no shard of a store, or is damaged: {why}."
 
 TRUNCATED = """\
 {file!r} is damaged: it has {size:,} bytes, and should have {end:,}.
-  Harvest it again: without this file and those after it, harvest(…, resume=True) goes on where they began."""
+  Remove it, the shards after it and manifest.json: harvest(…, resume=True) then goes on where it began."""
