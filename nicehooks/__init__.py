@@ -71,6 +71,7 @@ __all__ = [
     "grad_at",
     "harvest",
     "head_results",
+    "load_sae",
     "logit_lens",
     "on_the_fly",
     "patch",
@@ -87,6 +88,7 @@ __all__ = [
     "steer",
     "suspend",
     "to_paths",
+    "transcoder",
 ]
 
 __path__.append(os.path.join(os.path.dirname(__file__), "compat", "old_names"))  # see NOTE [Names in old pickles]

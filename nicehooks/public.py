@@ -9,6 +9,9 @@ from nicehooks import moved
 from nicehooks.anatomies.anatomy import anatomy, register_anatomy
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
+from nicehooks.autoencoders.autoencoder import Autoencoder
+from nicehooks.autoencoders.sae_files import load_sae
+from nicehooks.autoencoders.transcoding import transcoder
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.watching import Calls
 from nicehooks.compat.nice_hooks.paths_like import AnySlice, PathsLike, to_paths
@@ -50,7 +53,7 @@ from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-HANDED_OUT = [ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable, StoredColumn, StoredRows]
+HANDED_OUT = [Autoencoder, ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable, StoredColumn, StoredRows]
 
 
 def _is_handed_out(thing: object) -> bool:

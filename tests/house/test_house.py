@@ -55,6 +55,7 @@ def test_these_are_the_public_names() -> None:
         "grad_at",
         "harvest",
         "head_results",
+        "load_sae",
         "logit_lens",
         "on_the_fly",
         "patch",
@@ -71,6 +72,7 @@ def test_these_are_the_public_names() -> None:
         "steer",
         "suspend",
         "to_paths",
+        "transcoder",
     ]
 
 
