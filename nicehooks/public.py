@@ -30,6 +30,8 @@ from nicehooks.contexts.functions import captured, functional
 from nicehooks.contexts.listing import ActiveRecord, ActiveTable, SiteRecord, SiteTable, describe, sites
 from nicehooks.core.methods import patch_method_to_module
 from nicehooks.core.selection import Site, select
+from nicehooks.directions.contrasts import steering_vector
+from nicehooks.directions.probing import Probe, probe
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -53,7 +55,21 @@ from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-HANDED_OUT = [Autoencoder, ActiveRecord, ActiveTable, Calls, Heads, Part, Parts, Rows, SiteRecord, SiteTable, StoredColumn, StoredRows]
+HANDED_OUT = [
+    Autoencoder,
+    ActiveRecord,
+    ActiveTable,
+    Calls,
+    Heads,
+    Part,
+    Parts,
+    Probe,
+    Rows,
+    SiteRecord,
+    SiteTable,
+    StoredColumn,
+    StoredRows,
+]
 
 
 def _is_handed_out(thing: object) -> bool:

@@ -66,7 +66,9 @@ def stream(samples: list[list[int]], size: int = 4, side: str = "right") -> list
     return batches
 
 
-def alone(model: nn.Module, samples: list[list[int]], module: str, read: Callable[[Any], Tensor] = lambda out: out) -> list[Tensor]:
+def alone(
+    model: nn.Module, samples: list[list[int]], module: str, read: Callable[[Any], Tensor] = lambda out: out
+) -> list[Tensor]:
     """What `module` returns for each text alone `[position, …]`, by a raw hook."""
     found: list[Tensor] = []
     handle = model.get_submodule(module).register_forward_hook(lambda m, args, out: found.append(read(out)[0].detach()))
@@ -120,7 +122,9 @@ def killed_again_and_again(store: Path, kills: int, seed: int) -> None:
         child = os.fork()
         if child == 0:
             model, batches = PrefixModel(), stream(texts(120, seed=3), side="both")
-            harvest(model, ["layers.1", "layers.3"], slowly(batches, 0.004), store / str(done), shard_rows=16, resume=True)
+            harvest(
+                model, ["layers.1", "layers.3"], slowly(batches, 0.004), store / str(done), shard_rows=16, resume=True
+            )
             os._exit(0)
         time.sleep(0.5 * torch.rand((), generator=random).item())
         os.kill(child, signal.SIGKILL)
@@ -128,7 +132,14 @@ def killed_again_and_again(store: Path, kills: int, seed: int) -> None:
         number += os.WIFSIGNALED(status)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
         done += not os.WIFSIGNALED(status)
-    harvest(PrefixModel(), ["layers.1", "layers.3"], stream(texts(120, seed=3), side="both"), store / str(done), shard_rows=16, resume=True)
+    harvest(
+        PrefixModel(),
+        ["layers.1", "layers.3"],
+        stream(texts(120, seed=3), side="both"),
+        store / str(done),
+        shard_rows=16,
+        resume=True,
+    )
     print(number, done + 1)
 
 

@@ -37,6 +37,8 @@ ORDER = [
     "experiments",
     "pictures",
     "harvesting",
+    "autoencoders",
+    "directions",
     "serving",
     "compat",
     "cli",

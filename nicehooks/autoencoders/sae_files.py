@@ -38,6 +38,7 @@ def load_sae(directory: Any, device: str | torch.device = "cpu", dtype: torch.dt
         with splice(model, "transformer.h.7", sae, error=True), capture(sae, "latents") as acts:
             model(ids)
 
+    >>> import torch
     >>> from pathlib import Path
     >>> from safetensors.torch import save_file
     >>> Path("sae").mkdir()
@@ -97,7 +98,9 @@ def _encoder(kind: str, config: dict[str, Any], weights: dict[str, Tensor], scal
     if kind == "gated":
         return GatedEncoder(weights["W_enc"], weights["b_gate"], weights["b_mag"], weights["r_mag"])
     threshold = weights["threshold"] if "jumprelu" in kind else None
-    return Encoder(weights["W_enc"] * scale, weights["b_enc"] * scale, threshold, config["k"] if kind == "topk" else None)
+    return Encoder(
+        weights["W_enc"] * scale, weights["b_enc"] * scale, threshold, config["k"] if kind == "topk" else None
+    )
 
 
 def _scale(kind: str, config: dict[str, Any], decoder: Tensor) -> Tensor:
@@ -110,7 +113,9 @@ def _norm(config: dict[str, Any], folder: Path) -> str:
     norm = config.get("normalize_activations") or "none"
     norm = "expected_average_only_in" if norm is True else norm
     if norm not in NORMS:
-        raise UnsupportedModule(f"{str(folder / CONFIG)!r} has normalize_activations {norm!r}, which is not known here.")
+        raise UnsupportedModule(
+            f"{str(folder / CONFIG)!r} has normalize_activations {norm!r}, which is not known here."
+        )
     return norm
 
 

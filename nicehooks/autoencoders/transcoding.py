@@ -18,6 +18,7 @@ class transcoder:
     """Lets a transcoder do the work of a module: its output becomes what `module` makes of its input.
 
     >>> import torch
+    >>> from torch import nn
     >>> from nicehooks import capture
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> instead = nn.Linear(8, 8)

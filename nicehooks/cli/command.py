@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     tree = jobs.add_parser("sites", parents=[model], help="the tree of everything that can be captured or changed")
     tree.add_argument("--prompt", metavar="TEXT", default=CLEAN, help="what the model reads to find the shapes")
     tree.set_defaults(job="sites_job")
-    harvest = jobs.add_parser("harvest", parents=[model], help="the activations of a text, in files, a row for each token")
+    harvest = jobs.add_parser(
+        "harvest", parents=[model], help="the activations of a text, in files, a row for each token"
+    )
     harvest.add_argument("text", metavar="TEXT_FILE", help="what the model reads, in UTF-8")
     harvest.add_argument("--out", metavar="DIR", default="activations", help="the store (default: activations)")
     harvest.add_argument("--where", metavar="PATH", nargs="+", help="the places (default: the block in the middle)")

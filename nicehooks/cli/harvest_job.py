@@ -41,9 +41,7 @@ def harvest_job(options: argparse.Namespace) -> None:
     _announce(options, where, len(ids), row)
     started = time.perf_counter()
     with _bar(len(ids)) as progress:
-        store = harvest(
-            model, where, batches, options.out, dtype=dtype, resume=options.resume, progress=progress
-        )
+        store = harvest(model, where, batches, options.out, dtype=dtype, resume=options.resume, progress=progress)
     seconds = time.perf_counter() - started
     print(f"{len(store):,} rows in {seconds:.1f} s, {len(ids) / seconds:,.0f} tokens a second. To read them:")
     print(f"  store = nicehooks.ActivationStore({options.out!r})")
@@ -77,7 +75,9 @@ def _announce(options: argparse.Namespace, where: list[str], tokens: int, row: i
     folder = next(parent for parent in Path(options.out).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if tokens * row > free:
-        raise HarvestError(f"there is no room for that: {_size(free)} are free. Try --dtype bfloat16, --tokens, or less places.")
+        raise HarvestError(
+            f"there is no room for that: {_size(free)} are free. Try --dtype bfloat16, --tokens, or less places."
+        )
 
 
 def _size(count: float) -> str:

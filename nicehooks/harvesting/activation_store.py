@@ -94,7 +94,9 @@ class StoredColumn:
     def _gathered(self, rows: Tensor) -> Tensor:
         rows = torch.where(rows < 0, rows + len(self), rows)
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise TreeMismatch(f"the rows of this store go from 0 to {len(self) - 1}, and {index_shown(rows)} was asked for.")
+            raise TreeMismatch(
+                f"the rows of this store go from 0 to {len(self) - 1}, and {index_shown(rows)} was asked for."
+            )
         return self._files.gather([self._name], rows.reshape(-1))[0].reshape(*rows.shape, *self.shape[1:])
 
     def __repr__(self) -> str:
@@ -109,6 +111,7 @@ class ActivationStore:
         for batch in store.batches(4096, shuffle=True, seed=0):
             batch["h.3"], batch.sample, batch.position, batch.token
 
+    >>> import torch
     >>> from torch import nn
     >>> from nicehooks import harvest
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -248,7 +251,7 @@ class ActivationStore:
     def dataset(self, size: int, **options: Any) -> StoreDataset:
         """The same batches as a `torch.utils.data` dataset, which divides them among the workers of a `DataLoader`.
 
-            loader = DataLoader(store.dataset(4096, shuffle=True), batch_size=None, num_workers=4)
+        loader = DataLoader(store.dataset(4096, shuffle=True), batch_size=None, num_workers=4)
         """
         from nicehooks.harvesting.datasets import StoreDataset
 

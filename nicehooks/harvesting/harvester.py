@@ -44,14 +44,15 @@ def harvest(
 ) -> ActivationStore:
     """Writes the activations of a stream of batches into a store: a row for each token, or for each example.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 8), nn.Linear(8, 50))
     >>> ids = torch.tensor([[3, 7, 9, 0], [5, 2, 0, 0]])
-    >>> mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    >>> inner = nn.ModuleDict({"net": model})
-    >>> inner.forward = lambda input_ids, attention_mask: model(input_ids)
-    >>> store = harvest(inner, "net.1", [{"input_ids": ids, "attention_mask": mask}], "activations")
-    >>> len(store), store["net.1"][:2].shape, store.token[:].tolist(), store.position[:].tolist()
-    (5, torch.Size([2, 8]), [3, 7, 9, 5, 2], [0, 1, 2, 0, 1])
+    >>> store = harvest(model, "1", [ids, ids + 1], "activations", skip_tokens=[0])
+    >>> len(store), store["1"][:2].shape
+    (13, torch.Size([2, 8]))
+    >>> store.sample[:5].tolist(), store.position[:5].tolist(), store.token[:5].tolist()
+    ([0, 0, 0, 1, 1], [0, 1, 2, 0, 1], [3, 7, 9, 5, 2])
 
     Each forward ends after the last site that is asked for. A row knows the number of its example in the stream, its
     position among the tokens of the example, and its token; padding gives no row. After a kill, whenever it came,
@@ -95,7 +96,9 @@ def harvest(
 
         return harvest_with_ray(recipe, batches, store, shard_rows, resume, progress, **more)
     if engine != "here" or more:
-        raise NiceHooksError(f"harvest(…): there is no engine {engine!r} that takes {sorted(more)}; it is 'here' or 'ray'.")
+        raise NiceHooksError(
+            f"harvest(…): there is no engine {engine!r} that takes {sorted(more)}; it is 'here' or 'ray'."
+        )
     job = Job(recipe, there, *(this_part() if part is None else part))
     return job.run(batches, shard_rows, resume, progress)
 

@@ -120,7 +120,9 @@ def _mask(kwargs: dict[str, Any], number: int) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise BatchFault(f"batch {number}: attention_mask is no tensor [batch, pos], so it does not say what is padding.")
+        raise BatchFault(
+            f"batch {number}: attention_mask is no tensor [batch, pos], so it does not say what is padding."
+        )
     return mask.bool().cpu()
 
 

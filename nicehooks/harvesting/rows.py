@@ -86,7 +86,9 @@ class Recipe:
         """The places that are read."""
         return select(self.model, self.where)
 
-    def blocks(self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Progress | None = None) -> Iterator[Block]:
+    def blocks(
+        self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Progress | None = None
+    ) -> Iterator[Block]:
         """The rows of the batches of `stream`; those that were there when it was read as far as `after` are skipped.
 
         Raises:
@@ -125,7 +127,9 @@ class Recipe:
         for key, value in acts.items():
             taken = trees.map_tensors(lambda tensor, key=key: chosen.rows_of(tensor, key), value)
             if self.map is not None:
-                taken = chosen.mapped(lambda part, key=key: call_user(self.map, key in sites, part, key, sites.get(key)), taken)  # pyright: ignore
+                taken = chosen.mapped(
+                    lambda part, key=key: call_user(self.map, key in sites, part, key, sites.get(key)), taken
+                )  # pyright: ignore
             for path, leaf in tensors_in(taken, key):
                 if len(leaf) != chosen.count:
                     raise TreeMismatch(f"{path!r}: map gave {len(leaf)} rows for {chosen.count}; it has to keep them.")
@@ -186,7 +190,10 @@ class Chosen:
         if self.per == "token" or self.mask is None:
             return fn(taken)
         shape = tuple(self.mask.shape)
-        each = [fn(trees.map_tensors(lambda t, i=i: _unpadded(t, i, self.mask, shape), taken)) for i in range(len(self.mask))]  # pyright: ignore
+        each = [
+            fn(trees.map_tensors(lambda t, i=i: _unpadded(t, i, self.mask, shape), taken))
+            for i in range(len(self.mask))
+        ]  # pyright: ignore
         return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each)
 
     def origin(self) -> dict[str, Tensor]:
@@ -214,7 +221,9 @@ def tensors_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
         return
     node = trees.open_node(value)
     if node is None and value is not None:
-        raise TreeMismatch(f"{path!r} has a {type(value).__name__} in it, which has no rows; select the tensors beside it.")
+        raise TreeMismatch(
+            f"{path!r} has a {type(value).__name__} in it, which has no rows; select the tensors beside it."
+        )
     for entry, child in zip(node.entries, node.children, strict=True) if node is not None else ():
         yield from tensors_in(child, path + trees.show_step(entry))
 

@@ -124,7 +124,9 @@ class ShardFiles:
         """
         for number, record in enumerate(self.records):
             start, stop = self.starts[number], self.starts[number + 1]
-            found = checksum_of({name: self.part(name, start, stop).contiguous() for name in self._header(record).places})
+            found = checksum_of(
+                {name: self.part(name, start, stop).contiguous() for name in self._header(record).places}
+            )
             if found != record.checksum:
                 raise FileFault(CHANGED.format(file=self.there.full(record.file), found=found, said=record.checksum))
 

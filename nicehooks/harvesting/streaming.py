@@ -30,6 +30,8 @@ def on_the_fly(
 ) -> Iterator[StoredRows]:
     """The batches that a store of `harvest(model, where, batches, …)` would give, shuffled in a buffer in memory.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> rows = on_the_fly(model, "0", [torch.randn(10, 2), torch.randn(10, 2)], buffer=12, size=8, per="example")
     >>> [batch["0"].shape[0] for batch in rows]

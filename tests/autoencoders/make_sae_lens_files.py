@@ -53,14 +53,19 @@ def make(name: str, kind: str, settings: dict[str, Any]) -> None:
     x = x.unflatten(-1, (2, 3)) if name == "heads" else x
     with torch.no_grad():
         latents, out = sae.encode(x), sae(x)
-    save_file({"x": x.contiguous(), "latents": latents.contiguous(), "out": out.contiguous()}, HERE / name / "expected.safetensors")
+    save_file(
+        {"x": x.contiguous(), "latents": latents.contiguous(), "out": out.contiguous()},
+        HERE / name / "expected.safetensors",
+    )
 
 
 def make_old(name: str, of: str, config: dict[str, Any]) -> None:
     """The description that versions before 6 wrote; SAELens reads it, and says what comes out."""
     (HERE / name).mkdir(exist_ok=True)
     save_file(load_file(HERE / of / "sae_weights.safetensors"), HERE / name / "sae_weights.safetensors")
-    (HERE / name / "cfg.json").write_text(json.dumps({"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu", **config}))
+    (HERE / name / "cfg.json").write_text(
+        json.dumps({"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu", **config})
+    )
     sae = sae_lens.SAE.load_from_disk(HERE / name)
     x = 2 * torch.randn(3, 4, D_IN)
     with torch.no_grad():
@@ -71,5 +76,18 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for name, (kind, settings) in KINDS.items():
         make(name, kind, settings)
-    make_old("old_standard", "standard", {"hook_point": "blocks.0.hook_resid_pre", "activation_fn_str": "relu", "normalize_activations": False})
-    make_old("old_topk", "topk", {"hook_name": "blocks.0.hook_mlp_out", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "apply_b_dec_to_input": False})
+    make_old(
+        "old_standard",
+        "standard",
+        {"hook_point": "blocks.0.hook_resid_pre", "activation_fn_str": "relu", "normalize_activations": False},
+    )
+    make_old(
+        "old_topk",
+        "topk",
+        {
+            "hook_name": "blocks.0.hook_mlp_out",
+            "activation_fn_str": "topk",
+            "activation_fn_kwargs": {"k": 4},
+            "apply_b_dec_to_input": False,
+        },
+    )

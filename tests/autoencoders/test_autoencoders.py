@@ -57,9 +57,13 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(FileMissing, match="holds no autoencoder: there is no file 'cfg.json' in it"):
         load_sae(tmp_path)
     one = {"W_enc": torch.ones(2, 3)}
-    with pytest.raises(FileFault, match=r"is none of a gated autoencoder: it has no W_dec, b_dec, b_gate, b_mag, r_mag\."):
+    with pytest.raises(
+        FileFault, match=r"is none of a gated autoencoder: it has no W_dec, b_dec, b_gate, b_mag, r_mag\."
+    ):
         load_sae(folder_with(tmp_path, {"architecture": "gated"}, one))
-    with pytest.raises(UnsupportedModule, match="has the architecture 'temporal', which load_sae does not know.\n  It knows st"):
+    with pytest.raises(
+        UnsupportedModule, match="has the architecture 'temporal', which load_sae does not know.\n  It knows st"
+    ):
         load_sae(folder_with(tmp_path, {"architecture": "temporal"}, one))
     with pytest.raises(FileFault, match="cannot be read"):
         load_sae(folder_with(tmp_path, "{", one))
@@ -106,11 +110,17 @@ def test_without_its_error_a_patched_latent_is_decoded(model: nn.Module) -> None
 def test_a_transcoder_does_the_work_of_an_mlp(model: nn.Module, error: bool) -> None:
     instead, ids = autoencoder(), tokens(0)
     clean = model(ids).logits
-    with transcoder(model, "transformer.h.1.mlp", instead, error=error), capture(model, "transformer.h.1.mlp", "transformer.h.1.mlp@input[0]") as acts:
+    with (
+        transcoder(model, "transformer.h.1.mlp", instead, error=error),
+        capture(model, "transformer.h.1.mlp", "transformer.h.1.mlp@input[0]") as acts,
+    ):
         logits = model(ids).logits
     if error:
         torch.testing.assert_close(logits, clean, atol=1e-5, rtol=1e-5)
-        with transcoder(model, "transformer.h.1.mlp", instead, error=True), steer(instead, "latents[..., 5]", torch.tensor(4.0)):
+        with (
+            transcoder(model, "transformer.h.1.mlp", instead, error=True),
+            steer(instead, "latents[..., 5]", torch.tensor(4.0)),
+        ):
             steered = model(ids).logits
         with steer(model, "transformer.h.1.mlp", instead.decoder.weight[5].detach(), scale=4.0):
             torch.testing.assert_close(steered, model(ids).logits, atol=1e-4, rtol=1e-4)

@@ -38,7 +38,9 @@ def test_no_store(tmp_path: Path) -> None:
     assert "there is no store at" in str(error.value) and "writes one" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "other"}', '{"format": "nicehooks activations 1", "rows": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"format": "other"}', '{"format": "nicehooks activations 1", "rows": 3}']
+)
 def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
     (folder / NAME).write_text(text)
     with pytest.raises(FileFault, match="is no manifest of a store, or is damaged"):
@@ -51,7 +53,10 @@ def test_a_truncated_shard(folder: Path) -> None:
     with pytest.raises(FileFault) as error:
         read_all(folder)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"{str(folder / SECOND)!r} is damaged: it has {len(whole) - 10:,} bytes, and should have {len(whole):,}."
+    assert (
+        lines[0]
+        == f"{str(folder / SECOND)!r} is damaged: it has {len(whole) - 10:,} bytes, and should have {len(whole):,}."
+    )
     assert "harvest(…, resume=True)" in lines[1]
 
 
@@ -109,7 +114,10 @@ def test_a_disk_that_is_full(tmp_path: Path, small_files: Callable[[int], None])
     small_files(1 << 30)
     lines = str(error.value).splitlines()
     assert lines[0].endswith("00000-00000000.safetensors' (3,072 bytes) cannot be written: the disk is full.")
-    assert lines[1] == "  The 0 shards before it are there. Once there is room, harvest(…, resume=True) goes on behind them."
+    assert (
+        lines[1]
+        == "  The 0 shards before it are there. Once there is room, harvest(…, resume=True) goes on behind them."
+    )
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(UNFINISHED)]
     store = harvest(PrefixModel(), "layers.1", stream(SAMPLES), tmp_path, shard_rows=64, resume=True)
     assert places_of(store.rows(slice(None))) == all_places(SAMPLES)

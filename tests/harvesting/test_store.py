@@ -54,7 +54,10 @@ def test_the_shards_are_whole_and_full(store: ActivationStore, tmp_path: Path) -
 
 
 def test_examples_have_numbers_of_ones_own(tmp_path: Path) -> None:
-    batches = [{**batch, "sample": torch.arange(4)[: len(batch["input_ids"])] + 1000 * n} for n, batch in enumerate(stream(SAMPLES))]
+    batches = [
+        {**batch, "sample": torch.arange(4)[: len(batch["input_ids"])] + 1000 * n}
+        for n, batch in enumerate(stream(SAMPLES))
+    ]
     store = harvest(PrefixModel(), KEYS, batches, tmp_path)
     assert sorted(set(store.sample[:].tolist()))[3:6] == [3, 1000, 1001]
 
@@ -62,7 +65,9 @@ def test_examples_have_numbers_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skipped", [[SAMPLES[0][0]], sorted({text[0] for text in SAMPLES})])
 def test_tokens_that_are_skipped_give_no_rows(skipped: list[int], tmp_path: Path) -> None:
     store = harvest(PrefixModel(), KEYS, stream(SAMPLES, side="both"), tmp_path, skip_tokens=skipped)
-    assert places_of(store.rows(slice(None))) == [(s, p) for s, p in all_places(SAMPLES) if SAMPLES[s][p] not in skipped]
+    assert places_of(store.rows(slice(None))) == [
+        (s, p) for s, p in all_places(SAMPLES) if SAMPLES[s][p] not in skipped
+    ]
     check_rows(store.rows(slice(None)), "layers.3", SAMPLES, alone(PrefixModel(), SAMPLES, "layers.3"))
 
 
@@ -89,14 +94,19 @@ def test_a_shuffle_is_of_the_whole_and_looks_random() -> None:
 
 
 def test_each_row_comes_once_in_an_epoch_and_another_seed_is_another_order(store: ActivationStore) -> None:
-    orders = [[place for batch in store.batches(7, shuffle=True, seed=seed) for place in places_of(batch)] for seed in (0, 1, 0)]
+    orders = [
+        [place for batch in store.batches(7, shuffle=True, seed=seed) for place in places_of(batch)]
+        for seed in (0, 1, 0)
+    ]
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == all_places(SAMPLES)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_readers_have_no_row_in_common(store: ActivationStore, shuffle: bool) -> None:
-    parts = [[p for b in store.batches(5, shuffle=shuffle, rank=rank, world=3) for p in places_of(b)] for rank in range(3)]
+    parts = [
+        [p for b in store.batches(5, shuffle=shuffle, rank=rank, world=3) for p in places_of(b)] for rank in range(3)
+    ]
     assert sorted(sum(parts, [])) == all_places(SAMPLES)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -134,7 +144,19 @@ def test_on_the_fly_gives_the_same_rows(tmp_path: Path) -> None:
 
 # --- subscripts and views ---------------------------------------------------------------------------------------------
 
-INDICES = [slice(None), slice(3, 40), slice(-5, None), slice(40, 3), slice(0, 50, 7), slice(30, 2, -3), 0, -1, [3, 50, 3], ..., (slice(2, 30), 0)]
+INDICES = [
+    slice(None),
+    slice(3, 40),
+    slice(-5, None),
+    slice(40, 3),
+    slice(0, 50, 7),
+    slice(30, 2, -3),
+    0,
+    -1,
+    [3, 50, 3],
+    ...,
+    (slice(2, 30), 0),
+]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
@@ -178,7 +200,9 @@ def test_any_spelling_finds_a_place(tmp_path: Path) -> None:
     assert store["layers.1[:, :,:3]"].shape == (len(store), 3)
     assert next(store.batches(2))["layers.1[:,:,:3]"].shape == (2, 3)
     assert "layers.1[:,:,:3]" in store and "layers.1" not in store
-    with pytest.raises(NotCaptured, match=r"'layers.1' is not in this store, which has .*\n    store\['layers.1\[:, :, :3\]'\]"):
+    with pytest.raises(
+        NotCaptured, match=r"'layers.1' is not in this store, which has .*\n    store\['layers.1\[:, :, :3\]'\]"
+    ):
         store["layers.1"]
     with pytest.raises(PathError):
         store["layers.1["]
@@ -201,14 +225,20 @@ def test_a_data_frame_and_an_arrow_table(store: ActivationStore) -> None:
     assert table["layers.3"].to_pylist() == rows["layers.3"].tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64]
+)
 def test_any_dtype_is_stored_and_read(dtype: torch.dtype, tmp_path: Path) -> None:
     store = harvest(PrefixModel(), KEYS, stream(SAMPLES), tmp_path, dtype=dtype, shard_rows=16)
     wanted = torch.cat(alone(PrefixModel(), SAMPLES, "layers.3")).to(dtype)
     for got in (store["layers.3"][:], store.rows(slice(None))["layers.3"]):
         assert got.dtype == dtype
-        assert (got.float() - wanted.float()).abs().max() <= 0.26 * wanted.float().abs().max() * torch.finfo(dtype).eps + 1e-5
-    assert next(iter(on_the_fly(PrefixModel(), KEYS, stream(SAMPLES), 50, size=9, dtype=dtype)))["layers.3"].dtype == dtype
+        assert (got.float() - wanted.float()).abs().max() <= 0.26 * wanted.float().abs().max() * torch.finfo(
+            dtype
+        ).eps + 1e-5
+    assert (
+        next(iter(on_the_fly(PrefixModel(), KEYS, stream(SAMPLES), 50, size=9, dtype=dtype)))["layers.3"].dtype == dtype
+    )
     assert store.to_pandas().shape == (len(store), 3 + 2 * WIDTH)
 
 
@@ -231,7 +261,9 @@ def test_map_keeps_the_largest_of_each_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_mean_over_the_positions_of_each_example_leaves_out_its_padding(side: str, tmp_path: Path) -> None:
-    store = harvest(PrefixModel(), "layers.3", stream(SAMPLES, side=side), tmp_path, per="example", map=lambda v: v.mean(1))
+    store = harvest(
+        PrefixModel(), "layers.3", stream(SAMPLES, side=side), tmp_path, per="example", map=lambda v: v.mean(1)
+    )
     wanted = torch.stack([one.mean(0) for one in alone(PrefixModel(), SAMPLES, "layers.3")])
     torch.testing.assert_close(store["layers.3"][:], wanted)
     assert store.sample[:].tolist() == list(range(30))
