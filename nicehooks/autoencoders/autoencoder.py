@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +32,9 @@ class Autoencoder(nn.Module):
         W_skip: what goes past the latents `[d_out, d_in]`.
         heads: whether the last two dimensions of the value, `[head, d_head]`, are one to the encoder.
     """
+
+    config: Mapping[str, Any] = MappingProxyType({})
+    """What its file said of it."""
 
     def __init__(
         self,

@@ -43,7 +43,8 @@ def load_sae(directory: Any, device: str | torch.device = "cpu", dtype: torch.dt
     >>> from safetensors.torch import save_file
     >>> Path("sae").mkdir()
     >>> _ = Path("sae/cfg.json").write_text('{"architecture": "standard", "d_in": 4, "d_sae": 16}')
-    >>> weights = {"W_enc": torch.randn(4, 16), "b_enc": torch.zeros(16), "W_dec": torch.randn(16, 4), "b_dec": torch.zeros(4)}
+    >>> weights = {"W_enc": torch.randn(4, 16), "b_enc": torch.zeros(16)}
+    >>> weights |= {"W_dec": torch.randn(16, 4), "b_dec": torch.zeros(4)}
     >>> save_file(weights, "sae/sae_weights.safetensors")
     >>> load_sae("sae").encode(torch.randn(3, 4)).shape
     torch.Size([3, 16])
@@ -74,7 +75,7 @@ def load_sae(directory: Any, device: str | torch.device = "cpu", dtype: torch.dt
     if missing:
         raise FileFault(f"{str(folder / WEIGHTS)!r} is none of a {kind} autoencoder: it has no {', '.join(missing)}.")
     sae = _built(kind, config, weights, folder)
-    sae.config = config
+    vars(sae)["config"] = config
     return sae.to(device=device, dtype=dtype or next(sae.parameters()).dtype).eval()
 
 

@@ -17,8 +17,9 @@ from nicehooks.anatomies.residual import decoder_blocks
 from nicehooks.cli import terminal
 from nicehooks.cli.loading import load
 from nicehooks.errors import NiceHooksError
-from nicehooks.harvesting.harvester import format_of, harvest
+from nicehooks.harvesting.harvester import harvest
 from nicehooks.harvesting.rows import Recipe
+from nicehooks.harvesting.starting import format_of_first
 
 
 class HarvestError(NiceHooksError):
@@ -37,7 +38,7 @@ def harvest_job(options: argparse.Namespace) -> None:
     where = options.where or [blocks[len(blocks) // 2]]
     dtype = getattr(torch, options.dtype)
     batches = pieces(ids, options.length, options.batch)
-    row = format_of(Recipe(model, where, dtype=dtype), {"input_ids": batches[0]["input_ids"][:1, :2]}).row_bytes
+    row = format_of_first(Recipe(model, where, dtype=dtype), {"input_ids": batches[0]["input_ids"][:1, :2]}).row_bytes
     _announce(options, where, len(ids), row)
     started = time.perf_counter()
     with _bar(len(ids)) as progress:

@@ -52,8 +52,8 @@ def steering_vector(
 
     Raises:
         SiteNotFound: `where` selects nothing.
-        TreeMismatch: a value is no tensor `[batch, d]` or `[batch, pos, d]`; with `"pca"`, there are not as many positives
-            as negatives.
+        TreeMismatch: a value is no tensor `[batch, d]` or `[batch, pos, d]`; with `"pca"`, there are not as many
+            positives as negatives.
     """
     if method not in ("mean", "pca") or position not in ("last", "mean"):
         raise ValueError(f"method={method!r}, position={position!r}: 'mean' or 'pca', and 'last' or 'mean'")

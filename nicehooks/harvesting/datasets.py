@@ -20,7 +20,7 @@ class StoreDataset(IterableDataset[StoredRows]):
     def __init__(self, store: ActivationStore, size: int, options: dict[str, Any]) -> None:
         self.store = store
         self.size = size
-        self.options = {"rank": None, "world": None, "seed": 0, **options}
+        self.options: dict[str, Any] = {"rank": None, "world": None, "seed": 0, **options}
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -28,7 +28,7 @@ class StoreDataset(IterableDataset[StoredRows]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[StoredRows]:
-        options = dict(self.options)
+        options: dict[str, Any] = dict(self.options)
         rank, world = options.pop("rank"), options.pop("world")
         rank, world = this_part() if rank is None or world is None else (rank, world)
         worker = get_worker_info()

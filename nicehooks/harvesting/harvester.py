@@ -8,21 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from nicehooks.contexts.listing import describe
 from nicehooks.core.selection import Where
 from nicehooks.errors import FileFault, NiceHooksError
 from nicehooks.harvesting.activation_store import ActivationStore
 from nicehooks.harvesting.addresses import Address, address
-from nicehooks.harvesting.fingerprints import fingerprint, name_of
-from nicehooks.harvesting.inputs import batches_of, peeked
+from nicehooks.harvesting.inputs import peeked
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
 from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
-from nicehooks.harvesting.rows import PROVENANCE, Chosen, Per, Progress, Recipe
-from nicehooks.harvesting.shards import Column
+from nicehooks.harvesting.rows import Per, Progress, Recipe
+from nicehooks.harvesting.starting import THERE, format_of_first, manifest_for
 from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
-
-SHARD_BYTES = 1 << 27
-"""About how large a shard is where nothing is said."""
 
 
 def harvest(
@@ -62,9 +57,9 @@ def harvest(
     Args:
         model: any module, in the mode that it is in; with `engine="ray"` also a function that makes it.
         where: paths, sites, … (see `select`).
-        batches: an iterable of what the model is called with: dicts of tensors (`input_ids` and `attention_mask`, say), or
-            single tensors. The entry `"sample"` of a dict, if there is one, gives the examples numbers of one's own. With
-            `engine="ray"` also a Ray dataset.
+        batches: an iterable of what the model is called with: dicts of tensors (`input_ids` and `attention_mask`, say),
+            or single tensors. The entry `"sample"` of a dict, if there is one, gives the examples numbers of one's own.
+            With `engine="ray"` also a Ray dataset.
         store: a directory, or an address that `fsspec` knows.
         per: what has a row: `"token"`, for values `[batch, pos, …]`, or `"example"`, for values `[batch, …]`.
         map: reduces each value before it is stored: `fn(value)` or `fn(value, site=…)`. Of tokens it gets the rows
@@ -94,44 +89,13 @@ def harvest(
     if engine == "ray":
         from nicehooks.harvesting.ray_engine import harvest_with_ray
 
-        return harvest_with_ray(recipe, batches, store, shard_rows, resume, progress, **more)
+        return harvest_with_ray(recipe, batches, store, resume, progress, **more)
     if engine != "here" or more:
         raise NiceHooksError(
             f"harvest(…): there is no engine {engine!r} that takes {sorted(more)}; it is 'here' or 'ray'."
         )
     job = Job(recipe, there, *(this_part() if part is None else part))
     return job.run(batches, shard_rows, resume, progress)
-
-
-class Format(NamedTuple):
-    """What a row of a harvest is, known from the first batch."""
-
-    columns: dict[str, Column]
-    origin: dict[str, Column]
-
-    @property
-    def row_bytes(self) -> int:
-        """The bytes of one row."""
-        return sum(column.nbytes for column in (*self.columns.values(), *self.origin.values()))
-
-
-def format_of(recipe: Recipe, first: Any) -> Format:
-    """Runs the model once, on the batch `first`, to see what a row is."""
-    chosen = Chosen(next(iter(batches_of([first]))), recipe)
-    columns = {name: Column(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
-    origin = {name: Column(PROVENANCE[name], ()) for name in chosen.origin()}
-    return Format(columns, origin)
-
-
-def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: int) -> Manifest:
-    """The manifest of a store that is begun."""
-    rows = max(1, min(1 << 20, SHARD_BYTES // found.row_bytes)) if shard_rows is None else shard_rows
-    acting = dict.fromkeys([record.intervention for record in describe(recipe.model) if record.acting])
-    under = [text for text in acting if not text.startswith("capture(")]
-    kind = type(recipe.model).__name__
-    return Manifest(
-        kind, fingerprint(recipe.model), recipe.per, name_of(recipe.map), under, *found, shard_rows=rows, parts=parts
-    )
 
 
 class Job(NamedTuple):
@@ -154,7 +118,7 @@ class Job(NamedTuple):
             return ActivationStore(self.there)
         first, batches = peeked(batches)
         wanted = shard_rows if begun is None or shard_rows is not None else begun.shard_rows
-        manifest = manifest_for(self.recipe, format_of(self.recipe, first), wanted, self.parts)
+        manifest = manifest_for(self.recipe, format_of_first(self.recipe, first), wanted, self.parts)
         if begun is not None:
             begun.check_same(manifest, self.there.full("").rstrip("/"))
         else:
@@ -191,9 +155,3 @@ class Job(NamedTuple):
             record, last = record_of(self.there, file, names[file])
             found.append(record)
         return found, last
-
-
-THERE = """\
-there is a store at {where!r} already, which {state}.
-    harvest(…, resume=True)  # goes on with it
-  or harvest into another place, or remove it."""

@@ -148,7 +148,7 @@ batch {number} is a {kind}: a batch is a dict of what the model is called with, 
 SHAPE = {
     "token": """\
 {key!r} has the shape {shape}, but a row for each token takes a value [{wanted}, …].
-    harvest(…, per="example")       # a row for each example
-    harvest(model, "{key}/rows", …)  # a module that sees all positions of all examples in one dimension""",
+    harvest(…, per="example")  # a row for each example
+    harvest(model, "{key}/rows", …)  # where all positions of all examples are one dimension""",
     "example": "{key!r} has the shape {shape}, but a row for each example takes a value [{wanted}, …].",
 }

@@ -83,13 +83,28 @@ class Manifest:
 
     # files
 
-    def save(self, there: Address) -> None:
-        """Writes it; whoever reads meanwhile sees the old one or the new one."""
+    def to_json(self) -> dict[str, Any]:
+        """It, as what JSON can say."""
         shown = asdict(self)
         for group in ("columns", "origin"):
             shown[group] = {name: [DTYPES[c.dtype], list(c.shape)] for name, c in getattr(self, group).items()}
-        text = json.dumps({"format": FORMAT, "rows": self.rows, **shown}, indent=1)
-        put(there, NAME, [text.encode()])
+        return {"format": FORMAT, "rows": self.rows, **shown}
+
+    @staticmethod
+    def from_json(said: dict[str, Any]) -> Manifest:
+        """What `to_json` gave."""
+        found = dict(said)
+        if found.pop("format") != FORMAT:
+            raise ValueError("another format")
+        found.pop("rows")
+        for group in ("columns", "origin"):
+            found[group] = {name: Column(BY_NAME[dtype], tuple(shape)) for name, (dtype, shape) in found[group].items()}
+        found["shards"] = [ShardRecord(**shard) for shard in found["shards"]]
+        return Manifest(**found)
+
+    def save(self, there: Address) -> None:
+        """Writes it; whoever reads meanwhile sees the old one or the new one."""
+        put(there, NAME, [json.dumps(self.to_json(), indent=1).encode()])
 
     @staticmethod
     def load(there: Address) -> Manifest:
@@ -102,7 +117,7 @@ class Manifest:
         if NAME not in there.names():
             raise FileMissing(NO_STORE.format(file=there.full(NAME), where=there.full("")))
         try:
-            return _decoded(json.loads(there.read(NAME)))
+            return Manifest.from_json(json.loads(there.read(NAME)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFault(f"{there.full(NAME)!r} is no manifest of a store, or is damaged: {error!r}.") from None
 
@@ -112,16 +127,6 @@ class Manifest:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise StoreMismatch(MISMATCH.format(where=where, what=what, mine=_show(mine), theirs=_show(theirs)))
-
-
-def _decoded(found: dict[str, Any]) -> Manifest:
-    if found.pop("format") != FORMAT:
-        raise ValueError("another format")
-    found.pop("rows")
-    for group in ("columns", "origin"):
-        found[group] = {name: Column(BY_NAME[dtype], tuple(shape)) for name, (dtype, shape) in found[group].items()}
-    found["shards"] = [ShardRecord(**shard) for shard in found["shards"]]
-    return Manifest(**found)
 
 
 def _show(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -38,8 +39,8 @@ def put_together(there: Address, manifest: Manifest) -> None:
     names = there.names()
     if not all(done_name(part) in names for part in range(manifest.parts)):
         return
-    parts = [json.loads(there.read(done_name(part))) for part in range(manifest.parts)]
+    parts: list[Any] = [json.loads(there.read(done_name(part))) for part in range(manifest.parts)]
     every = [ShardRecord(**shard) for each in parts for shard in each["shards"]]
-    ends = [each["progress"] or {"batches": 0, "digest": ""} for each in parts]
+    ends: list[Any] = [each["progress"] or {"batches": 0, "digest": ""} for each in parts]
     data = [end["digest"] for end in ends]
     manifest.finished(every, sum(end["batches"] for end in ends), data).save(there)

@@ -1,4 +1,4 @@
-"""The rows that a stream of batches gives: the model is run, and of each value there is what has a token, or an example."""
+"""The rows that a stream of batches gives: the model is run, and each value taken apart into tokens, or examples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nicehooks.caches.arithmetic import concatenated
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.user_functions import call_user, takes_site
@@ -126,14 +127,19 @@ class Recipe:
         """The tensors of each value, by their paths."""
         for key, value in acts.items():
             taken = trees.map_tensors(lambda tensor, key=key: chosen.rows_of(tensor, key), value)
-            if self.map is not None:
-                taken = chosen.mapped(
-                    lambda part, key=key: call_user(self.map, key in sites, part, key, sites.get(key)), taken
-                )  # pyright: ignore
-            for path, leaf in tensors_in(taken, key):
+            for path, leaf in tensors_in(self._mapped(taken, key, chosen, sites.get(key)), key):
                 if len(leaf) != chosen.count:
                     raise TreeMismatch(f"{path!r}: map gave {len(leaf)} rows for {chosen.count}; it has to keep them.")
                 yield path, leaf
+
+    def _mapped(self, taken: Any, key: str, chosen: Chosen, site: Site | None) -> Any:
+        """What `map` makes of the rows: of all tokens at once, of each example without its padding."""
+        fn: Any = self.map
+        if fn is None:
+            return taken
+        parts = [taken] if self.per == "token" else chosen.each_example(taken)
+        done = [fn(part) if site is None else call_user(fn, True, part, key, site) for part in parts]
+        return done[0] if len(done) == 1 else concatenated(done, 0, key)
 
     def _in_dtype(self, value: Tensor) -> Tensor:
         value = value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
@@ -168,7 +174,7 @@ class Chosen:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`[batch, pos]`"""
+        """How many examples and positions there are."""
         if self._shape is None:
             first = self.batch.tensors[0]
             if first.ndim < 2:
@@ -185,16 +191,12 @@ class Chosen:
         flat = value.detach().flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index.to(flat.device))
 
-    def mapped(self, fn: Callable[[Any], Any], taken: Any) -> Any:
-        """What `fn` makes of the rows: of all tokens at once, of each example without its padding."""
-        if self.per == "token" or self.mask is None:
-            return fn(taken)
-        shape = tuple(self.mask.shape)
-        each = [
-            fn(trees.map_tensors(lambda t, i=i: _unpadded(t, i, self.mask, shape), taken))
-            for i in range(len(self.mask))
-        ]  # pyright: ignore
-        return torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *each)
+    def each_example(self, taken: Any) -> list[Any]:
+        """What each example has without its padding `[1, pos, …]`; all at once where nothing says what is padding."""
+        mask = self.mask
+        if mask is None:
+            return [taken]
+        return [trees.map_tensors(lambda t, i=i: _unpadded(t, i, mask), taken) for i in range(len(mask))]
 
     def origin(self) -> dict[str, Tensor]:
         """Where each row came from."""
@@ -209,9 +211,9 @@ class Chosen:
         return flat if self.index is None else {name: value[self.index] for name, value in flat.items()}
 
 
-def _unpadded(value: Tensor, example: int, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def _unpadded(value: Tensor, example: int, mask: Tensor) -> Tensor:
     one = value[example : example + 1]
-    return one[:, mask[example].to(one.device)] if tuple(value.shape[:2]) == shape else one
+    return one[:, mask[example].to(one.device)] if value.shape[:2] == mask.shape else one
 
 
 def tensors_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

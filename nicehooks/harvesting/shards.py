@@ -1,4 +1,4 @@
-"""A shard: tensors with as many rows each, in one safetensors file that is written in one go and mapped when it is read.
+"""A shard: tensors with as many rows each, in one safetensors file, written in one go and mapped when it is read.
 
 The format is simple enough to be written here: so the checksum is taken of the very bytes that are written, a shard
 goes to any file system, rows are found in it without reading the rest, and none of it needs a package.
@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _place_of(entry: dict[str, object], after: int) -> Place:
 
 def mapped(file: str, header: Header) -> dict[str, Tensor]:
     """The tensors of a local file, mapped into memory: read when they are looked at, and never written back."""
-    storage = torch.UntypedStorage.from_file(file, shared=False, nbytes=header.size)
+    storage: Any = torch.UntypedStorage.from_file(file, shared=False, nbytes=header.size)
     everything = torch.empty(0, dtype=torch.uint8).set_(storage)
     return {name: _at(everything, place) for name, place in header.places.items()}
 

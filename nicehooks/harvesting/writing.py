@@ -1,10 +1,10 @@
 """One writer of a store: rows are gathered until a shard is full, and written while the next one fills.
 
 NOTE [A shard is there or it is not]
-A shard is written under another name and renamed when it is whole, in the order of the shards. Its metadata says how far
-the stream of batches was read when it was full. So whatever the moment of a kill, the shards that are there are the rows
-up to some place of the stream, and the last one says which: a resumed harvest reads the same batches from the first one
-on, runs the model from that place, and nothing is lost or written twice.
+A shard is written under another name and renamed when it is whole, in the order of the shards. Its metadata says how
+far the stream of batches was read when it was full. So whatever the moment of a kill, the shards that are there are the
+rows up to some place of the stream, and the last one says which: a resumed harvest reads the same batches from the first
+one on, runs the model from that place, and nothing is lost or written twice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -88,10 +89,8 @@ class Writer:
     def abandon(self) -> None:
         """Ends without the rows that fill no shard; those that are full are still written."""
         self.filled = 0
-        try:
+        with suppress(FileFault):  # what went wrong first is on its way already
             self.close()
-        except (FileFault, OSError):
-            pass  # what went wrong first is on its way already
 
     def _ship(self) -> None:
         """Hands the full buffer to a thread."""

@@ -1,4 +1,4 @@
-"""Makes the files in `sae_lens/`, with SAELens: small autoencoders of each kind, and what SAELens itself computes with them.
+"""Makes the files in `sae_lens/`, with SAELens: small autoencoders of each kind, and what SAELens computes with them.
 
 It does not install beside a current TransformerLens, so it is run in an environment of its own, by hand:
 

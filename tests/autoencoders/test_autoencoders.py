@@ -54,7 +54,7 @@ def folder_with(tmp_path: Path, config: object, weights: dict[str, Tensor]) -> P
 
 
 def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
-    with pytest.raises(FileMissing, match="holds no autoencoder: there is no file 'cfg.json' in it"):
+    with pytest.raises(FileMissing, match=r"holds no autoencoder: there is no file 'cfg.json' in it"):
         load_sae(tmp_path)
     one = {"W_enc": torch.ones(2, 3)}
     with pytest.raises(
@@ -62,7 +62,7 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
     ):
         load_sae(folder_with(tmp_path, {"architecture": "gated"}, one))
     with pytest.raises(
-        UnsupportedModule, match="has the architecture 'temporal', which load_sae does not know.\n  It knows st"
+        UnsupportedModule, match=r"has the architecture 'temporal', which load_sae does not know.\n  It knows st"
     ):
         load_sae(folder_with(tmp_path, {"architecture": "temporal"}, one))
     with pytest.raises(FileFault, match="cannot be read"):

@@ -110,7 +110,7 @@ def begun(store: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     begun(tmp_path)
-    with pytest.raises(StoreMismatch, match="the weights of the model differs.\n  in the store: '"):
+    with pytest.raises(StoreMismatch, match=r"the weights of the model differs.\n  in the store: '"):
         harvest(PrefixModel(seed=1), WHERE, stream(SAMPLES), tmp_path, resume=True)
 
 
