@@ -44,6 +44,14 @@ class Batch:
         """Calls `model` with it, on `device`."""
         model(*[_on(device, value) for value in self.args], **{k: _on(device, v) for k, v in self.kwargs.items()})
 
+    def only(self, keep: Tensor) -> Batch:
+        """The part of it with the examples that a mask `[batch]` keeps."""
+        size = len(self.samples)
+        args = tuple([_kept(value, keep, size) for value in self.args])
+        kwargs = {name: _kept(value, keep, size) for name, value in self.kwargs.items()}
+        ids, mask = (_kept(value, keep, size) for value in (self.ids, self.mask))
+        return Batch(self.number, args, kwargs, ids, mask, self.samples[keep])
+
     @property
     def tensors(self) -> list[Tensor]:
         """Everything in it that the model is given."""
@@ -52,6 +60,10 @@ class Batch:
 
 def _on(device: torch.device | None, value: Any) -> Any:
     return value.to(device) if device is not None and isinstance(value, Tensor) else value
+
+
+def _kept(value: Any, keep: Tensor, size: int) -> Any:
+    return value[keep] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
 
 def batches_of(stream: Iterable[Any], part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
@@ -85,6 +97,8 @@ def peeked(stream: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
 
 
 def _batch(given: Any, number: int, first: int) -> Batch:
+    if isinstance(given, Batch):
+        return given
     args, kwargs = _inputs(given, number)
     samples = kwargs.pop(SAMPLE, None)
     ids = kwargs.get("input_ids", args[0] if args else None)

@@ -23,7 +23,7 @@ from nicehooks.errors import FileFault, NiceHooksError
 from nicehooks.extras import needs
 from nicehooks.harvesting.activation_store import ActivationStore
 from nicehooks.harvesting.addresses import Address, address, put
-from nicehooks.harvesting.inputs import batches_of, check_stream
+from nicehooks.harvesting.inputs import Batch, batches_of
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord, StoreMismatch
 from nicehooks.harvesting.rows import Block, Recipe
 from nicehooks.harvesting.shards import checksum_of
@@ -139,10 +139,7 @@ class Worker:
         name = f"{RAY}{samples[0]:012}-{hashlib.sha256(str(samples).encode()).hexdigest()[:12]}.safetensors"
         count, checksum = len(rows[ORIGIN + "sample"]), checksum_of(rows)
         said = {"rows": count, "checksum": checksum, "samples": samples, "manifest": self._manifest_of(rows)}
-        try:
-            put(self.there, name, pieces_of(rows, {"said": json.dumps(said)}))
-        finally:
-            del rows
+        put(self.there, name, pieces_of(rows, {"said": json.dumps(said)}))
         return {"file": [name], "said": [json.dumps(said)]}
 
     def _manifest_of(self, rows: dict[str, Tensor]) -> dict[str, Any]:
@@ -154,15 +151,13 @@ class Worker:
                 Manifest.from_json(self.begun).check_same(self.manifest, self.there.full("").rstrip("/"))
         return self.manifest.to_json()
 
-    def _left(self, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _left(self, table: dict[str, Any]) -> Iterator[Batch]:
         """The batches in a part of the data, without the examples that are done."""
-        given = [pickle.loads(one) for one in table[GIVEN]] if GIVEN in table else list(self._padded(table))
+        given = map(pickle.loads, table[GIVEN]) if GIVEN in table else batches_of(self._padded(table))
         for batch in given:
-            keep = torch.tensor([int(sample) not in self.done for sample in batch["sample"]])
-            if keep.all():
-                yield batch
-            elif keep.any():
-                yield {name: v[keep] if isinstance(v, Tensor) else v for name, v in batch.items()}
+            keep = torch.tensor([int(sample) not in self.done for sample in batch.samples])
+            if keep.any():
+                yield batch if keep.all() else batch.only(keep)
 
     def _padded(self, table: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
         """Rows of a dataset as batches of tensors."""
@@ -207,10 +202,8 @@ def _numbered(data: Any) -> Any:
 
 def _given(batches: Iterable[Any]) -> Iterator[dict[str, bytes]]:
     """Batches as they were given, each as one item of a dataset."""
-    check_stream(batches)
     for batch in batches_of(batches):
-        named = dict(batch.kwargs) if not batch.args else {"": batch.args[0]}
-        yield {GIVEN: pickle.dumps({**named, "sample": batch.samples})}
+        yield {GIVEN: pickle.dumps(batch)}
 
 
 def _there_already(there: Address, resume: bool) -> dict[str, Any]:
