@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 from nicehooks.errors import FileFault, FileMissing
 from nicehooks.extras import needs
@@ -81,7 +82,7 @@ class _Local:
             raise FileFault(f"{self.full(name)!r} cannot be read: {error}") from None
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
-        unfinished = f"{name}.{os.getpid()}{UNFINISHED}"
+        unfinished = f"{name}.{uuid4().hex[:8]}{UNFINISHED}"
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(self.folder / unfinished, "wb", buffering=0) as file:

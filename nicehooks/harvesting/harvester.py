@@ -12,11 +12,11 @@ from nicehooks.core.selection import Where
 from nicehooks.errors import FileFault, NiceHooksError
 from nicehooks.harvesting.activation_store import ActivationStore
 from nicehooks.harvesting.addresses import Address, address
-from nicehooks.harvesting.inputs import peeked
+from nicehooks.harvesting.inputs import BatchFault, check_stream
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
 from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
 from nicehooks.harvesting.rows import Per, Progress, Recipe
-from nicehooks.harvesting.starting import THERE, format_of_first, manifest_for
+from nicehooks.harvesting.starting import THERE, Format, format_of, manifest_for
 from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
 
 
@@ -116,25 +116,50 @@ class Job(NamedTuple):
         if begun is not None and done_name(self.part) in self.there.names():
             put_together(self.there, begun)
             return ActivationStore(self.there)
-        first, batches = peeked(batches)
+        if begun is not None:  # before the model runs for long
+            self._manifest(Format(begun.columns, begun.origin), shard_rows, begun)
+        shards, after = self._already_there() if resume else ([], None)
+        check_stream(batches)
+        writer = None if begun is None else self._writer(begun, shards, after)
+        try:
+            for block in self.recipe.blocks(batches, (self.part, self.parts), after):
+                if block.columns and (writer is None or not writer.checked):
+                    manifest = self._manifest(format_of(block.columns, block.origin), shard_rows, begun)
+                    writer = writer or self._writer(manifest, shards, after)
+                    writer.checked = True
+                if writer is not None:
+                    writer.add(block)
+                if progress is not None:
+                    progress(block.progress.rows)
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+        return self._finished(writer)
+
+    def _manifest(self, found: Format, shard_rows: int | None, begun: Manifest | None) -> Manifest:
+        """The manifest of the store, which is written if nobody has begun it."""
         wanted = shard_rows if begun is None or shard_rows is not None else begun.shard_rows
-        manifest = manifest_for(self.recipe, format_of_first(self.recipe, first), wanted, self.parts)
+        manifest = manifest_for(self.recipe, found, wanted, self.parts)
         if begun is not None:
             begun.check_same(manifest, self.there.full("").rstrip("/"))
         else:
             manifest.save(self.there)
-        shards, after = self._already_there() if resume else ([], None)
+        return manifest
+
+    def _writer(self, manifest: Manifest, shards: list[ShardRecord], after: Progress | None) -> Writer:
         clean(self.there, self.part, len(shards))
-        writer = Writer(self.there, manifest, self.part, shards, after)
-        try:
-            for block in self.recipe.blocks(batches, (self.part, self.parts), after):
-                writer.add(block)
-                if progress is not None:
-                    progress(block.progress.rows)
-        except BaseException:
-            writer.abandon()
-            raise
-        finish_part(self.there, manifest, self.part, writer.close(), writer.progress)
+        return Writer(self.there, manifest, self.part, shards, after)
+
+    def _finished(self, writer: Writer | None) -> ActivationStore:
+        """The store, once this part is written."""
+        shards, progress = ([], None) if writer is None else (writer.close(), writer.progress)
+        if writer is None and self.parts == 1:
+            raise BatchFault(NO_ROWS)
+        if writer is None and NAME not in self.there.names():
+            raise BatchFault(f"part {self.part} of {self.parts}: {NO_ROWS}")
+        manifest = Manifest.load(self.there) if writer is None else writer.manifest
+        finish_part(self.there, manifest, self.part, shards, progress)
         return ActivationStore(self.there)
 
     def _begun(self, resume: bool) -> Manifest | None:
@@ -155,3 +180,6 @@ class Job(NamedTuple):
             record, last = record_of(self.there, file, names[file])
             found.append(record)
         return found, last
+
+
+NO_ROWS = "there are no batches, or nothing but padding in them: there is not one row to write."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -87,15 +86,6 @@ def check_stream(stream: Any) -> None:
         raise BatchFault(ONE_BATCH.format(kind=type(stream).__name__))
 
 
-def peeked(stream: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch of a stream, and the stream as if nobody had looked."""
-    check_stream(stream)
-    rest = iter(stream)
-    for first in rest:
-        return first, stream if isinstance(stream, Sequence) else chain([first], rest)
-    raise BatchFault("there are no batches: the stream ended before the first one.")
-
-
 def _batch(given: Any, number: int, first: int) -> Batch:
     if isinstance(given, Batch):
         return given
@@ -156,7 +146,7 @@ batches is one {kind}, and should be an iterable of batches.
     harvest(model, where, [batches], store)  # correct"""
 
 NO_BATCH = """\
-batch {number} is a {kind}: a batch is a dict of what the model is called with, or the one tensor that it is called with.
+batch {number} is a {kind}: a batch is a dict of what the model is called with, or the one tensor it takes.
     {{"input_ids": ids, "attention_mask": mask}}"""
 
 SHAPE = {

@@ -1,8 +1,8 @@
 """The engine of a cluster: Ray Data hands the examples to workers, each of which has the model and writes its shards.
 
 NOTE [What travels in a cluster]
-Examples go to the workers, and the names of files come back; activations go from the worker that computed them into the
-store, and never through Ray's object store. A shard holds whole examples, and is named for them. When a worker dies, Ray
+Examples go to the workers, and the names of files come back; activations go from the worker that computed them into
+the store, and never through Ray's object store. A shard holds whole examples, and is named for them. When a worker dies, Ray
 gives its examples to another one, which writes the same file again, or one of another name. The manifest, which is
 written when all is done, has the files of those who came to their end: so nothing is lost, and nothing is there twice.
 """
@@ -138,14 +138,14 @@ class Worker:
         samples = torch.unique(rows[ORIGIN + "sample"]).tolist()
         name = f"{RAY}{samples[0]:012}-{hashlib.sha256(str(samples).encode()).hexdigest()[:12]}.safetensors"
         count, checksum = len(rows[ORIGIN + "sample"]), checksum_of(rows)
-        said = {"rows": count, "checksum": checksum, "samples": samples, "manifest": self._manifest_of(rows)}
+        said = {"rows": count, "checksum": checksum, "samples": samples, "manifest": self._manifest_of(blocks[0])}
         put(self.there, name, pieces_of(rows, {"said": json.dumps(said)}))
         return {"file": [name], "said": [json.dumps(said)]}
 
-    def _manifest_of(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+    def _manifest_of(self, block: Block) -> dict[str, Any]:
         """What the store is, as every worker has to find it."""
         if self.manifest is None:
-            self.manifest = manifest_for(self.recipe, format_of(rows, ORIGIN), 1, 1)
+            self.manifest = manifest_for(self.recipe, format_of(block.columns, block.origin), 1, 1)
             shown = self.manifest.to_json()
             if self.begun is not None and self.begun != shown:
                 Manifest.from_json(self.begun).check_same(self.manifest, self.there.full("").rstrip("/"))

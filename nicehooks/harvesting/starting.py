@@ -37,11 +37,10 @@ def format_of_first(recipe: Recipe, first: Any) -> Format:
     return Format(columns, {name: Column(PROVENANCE[name], ()) for name in chosen.origin()})
 
 
-def format_of(rows: Mapping[str, Tensor], before_origin: str) -> Format:
+def format_of(columns: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> Format:
     """What a row is, of rows that are there already."""
-    every = {name: Column(value.dtype, tuple(value.shape[1:])) for name, value in rows.items()}
-    origin = {name.removeprefix(before_origin): c for name, c in every.items() if name.startswith(before_origin)}
-    return Format({name: c for name, c in every.items() if not name.startswith(before_origin)}, origin)
+    found = [{name: Column(v.dtype, tuple(v.shape[1:])) for name, v in group.items()} for group in (columns, origin)]
+    return Format(*found)
 
 
 def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: int) -> Manifest:

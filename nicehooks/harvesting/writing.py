@@ -2,9 +2,9 @@
 
 NOTE [A shard is there or it is not]
 A shard is written under another name and renamed when it is whole, in the order of the shards. Its metadata says how
-far the stream of batches was read when it was full. So whatever the moment of a kill, the shards that are there are the
-rows up to some place of the stream, and the last one says which: a resumed harvest reads the same batches from the first
-one on, runs the model from that place, and nothing is lost or written twice.
+far the stream of batches was read when it was full. So whatever the moment of a kill, the shards that are there are
+the rows up to some place of the stream, and the last one says which: a resumed harvest reads the same batches from the
+first one on, runs the model from that place, and nothing is lost or written twice.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Writer:
         self.jobs: list[tuple[Future[ShardRecord], dict[str, Tensor]]] = []
         self.free: list[dict[str, Tensor]] = []
         self.filled = 0
+        self.checked = False  # whether a row of this run was seen to be what the manifest says
         self.buffer = self._buffer()
 
     def add(self, block: Block) -> None:

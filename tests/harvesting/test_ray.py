@@ -37,7 +37,9 @@ def cluster() -> Iterator[None]:
     root = Path(nicehooks.__file__).parent.parent
     paths = os.pathsep.join([str(root), str(Path(harvest_streams.__file__).parent)])
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, runtime_env=environment)
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, runtime_env=environment
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
@@ -113,5 +115,5 @@ def test_resuming_leaves_out_what_is_there(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_worker_is_raised_as_itself(tmp_path: Path) -> None:
-    with pytest.raises(SiteNotFound, match="no module matches 'layer.1'"):
+    with pytest.raises(SiteNotFound, match=r"no module matches 'layer.1'"):
         harvest(PrefixModel(), "layer.1", stream(SAMPLES), tmp_path, engine="ray", workers=1, num_cpus=0.5)

@@ -117,7 +117,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_other_interventions_are_refused(tmp_path: Path) -> None:
     begun(tmp_path)
     model = PrefixModel()
-    with nicehooks.ablate(model, "layers.0"), pytest.raises(StoreMismatch, match="the interventions that are active"):
+    with pytest.raises(StoreMismatch, match="the interventions that are active"), nicehooks.ablate(model, "layers.0"):
         harvest(model, WHERE, stream(SAMPLES), tmp_path, resume=True)
 
 
