@@ -88,11 +88,12 @@ def harvest_with_ray(
         **resources,
     )
     written = dict(before)
-    with _errors_of_workers():
-        for row in data.iter_rows():
-            written[str(row["file"])] = json.loads(str(row["said"]))
-            if progress is not None:
-                progress(sum(said["rows"] for said in written.values()))
+    for row in data.iter_rows():
+        if not row["file"]:
+            raise pickle.loads(bytes.fromhex(row["said"]))
+        written[str(row["file"])] = json.loads(row["said"])
+        if progress is not None:
+            progress(sum(said["rows"] for said in written.values()))
     return _finished(there, written)
 
 
@@ -129,7 +130,13 @@ class Worker:
         self.manifest: Manifest | None = None
 
     def __call__(self, table: dict[str, Any]) -> dict[str, Any]:
-        """Writes a shard; returns its name, and what it says of itself."""
+        """Writes a shard; returns its name, and what it says of itself; or an error of this library, to be raised again."""
+        try:
+            return self._written(table)
+        except NiceHooksError as error:
+            return {"file": [""], "said": [pickle.dumps(error).hex()]}
+
+    def _written(self, table: dict[str, Any]) -> dict[str, Any]:
         blocks = list(self.recipe.blocks(self._left(table)))
         blocks = [block for block in blocks if block.columns]
         if not blocks:
@@ -240,18 +247,3 @@ def _finished(there: Address, written: dict[str, Any]) -> ActivationStore:
         if name.startswith(RAY) and name not in written:
             there.remove(name)  # of a worker that died
     return ActivationStore(there)
-
-
-class _errors_of_workers:
-    """Raises an error of this library that a worker met as itself, without what Ray wraps it in."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        seen = error
-        while seen is not None:
-            cause = getattr(seen, "cause", None) or seen.__cause__
-            if isinstance(cause, NiceHooksError):
-                raise cause from None
-            seen = cause

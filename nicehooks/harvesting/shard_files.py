@@ -60,32 +60,33 @@ class ShardFiles:
         """Any rows of some columns, in the order in which they are asked for."""
         sorted_rows, order = rows.sort()
         found = [self._empty(name, len(rows)) for name in names]
-        starts = torch.tensor(self.starts)
-        touched, counts = torch.unique_consecutive(
-            torch.searchsorted(starts, sorted_rows, right=True) - 1, return_counts=True
-        )
+        shards = torch.searchsorted(torch.tensor(self.starts), sorted_rows, right=True) - 1
+        touched, counts = torch.unique_consecutive(shards, return_counts=True)
         at = 0
         for number, count in zip(touched.tolist(), counts.tolist(), strict=True):
             local = sorted_rows[at : at + count] - self.starts[number]
             for name, into in zip(names, found, strict=True):
-                into[order[at : at + count]] = self._picked(number, name, local)
+                self._pick(number, name, local, into[at : at + count])
             at += count
-        return [into.view(self.columns[name].dtype) for name, into in zip(names, found, strict=True)]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return [
+            into.index_select(0, back).view(self.columns[name].dtype) for name, into in zip(names, found, strict=True)
+        ]
 
     def _empty(self, name: str, rows: int) -> Tensor:
         column = self.columns[name]
         return torch.empty((rows, *column.shape), dtype=SAME_SIZE[column.dtype.itemsize])
 
-    def _picked(self, number: int, name: str, local: Tensor) -> Tensor:
-        """Some rows of one shard, which are in order, as plain numbers of their size."""
-        plain = SAME_SIZE[self.columns[name].dtype.itemsize]
+    def _pick(self, number: int, name: str, local: Tensor, into: Tensor) -> None:
+        """Reads some rows of one shard, which are in order, as plain numbers of their size."""
         opened = self._opened(number)
         if not isinstance(opened, Header):
-            return opened[name].view(plain).index_select(0, local)
+            torch.index_select(opened[name].view(into.dtype), 0, local, out=into)
+            return
         ends = (local[1:] - local[:-1] != 1).nonzero().squeeze(1).add(1).tolist()
-        runs = zip([0, *ends], [*ends, len(local)], strict=True)
-        read = [self._some(number, name, int(local[a]), int(local[b - 1]) + 1) for a, b in runs]
-        return torch.cat([one.view(plain) for one in read])
+        for first, stop in zip([0, *ends], [*ends, len(local)], strict=True):
+            some = self._some(number, name, int(local[first]), int(local[stop - 1]) + 1)
+            into[first:stop] = some.view(into.dtype)
 
     def _some(self, number: int, name: str, first: int, stop: int) -> Tensor:
         opened = self._opened(number)

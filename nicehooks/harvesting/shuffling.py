@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ class Shuffle:
     >>> sorted(shuffled.tolist()) == list(range(10)), shuffled.tolist() == list(range(10))
     (True, False)
 
-    A list of a billion places would take 8 GB in every process that reads. This is a Feistel network over numbers of
-    as many bits as `count` has, whose rounds depend on the seed; a number that comes out too large goes in again, as in
-    Black and Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9 (cycle walking). Any place can be asked for alone.
+    A list of a billion places would take 8 GB in every process that reads. Here a number is written as two digits, of
+    about as many values each, and to either a function of the other is added in turns, which depends on the seed: a
+    Feistel network. What comes out too large goes in again (Black and Rogaway 2002,
+    https://doi.org/10.1007/3-540-45760-7_9). Any place can be asked for alone.
 
     Args:
         count: how many there are.
@@ -28,7 +30,8 @@ class Shuffle:
 
     def __init__(self, count: int, seed: int | str) -> None:
         self.count = count
-        self.half = max(1, -(-max(1, (count - 1).bit_length()) // 2))
+        self.left = max(1, math.isqrt(count))
+        self.right = max(1, -(-count // self.left))
         words = hashlib.sha512(f"{seed} {count}".encode()).digest()
         self.keys = [int.from_bytes(words[8 * i : 8 * i + 8], "little", signed=True) for i in range(ROUNDS)]
 
@@ -40,24 +43,18 @@ class Shuffle:
         return found
 
     def _once(self, numbers: Tensor) -> Tensor:
-        low = (1 << self.half) - 1
-        left, right = numbers >> self.half, numbers & low
-        for key in self.keys:
-            left, right = right, left ^ (_mixed(right, key) & low)
-        return (left << self.half) | right
+        left, right = numbers // self.right, numbers % self.right
+        for first, second in zip(self.keys[::2], self.keys[1::2], strict=True):
+            left = (left + _mixed(right, first)) % self.left
+            right = (right + _mixed(left, second)) % self.right
+        return left * self.right + right
 
 
 def _mixed(numbers: Tensor, key: int) -> Tensor:
-    """Numbers of 64 bits that have nothing to do with each other: the finalizer of SplitMix64, which multiplies."""
-    mixed = numbers ^ key
-    mixed = (mixed ^ _shifted_right(mixed, 30)) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ _shifted_right(mixed, 27)) * -0x6B2FB644ECCEEE15
-    return mixed ^ _shifted_right(mixed, 31)
-
-
-def _shifted_right(numbers: Tensor, by: int) -> Tensor:
-    """As if there were no sign."""
-    return (numbers >> by) & ((1 << (64 - by)) - 1)
+    """Numbers that have nothing to do with each other, from 0 on: as in SplitMix64, multiplied and shifted."""
+    mixed = (numbers ^ key) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
+    return (mixed ^ (mixed >> 29)) & 0x7FFFFFFFFFFF
 
 
 def order_of(count: int, shuffle: bool, seed: int | str, part: tuple[int, int], size: int, at: int) -> Tensor:
