@@ -98,9 +98,9 @@ def forward(rounds: int, folder: Path) -> None:
 def write(rounds: int, folder: Path) -> None:
     """Bytes per second of the writer over those of a copy of the very same files."""
     from nicehooks.harvesting.addresses import address
+    from nicehooks.harvesting.manifest import Manifest
     from nicehooks.harvesting.rows import Block, Progress
     from nicehooks.harvesting.starting import Format, format_of
-    from nicehooks.harvesting.manifest import Manifest
     from nicehooks.harvesting.writing import Writer
 
     columns = {"h": torch.randn(8192, WIDTH)}
@@ -137,7 +137,14 @@ def read(rounds: int, folder: Path) -> None:
     from nicehooks import harvest
 
     identity = torch.nn.Sequential(torch.nn.Identity())
-    store = harvest(identity, "0", (torch.randn(8192, WIDTH) for _ in range(ROWS // 8192)), folder / "read", per="example", shard_rows=32768)
+    store = harvest(
+        identity,
+        "0",
+        (torch.randn(8192, WIDTH) for _ in range(ROWS // 8192)),
+        folder / "read",
+        per="example",
+        shard_rows=32768,
+    )
 
     def all_of(**how: Any) -> Callable[[], None]:
         def run() -> None:
@@ -147,8 +154,11 @@ def read(rounds: int, folder: Path) -> None:
         return run
 
     found = interleaved({"sequential": all_of(), "shuffled": all_of(shuffle=True)}, rounds)
-    shown("shuffled reading, over sequential", [a / b for a, b in zip(found["sequential"], found["shuffled"], strict=True)])
-    print(f"    {len(store) / statistics.median(found['shuffled']):,.0f} shuffled rows of {WIDTH} float32 per second of processor time")
+    shown(
+        "shuffled reading, over sequential",
+        [a / b for a, b in zip(found["sequential"], found["shuffled"], strict=True)],
+    )
+    print(f"    {len(store) / statistics.median(found['shuffled']):,.0f} shuffled rows of {WIDTH} float32 a second")
 
 
 MEMORY = """
@@ -169,7 +179,9 @@ def memory(rounds: int, folder: Path) -> None:
         command = [sys.executable, "-c", MEMORY, str(count), str(folder / f"memory{count}")]
         peaks.append(int(subprocess.run(command, capture_output=True, check=True).stdout))
     shown("peak memory with ten times as many rows", [peaks[1] / peaks[0]], "1.0")
-    print(f"    {peaks[0] / 1e3:.0f} MB for 51,200 rows (210 MB of them), {peaks[1] / 1e3:.0f} MB for 512,000 (2,100 MB)")
+    print(
+        f"    {peaks[0] / 1e3:.0f} MB for 51,200 rows (210 MB of them), {peaks[1] / 1e3:.0f} MB for 512,000 (2,100 MB)"
+    )
 
 
 def nnsight(rounds: int, folder: Path) -> None:
@@ -202,7 +214,9 @@ def nnsight(rounds: int, folder: Path) -> None:
     model(batches[0])
     found = interleaved({"bare": bare, "trace": traced, "cache": cached}, rounds)
     for name in ("trace", "cache"):
-        shown(f"nnsight, {name}, over the forward", [b / own for b, own in zip(found["bare"], found[name], strict=True)])
+        shown(
+            f"nnsight, {name}, over the forward", [b / own for b, own in zip(found["bare"], found[name], strict=True)]
+        )
 
 
 ROWS_OF_TABLE = {"forward": forward, "write": write, "read": read, "memory": memory, "nnsight": nnsight}
@@ -211,10 +225,12 @@ ROWS_OF_TABLE = {"forward": forward, "write": write, "read": read, "memory": mem
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=list(ROWS_OF_TABLE), default=["forward", "write", "read", "memory"])
+    parser.add_argument(
+        "--only", nargs="+", choices=list(ROWS_OF_TABLE), default=["forward", "write", "read", "memory"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"python {platform.python_version()} · torch {torch.__version__} · {platform.machine()} · rounds {options.rounds}")
+    print(f"python {platform.python_version()} · torch {torch.__version__} · rounds {options.rounds}")
     print(f"{'':<58}{'asked':>9}{'got':>10}   quartiles")
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A top-k autoencoder on the middle layer of a language model: harvest, train, splice back in, and look at its latents.
+"""A top-k autoencoder on the middle layer of a language model: harvest, train, splice, and look at its latents.
 
     python docs/examples/topk_autoencoder.py                       # the small model, text that comes with Python
     python docs/examples/topk_autoencoder.py --tokens 2000000 --latents 16384 --text my.txt --model gpt2 --device cuda
@@ -121,7 +121,9 @@ def contexts(tokenizer: Any, where: str, sae: Autoencoder, store: ActivationStor
     for latent in chosen.tolist():
         page.append(f"\n## Latent {latent}, active at {often[latent]:.2%} of the tokens\n")
         top = latents[:, latent].topk(6)
-        for value, sample, position in zip(top.values, store.sample[top.indices], store.position[top.indices], strict=True):
+        for value, sample, position in zip(
+            top.values, store.sample[top.indices], store.position[top.indices], strict=True
+        ):
             text = [tokenizer.decode([token]) for token in ids[sample].tolist()]
             start, stop = max(1, int(position) - 10), int(position) + 4
             around = ["".join(text[start:position]), text[position], "".join(text[position + 1 : stop])]

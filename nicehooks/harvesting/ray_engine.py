@@ -1,10 +1,10 @@
 """The engine of a cluster: Ray Data hands the examples to workers, each of which has the model and writes its shards.
 
 NOTE [What travels in a cluster]
-Examples go to the workers, and the names of files come back; activations go from the worker that computed them into
-the store, and never through Ray's object store. A shard holds whole examples, and is named for them. When a worker dies, Ray
-gives its examples to another one, which writes the same file again, or one of another name. The manifest, which is
-written when all is done, has the files of those who came to their end: so nothing is lost, and nothing is there twice.
+Examples go to the workers, names of files come back; activations go from the worker that computed them into the store,
+and never through Ray's object store. A shard holds whole examples, and is named for them. When a worker dies, Ray gives
+its examples to another one, which writes the same file again, or one of another name. The manifest, which is written
+when all is done, has the files of those who came to their end: so nothing is lost, and nothing is there twice.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Worker:
         self.manifest: Manifest | None = None
 
     def __call__(self, table: dict[str, Any]) -> dict[str, Any]:
-        """Writes a shard; returns its name, and what it says of itself; or an error of this library, to be raised again."""
+        """Writes a shard; returns its name and what it says of itself, or an error of ours to be raised again."""
         try:
             return self._written(table)
         except NiceHooksError as error:

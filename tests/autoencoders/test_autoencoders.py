@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import gpt2, tokens
+from gallery.architectures import gpt2, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

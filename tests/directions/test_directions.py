@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harvest_streams import PrefixModel, alone, stream, texts
-from models import gpt2, tokens
+from gallery.architectures import gpt2, tokens
+from gallery.prefix import PrefixModel
+from harvest_streams import alone, stream, texts
 
 from nicehooks import TreeMismatch, capture, harvest, probe, steer, steering_vector
 

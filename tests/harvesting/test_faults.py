@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harvest_streams import PrefixModel, all_places, places_of, stream, texts
+from gallery.prefix import PrefixModel
+from harvest_streams import all_places, places_of, stream, texts
 from safetensors.torch import save_file
 
 from nicehooks import ActivationStore, harvest

@@ -10,7 +10,8 @@ from pathlib import Path
 import harvest_streams
 import pytest
 import torch
-from harvest_streams import PrefixModel, all_places, alone, check_rows, places_of, stream, texts
+from gallery.prefix import PrefixModel
+from harvest_streams import all_places, alone, check_rows, places_of, stream, texts
 
 import nicehooks
 from nicehooks import ActivationStore, harvest
@@ -22,7 +23,8 @@ SAMPLES = texts(50, seed=3)
 PROGRAM = """
 import sys, torch
 import torch.distributed as dist
-from harvest_streams import PrefixModel, places_of, stream, texts
+from gallery.prefix import PrefixModel
+from harvest_streams import places_of, stream, texts
 from nicehooks import harvest
 dist.init_process_group("gloo")
 samples = texts(50, seed=3)

@@ -13,7 +13,8 @@ import pytest
 import ray
 import ray.data
 import torch
-from harvest_streams import PrefixModel, all_places, alone, check_rows, places_of, stream, texts
+from gallery.prefix import PrefixModel
+from harvest_streams import all_places, alone, check_rows, places_of, stream, texts
 from torch import nn
 
 import nicehooks

@@ -10,7 +10,8 @@ from pathlib import Path
 import harvest_streams
 import pytest
 import torch
-from harvest_streams import PrefixModel, all_places, alone, check_rows, places_of, stream, texts
+from gallery.prefix import PrefixModel
+from harvest_streams import all_places, alone, check_rows, places_of, stream, texts
 
 import nicehooks
 from nicehooks import ActivationStore, harvest

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from harvest_streams import WIDTH, PrefixModel, all_places, alone, check_rows, places_of, stream, texts
+from gallery.prefix import WIDTH, PrefixModel
+from harvest_streams import all_places, alone, check_rows, places_of, stream, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
