@@ -62,6 +62,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/harvest.py
 
 clean:
 	rm -rf .venv .venv-newest

@@ -77,7 +77,7 @@ def _announce(options: argparse.Namespace, where: list[str], tokens: int, row: i
     free = shutil.disk_usage(folder).free
     if tokens * row > free:
         raise HarvestError(
-            f"there is no room for that: {_size(free)} are free. Try --dtype bfloat16, --tokens, or less places."
+            f"there is no room for that: {_size(free)} are free. Try --dtype bfloat16, --tokens, or fewer places."
         )
 
 
