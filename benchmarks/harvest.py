@@ -99,7 +99,7 @@ def write(rounds: int, folder: Path) -> None:
     """Bytes per second of the writer over those of a copy of the very same files."""
     from nicehooks.harvesting.addresses import address
     from nicehooks.harvesting.manifest import Manifest
-    from nicehooks.harvesting.rows import Block, Progress
+    from nicehooks.harvesting.rows import Block, Reached
     from nicehooks.harvesting.starting import Format, format_of
     from nicehooks.harvesting.writing import Writer
 
@@ -112,7 +112,7 @@ def write(rounds: int, folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         writer = Writer(address(folder / name), manifest, 0, [], None)
         for number in range(ROWS // 8192):
-            writer.add(Block(columns, origin, Progress(number + 1, (number + 1) * 8192, "")))
+            writer.add(Block(columns, origin, Reached(number + 1, (number + 1) * 8192, "")))
         writer.close()
         return folder / name
 

@@ -47,8 +47,9 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
-from nicehooks.harvesting.activation_store import ActivationStore, StoredColumn, StoredRows
+from nicehooks.harvesting.activation_store import ActivationStore, StoredColumn
 from nicehooks.harvesting.harvester import harvest
+from nicehooks.harvesting.stored_rows import StoredRows
 from nicehooks.harvesting.streaming import on_the_fly
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps

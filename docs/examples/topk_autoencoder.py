@@ -97,8 +97,8 @@ def report(model: Any, where: str, sae: Autoencoder, store: ActivationStore, ids
         f"fraction of variance unexplained  {fvu:.3f}",
         f"latents active at a token         {(latents > 0).sum(1).float().mean():.1f} of {latents.shape[1]:,}",
         f"latents never active              {(latents.amax(0) == 0).float().mean():.1%}",
-        f"loss of the model                 {clean:.3f}, with the autoencoder {spliced:.3f}",
-        f"  with the mean in its place      {means:.3f}: {(means - spliced) / (means - clean):.1%} of the loss recovered",
+        f"loss of the model                 {clean:.3f}, spliced {spliced:.3f}",
+        f"  with the mean in its place      {means:.3f}: {(means - spliced) / (means - clean):.1%} recovered",
         f"  with zeros in its place         {zeros:.3f}: {(zeros - spliced) / (zeros - clean):.1%}",
     ]
     return "\n".join(lines)

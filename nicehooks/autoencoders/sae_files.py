@@ -27,7 +27,7 @@ NEEDED = {
 }
 """The architectures, and what each has besides `W_enc`, `W_dec` and `b_dec`."""
 
-NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
+KNOWN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 """The last two are in the weights already: the module itself does nothing."""
 
 
@@ -113,7 +113,7 @@ def _scale(kind: str, config: dict[str, Any], decoder: Tensor) -> Tensor:
 def _norm(config: dict[str, Any], folder: Path) -> str:
     norm = config.get("normalize_activations") or "none"
     norm = "expected_average_only_in" if norm is True else norm
-    if norm not in NORMS:
+    if norm not in KNOWN_NORMS:
         raise UnsupportedModule(
             f"{str(folder / CONFIG)!r} has normalize_activations {norm!r}, which is not known here."
         )

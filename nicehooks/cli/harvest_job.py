@@ -29,7 +29,7 @@ class HarvestError(NiceHooksError):
 def harvest_job(options: argparse.Namespace) -> None:
     """`nicehooks harvest`: says what it will take, then runs."""
     terminal.check()
-    text = _read(options.text)
+    text = _text_of(options.text)
     model, tokenizer = load(options.model, options.device)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: options.tokens]
     if not ids:
@@ -60,7 +60,7 @@ def pieces(ids: list[int], length: int, batch: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def _read(file: str) -> str:
+def _text_of(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,18 +70,18 @@ def _read(file: str) -> str:
 def _announce(options: argparse.Namespace, where: list[str], tokens: int, row: int) -> None:
     """Says how many bytes there will be, and stops where there is no room for them."""
     print(f"{options.model}: {', '.join(where)}")
-    print(f"{tokens:,} tokens × {row:,} bytes = about {_size(tokens * row)} in {options.out!r}")
+    print(f"{tokens:,} tokens × {row:,} bytes = about {_shown_size(tokens * row)} in {options.out!r}")
     if "://" in options.out or options.resume:
         return
     folder = next(parent for parent in Path(options.out).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if tokens * row > free:
         raise HarvestError(
-            f"there is no room for that: {_size(free)} are free. Try --dtype bfloat16, --tokens, or fewer places."
+            f"there is no room for that: {_shown_size(free)} are free. Try --dtype bfloat16, --tokens, or fewer places."
         )
 
 
-def _size(count: float) -> str:
+def _shown_size(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

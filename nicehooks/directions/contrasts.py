@@ -15,7 +15,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.harvesting.inputs import Batch, batches_of
 
 Method = Literal["mean", "pca"]
-Position = Literal["last", "mean"]
+TakenAt = Literal["last", "mean"]
 
 
 def steering_vector(
@@ -24,7 +24,7 @@ def steering_vector(
     positives: Any,
     negatives: Any,
     method: Method = "mean",
-    position: Position = "last",
+    position: TakenAt = "last",
 ) -> Any:
     """The direction at a place that leads from `negatives` to `positives`; `steer(model, where, vector)` goes along it.
 
@@ -78,7 +78,7 @@ def _principal(more: Tensor, less: Tensor, key: str) -> Tensor:
     return (direction * (differences @ direction).mean()).to(more.dtype)
 
 
-def _examples(model: nn.Module, where: Where, inputs: Any, position: Position) -> dict[str, Tensor]:
+def _examples(model: nn.Module, where: Where, inputs: Any, position: TakenAt) -> dict[str, Tensor]:
     """`[example, d]` at each place."""
     found: dict[str, list[Tensor]] = {}
     for batch in batches_of([inputs] if isinstance(inputs, Tensor | Mapping) else _listed(inputs)):
@@ -97,7 +97,7 @@ def _listed(inputs: Iterable[Any]) -> list[Any]:
     return batches
 
 
-def _one_each(value: Any, batch: Batch, position: Position, key: str) -> Tensor:
+def _one_each(value: Any, batch: Batch, position: TakenAt, key: str) -> Tensor:
     """One row for each example."""
     if not isinstance(value, Tensor) or value.ndim not in (2, 3) or len(value) != len(batch.samples):
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

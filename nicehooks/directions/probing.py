@@ -84,17 +84,17 @@ def probe(
     """
     with needs("probe"):
         import sklearn as sklearn
-    found, known, groups = _rows(values, labels, rows, seed)
+    found, known, groups = _looked_at(values, labels, rows, seed)
     fitting = _Fitting(known, groups, held_out, seed, strength)
     return {key: fitting.fitted(key, value) for key, value in found.items()}
 
 
-def _rows(values: Any, labels: Any, rows: int, seed: int) -> tuple[dict[str, Tensor], Any, Tensor]:
+def _looked_at(values: Any, labels: Any, rows: int, seed: int) -> tuple[dict[str, Tensor], Any, Tensor]:
     """What is looked at, with its labels, and what belongs together."""
     if not isinstance(values, ActivationStore):
         tensors = {str(key): value.detach().cpu() for key, value in values.items()}
         count = len(next(iter(tensors.values()), ()))
-        return tensors, _checked(labels, count), torch.arange(count)
+        return tensors, _as_many(labels, count), torch.arange(count)
     places = order_of(len(values), True, seed, (0, 1), rows, 0)
     chosen = values.rows(places)
     if callable(labels):
@@ -102,15 +102,15 @@ def _rows(values: Any, labels: Any, rows: int, seed: int) -> tuple[dict[str, Ten
     elif isinstance(labels, Mapping):
         known = [labels[int(sample)] for sample in chosen.sample]
     else:
-        known = _picked(_checked(labels, len(values)), places)
-    return dict(chosen), _checked(known, len(chosen.sample)), chosen.sample
+        known = _labels_at(_as_many(labels, len(values)), places)
+    return dict(chosen), _as_many(known, len(chosen.sample)), chosen.sample
 
 
-def _picked(labels: Any, places: Tensor) -> Any:
+def _labels_at(labels: Any, places: Tensor) -> Any:
     return labels[places] if isinstance(labels, Tensor) else [labels[place] for place in places.tolist()]
 
 
-def _checked(labels: Any, count: int) -> Any:
+def _as_many(labels: Any, count: int) -> Any:
     if len(labels) != count:
         raise TreeMismatch(f"probe takes a label for each row: there are {len(labels)} labels for {count} rows.")
     return labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -28,8 +28,15 @@ class Address(Protocol):
         """Some bytes of a file, or all of them."""
         ...
 
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
-        """Writes a file, under a name by which nobody looks for it; `publish` gives it its own."""
+    def write(self, name: str, pieces: Iterable[bytes | memoryview], head: Callable[[], bytes] = bytes) -> str:
+        """Writes a file, under a name by which nobody looks for it; `publish` gives it its own.
+
+        Args:
+            name: of the file.
+            pieces: what is in it.
+            head: what stands before them, which may depend on what they were: it is asked before, for its length, and
+                again when all of them have been given.
+        """
         ...
 
     def publish(self, unfinished: str, name: str) -> None:
@@ -81,13 +88,16 @@ class _Local:
         except OSError as error:
             raise FileFault(f"{self.full(name)!r} cannot be read: {error}") from None
 
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
+    def write(self, name: str, pieces: Iterable[bytes | memoryview], head: Callable[[], bytes] = bytes) -> str:
         unfinished = f"{name}.{uuid4().hex[:8]}{UNFINISHED}"
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(self.folder / unfinished, "wb", buffering=0) as file:
+                _write_all(file, head())
                 for piece in pieces:
                     _write_all(file, piece)
+                file.seek(0)
+                _write_all(file, head())
         except BaseException:
             (self.folder / unfinished).unlink(missing_ok=True)
             raise
@@ -106,11 +116,7 @@ class _Local:
 def _write_all(file: Any, piece: bytes | memoryview) -> None:
     rest = memoryview(piece)
     while rest:
-        rest = rest[file.write(rest[:AT_ONCE]) :]
-
-
-AT_ONCE = 1 << 18
-"""How many bytes go to the system in one call: what fits into a cache of the processor goes faster."""
+        rest = rest[file.write(rest) :]
 
 
 class _Remote:
@@ -142,8 +148,9 @@ class _Remote:
         except OSError as error:
             raise FileFault(f"{self.full(name)!r} cannot be read: {error}") from None
 
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> str:
-        self.waiting[name] = b"".join(pieces)
+    def write(self, name: str, pieces: Iterable[bytes | memoryview], head: Callable[[], bytes] = bytes) -> str:
+        content = b"".join(pieces)
+        self.waiting[name] = head() + content
         return name
 
     def publish(self, unfinished: str, name: str) -> None:

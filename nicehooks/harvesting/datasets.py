@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nicehooks.harvesting.activation_store import ActivationStore, StoredRows
 from nicehooks.harvesting.parts import this_part
+from nicehooks.harvesting.stored_rows import StoredRows
+
+if TYPE_CHECKING:
+    from nicehooks.harvesting.activation_store import ActivationStore
 
 
 class StoreDataset(IterableDataset[StoredRows]):

@@ -15,7 +15,7 @@ from nicehooks.harvesting.addresses import Address, address
 from nicehooks.harvesting.inputs import BatchFault, check_stream
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
 from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
-from nicehooks.harvesting.rows import Per, Progress, Recipe
+from nicehooks.harvesting.rows import Per, Reached, Recipe
 from nicehooks.harvesting.starting import THERE, Format, format_of, manifest_for
 from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
 
@@ -147,7 +147,7 @@ class Job(NamedTuple):
             manifest.save(self.there)
         return manifest
 
-    def _writer(self, manifest: Manifest, shards: list[ShardRecord], after: Progress | None) -> Writer:
+    def _writer(self, manifest: Manifest, shards: list[ShardRecord], after: Reached | None) -> Writer:
         clean(self.there, self.part, len(shards))
         return Writer(self.there, manifest, self.part, shards, after)
 
@@ -173,7 +173,7 @@ class Job(NamedTuple):
             raise FileFault(THERE.format(where=self.there.full("").rstrip("/"), state=state))
         return found
 
-    def _already_there(self) -> tuple[list[ShardRecord], Progress | None]:
+    def _already_there(self) -> tuple[list[ShardRecord], Reached | None]:
         """The shards that an earlier run has written, and how far it had read."""
         names, found, last = self.there.names(), [], None
         for file in shards_of(self.there, self.part):

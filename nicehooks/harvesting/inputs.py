@@ -93,7 +93,7 @@ def _batch(given: Any, number: int, first: int) -> Batch:
     samples = kwargs.pop(SAMPLE, None)
     ids = kwargs.get("input_ids", args[0] if args else None)
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not _is_real(ids) else None
-    size = _size(args, kwargs, number)
+    size = _examples_in(args, kwargs, number)
     if samples is None:
         samples = torch.arange(first, first + size)
     samples = torch.as_tensor(samples).long().cpu()
@@ -112,7 +112,7 @@ def _inputs(given: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise BatchFault(NO_BATCH.format(number=number, kind=type(given).__name__))
 
 
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> int:
+def _examples_in(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> int:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim:
             return len(value)

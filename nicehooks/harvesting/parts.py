@@ -10,7 +10,7 @@ import torch
 
 from nicehooks.harvesting.addresses import Address, put
 from nicehooks.harvesting.manifest import Manifest, ShardRecord
-from nicehooks.harvesting.rows import Progress
+from nicehooks.harvesting.rows import Reached
 
 
 def this_part() -> tuple[int, int]:
@@ -26,7 +26,7 @@ def done_name(part: int) -> str:
 
 
 def finish_part(
-    there: Address, manifest: Manifest, part: int, shards: list[ShardRecord], progress: Progress | None
+    there: Address, manifest: Manifest, part: int, shards: list[ShardRecord], progress: Reached | None
 ) -> None:
     """Says that a part is done; where it is the last one, the store is complete."""
     said = {"shards": [asdict(shard) for shard in shards], "progress": asdict(progress) if progress else None}

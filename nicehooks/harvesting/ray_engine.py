@@ -26,9 +26,9 @@ from nicehooks.harvesting.addresses import Address, address, put
 from nicehooks.harvesting.inputs import Batch, batches_of
 from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord, StoreMismatch
 from nicehooks.harvesting.rows import Block, Recipe
-from nicehooks.harvesting.shards import checksum_of
+from nicehooks.harvesting.shards import Body, checksum_of, head_of
 from nicehooks.harvesting.starting import THERE, format_of, manifest_for
-from nicehooks.harvesting.writing import ORIGIN, header_of, pieces_of
+from nicehooks.harvesting.writing import ORIGIN, header_of
 
 GIVEN, RAY = "batch", "ray-"
 """The column of a dataset with batches as they were given, and how the names of shards begin."""
@@ -146,7 +146,7 @@ class Worker:
         name = f"{RAY}{samples[0]:012}-{hashlib.sha256(str(samples).encode()).hexdigest()[:12]}.safetensors"
         count, checksum = len(rows[ORIGIN + "sample"]), checksum_of(rows)
         said = {"rows": count, "checksum": checksum, "samples": samples, "manifest": self._manifest_of(blocks[0])}
-        put(self.there, name, pieces_of(rows, {"said": json.dumps(said)}))
+        put(self.there, name, [head_of(rows, {"said": json.dumps(said)}), *Body(rows)])
         return {"file": [name], "said": [json.dumps(said)]}
 
     def _manifest_of(self, block: Block) -> dict[str, Any]:

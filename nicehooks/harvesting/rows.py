@@ -27,7 +27,7 @@ PROVENANCE = {"sample": torch.int64, "position": torch.int32, "token": torch.int
 
 
 @dataclass(frozen=True)
-class Progress:
+class Reached:
     """How far a stream was read.
 
     Attributes:
@@ -53,7 +53,7 @@ class Block:
 
     columns: dict[str, Tensor]
     origin: dict[str, Tensor]
-    progress: Progress
+    progress: Reached
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Recipe:
         return select(self.model, self.where)
 
     def blocks(
-        self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Progress | None = None
+        self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Reached | None = None
     ) -> Iterator[Block]:
         """The rows of the batches of `stream`; those that were there when it was read as far as `after` are skipped.
 
@@ -105,11 +105,11 @@ class Recipe:
                 raise OtherData(done, after)
             if after is None or count > after.rows:
                 skip = 0 if after is None else max(0, after.rows - before)
-                yield self._block(chosen, skip, Progress(done, count, digest.text))
+                yield self._block(chosen, skip, Reached(done, count, digest.text))
         if after is not None and done < after.batches:
             raise OtherData(done, after)
 
-    def _block(self, chosen: Chosen, skip: int, progress: Progress) -> Block:
+    def _block(self, chosen: Chosen, skip: int, progress: Reached) -> Block:
         if not chosen.count:
             return Block({}, {}, progress)
         columns = {name: value[skip:] for name, value in self.columns(chosen).items()}
@@ -233,7 +233,7 @@ def tensors_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 class OtherData(TreeMismatch):
     """A stream is not the one that the store was begun with."""
 
-    def __init__(self, done: int, after: Progress) -> None:
+    def __init__(self, done: int, after: Reached) -> None:
         ended = f"it ended after {done:,} of the {after.batches:,} batches that are in the store"
         differs = f"its first {after.batches:,} batches are not those that are in the store"
         super().__init__(OTHER_DATA.format(why=ended if done < after.batches else differs))

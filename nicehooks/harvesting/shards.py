@@ -10,7 +10,8 @@ import ctypes
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Column(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where one tensor stands in a file, counted from its first byte."""
 
     column: Column
@@ -68,7 +69,7 @@ class Place(NamedTuple):
 class Header(NamedTuple):
     """What the head of a shard says: where its tensors are, its metadata, and how long the file is."""
 
-    places: dict[str, Place]
+    places: dict[str, Span]
     metadata: dict[str, str]
     size: int
 
@@ -76,12 +77,36 @@ class Header(NamedTuple):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+class Body:
+    """The bytes of some tensors in the order of a file, in pieces; and the CRC-32 of those given so far."""
+
+    AT_ONCE = 1 << 18
+    """How many bytes a piece has: it is still in a cache of the processor when it is written."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._found = 0
+
+    @property
+    def checksum(self) -> str:
+        """Of the pieces that were given."""
+        return f"{self._found:08x}"
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self._found = 0
+        for name in in_file_order(self.tensors):
+            whole = bytes_of_tensor(self.tensors[name])
+            for at in range(0, len(whole), self.AT_ONCE):
+                piece = whole[at : at + self.AT_ONCE]
+                self._found = zlib.crc32(piece, self._found)
+                yield piece
+
+
 def checksum_of(tensors: Mapping[str, Tensor]) -> str:
-    """The CRC-32 of the bytes of `tensors`, in the order in which a file has them."""
-    found = 0
-    for name in in_file_order(tensors):
-        found = zlib.crc32(bytes_of_tensor(tensors[name]), found)
-    return f"{found:08x}"
+    """The CRC-32 of the bytes of `tensors`."""
+    body = Body(tensors)
+    deque(body, maxlen=0)
+    return body.checksum
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -127,7 +152,7 @@ def read_head(start: bytes, size: int, file: str) -> Header | int:
     try:
         entries = json.loads(start[8 : length + 8])
         metadata = entries.pop("__metadata__", {})
-        places = {name: _place_of(entry, length + 8) for name, entry in entries.items()}
+        places = {name: _place_said(entry, length + 8) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFault(NO_SHARD.format(file=file, why=f"its head cannot be read ({type(error).__name__})")) from None
     end = max((place.of_rows(0, place.rows)[1] for place in places.values()), default=length + 8)
@@ -136,20 +161,20 @@ def read_head(start: bytes, size: int, file: str) -> Header | int:
     return Header(places, metadata, size)
 
 
-def _place_of(entry: dict[str, object], after: int) -> Place:
+def _place_said(entry: dict[str, object], after: int) -> Span:
     rows, *shape = entry["shape"]  # pyright: ignore
     start, _ = entry["data_offsets"]  # pyright: ignore
-    return Place(Column(BY_NAME[entry["dtype"]], tuple(shape)), int(rows), int(start) + after)  # pyright: ignore
+    return Span(Column(BY_NAME[entry["dtype"]], tuple(shape)), int(rows), int(start) + after)  # pyright: ignore
 
 
 def mapped(file: str, header: Header) -> dict[str, Tensor]:
     """The tensors of a local file, mapped into memory: read when they are looked at, and never written back."""
     storage: Any = torch.UntypedStorage.from_file(file, shared=False, nbytes=header.size)
     everything = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return {name: _at(everything, place) for name, place in header.places.items()}
+    return {name: _in_memory(everything, place) for name, place in header.places.items()}
 
 
-def _at(everything: Tensor, place: Place) -> Tensor:
+def _in_memory(everything: Tensor, place: Span) -> Tensor:
     start, stop = place.of_rows(0, place.rows)
     return as_rows(everything[start:stop], place.column, place.rows)
 

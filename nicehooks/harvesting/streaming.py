@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.core.selection import Where
-from nicehooks.harvesting.activation_store import StoredRows
 from nicehooks.harvesting.rows import Block, Per, Recipe
 from nicehooks.harvesting.shards import picked
+from nicehooks.harvesting.stored_rows import StoredRows
 
 
 def on_the_fly(
@@ -72,7 +72,7 @@ class _Pool:
         at = 0
         while at < count:
             more = slice(at, min(count, at + self.room - self.filled))
-            yield Block(_each(block.columns, more), _each(block.origin, more), block.progress)
+            yield Block(_cut_to(block.columns, more), _cut_to(block.origin, more), block.progress)
             at = more.stop
 
     def add(self, block: Block) -> bool:
@@ -92,7 +92,7 @@ class _Pool:
         out = self.filled - keep if keep == 0 else max(size, (self.filled - keep) // size * size)
         for first in range(0, out, size):
             index = order[first : min(first + size, out)]
-            yield StoredRows.of(_picked(self.columns, index), _picked(self.origin, index))
+            yield StoredRows.of(_rows_at(self.columns, index), _rows_at(self.origin, index))
         left = order[out:]
         for group in (self.columns, self.origin):
             for value in group.values():
@@ -100,9 +100,9 @@ class _Pool:
         self.filled = len(left)
 
 
-def _each(tensors: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+def _cut_to(tensors: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
     return {name: value[part] for name, value in tensors.items()}
 
 
-def _picked(tensors: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+def _rows_at(tensors: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     return {name: picked(value, index) for name, value in tensors.items()}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,8 +23,8 @@ from torch import Tensor
 from nicehooks.errors import FileFault
 from nicehooks.harvesting.addresses import UNFINISHED, Address
 from nicehooks.harvesting.manifest import Manifest, ShardRecord
-from nicehooks.harvesting.rows import Block, Progress
-from nicehooks.harvesting.shards import bytes_of_tensor, checksum_of, head_of, in_file_order, read_head
+from nicehooks.harvesting.rows import Block, Reached
+from nicehooks.harvesting.shards import Body, head_of, read_head
 
 ORIGIN = "/"
 """Before the names of what a row says of its origin: no path begins with it."""
@@ -46,7 +45,7 @@ class Writer:
     """
 
     def __init__(
-        self, there: Address, manifest: Manifest, part: int, shards: list[ShardRecord], progress: Progress | None
+        self, there: Address, manifest: Manifest, part: int, shards: list[ShardRecord], progress: Reached | None
     ) -> None:
         self.there = there
         self.manifest = manifest
@@ -71,7 +70,7 @@ class Writer:
             for name, value in given.items():
                 self.buffer[name][self.filled : self.filled + more].copy_(value[at : at + more])
             at, self.filled = at + more, self.filled + more
-            self.progress = Progress(block.progress.batches, before + at, block.progress.digest)
+            self.progress = Reached(block.progress.batches, before + at, block.progress.digest)
             if self.filled == self.manifest.shard_rows:
                 self._ship()
         self.progress = block.progress
@@ -111,21 +110,21 @@ class Writer:
         self.free.append(buffer)
 
     def _write(
-        self, number: int, rows: dict[str, Tensor], progress: Progress, before: Future[ShardRecord] | None
+        self, number: int, rows: dict[str, Tensor], progress: Reached, before: Future[ShardRecord] | None
     ) -> ShardRecord:
         file = shard_name(self.part, number)
-        checksum = checksum_of(rows)
+        body = Body(rows)
         count = len(next(iter(rows.values())))
-        metadata = {"checksum": checksum, "rows": str(count), "progress": json.dumps(asdict(progress))}
+        said = {"rows": str(count), "progress": json.dumps(asdict(progress))}
         try:
-            unfinished = self.there.write(file, pieces_of(rows, metadata))
+            unfinished = self.there.write(file, body, lambda: head_of(rows, {"checksum": body.checksum, **said}))
             if before is not None and before.exception() is not None:
                 self.there.remove(unfinished)
                 raise FileFault(f"{self.there.full(file)!r} was not written: the shard before it was not.")
             self.there.publish(unfinished, file)
         except OSError as error:
             raise error if isinstance(error, FileFault) else self._fault(file, number, error) from None
-        return ShardRecord(file, count, checksum)
+        return ShardRecord(file, count, body.checksum)
 
     def _fault(self, file: str, number: int, error: OSError) -> FileFault:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
@@ -138,13 +137,6 @@ class Writer:
         rows = self.manifest.shard_rows
         columns = {**self.manifest.columns, **{ORIGIN + name: c for name, c in self.manifest.origin.items()}}
         return {name: torch.empty((rows, *column.shape), dtype=column.dtype) for name, column in columns.items()}
-
-
-def pieces_of(rows: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a shard, in pieces."""
-    yield head_of(rows, metadata)
-    for name in in_file_order(rows):
-        yield bytes_of_tensor(rows[name])
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ def shards_of(there: Address, part: int) -> list[str]:
     return found
 
 
-def record_of(there: Address, file: str, size: int) -> tuple[ShardRecord, Progress]:
+def record_of(there: Address, file: str, size: int) -> tuple[ShardRecord, Reached]:
     """What a shard says of itself, and how far the stream was read for it.
 
     Raises:
@@ -173,7 +165,7 @@ def record_of(there: Address, file: str, size: int) -> tuple[ShardRecord, Progre
     header = header_of(there, file, size)
     try:
         said: Any = header.metadata
-        return ShardRecord(file, int(said["rows"]), said["checksum"]), Progress(**json.loads(said["progress"]))
+        return ShardRecord(file, int(said["rows"]), said["checksum"]), Reached(**json.loads(said["progress"]))
     except (KeyError, ValueError, TypeError):
         raise FileFault(f"{there.full(file)!r} is no shard of a store: it does not say how far it goes.") from None
 
