@@ -196,7 +196,7 @@ class Chosen:
         mask = self.mask
         if mask is None:
             return [taken]
-        return [trees.map_tensors(lambda t, i=i: _unpadded(t, i, mask), taken) for i in range(len(mask))]
+        return [trees.map_tensors(lambda t, i=i, mask=mask: _unpadded(t, i, mask), taken) for i in range(len(mask))]
 
     def origin(self) -> dict[str, Tensor]:
         """Where each row came from."""
