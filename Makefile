@@ -85,6 +85,7 @@ messages: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/harvest.py
 
 clean:
 	rm -rf .venv .venv-newest .venv-libraries .venv-mutants

@@ -9,6 +9,9 @@ from nicehooks import moved
 from nicehooks.anatomies.anatomy import anatomy, register_anatomy
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
+from nicehooks.autoencoders.autoencoder import Autoencoder
+from nicehooks.autoencoders.sae_files import load_sae
+from nicehooks.autoencoders.transcoding import transcoder
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.watching import Calls
 from nicehooks.compat.nice_hooks.paths_like import AnySlice, PathsLike, to_paths
@@ -27,6 +30,8 @@ from nicehooks.contexts.functions import captured, functional
 from nicehooks.contexts.listing import ActiveRecord, ActiveTable, SiteRecord, SiteTable, describe, sites
 from nicehooks.core.methods import patch_method_to_module
 from nicehooks.core.selection import Site, select
+from nicehooks.directions.contrasts import steering_vector
+from nicehooks.directions.probing import Probe, probe
 from nicehooks.errors import (
     CheckpointWarning,
     ContextMisuse,
@@ -51,6 +56,10 @@ from nicehooks.experiments.greedy import acdc
 from nicehooks.experiments.means import mean_activations
 from nicehooks.experiments.score_terms import score_attribution
 from nicehooks.experiments.sweeping import sweep
+from nicehooks.harvesting.activation_store import ActivationStore, StoredColumn
+from nicehooks.harvesting.harvester import harvest
+from nicehooks.harvesting.stored_rows import StoredRows
+from nicehooks.harvesting.streaming import on_the_fly
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.pictures.attention import attention_view
 from nicehooks.ports.attention import fused_attention_as_steps
@@ -58,6 +67,21 @@ from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
 HANDED_OUT = [ActiveRecord, ActiveTable, Axis, Calls, Effect, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
+HANDED_OUT = [
+    Autoencoder,
+    ActiveRecord,
+    ActiveTable,
+    Calls,
+    Heads,
+    Part,
+    Parts,
+    Probe,
+    Rows,
+    SiteRecord,
+    SiteTable,
+    StoredColumn,
+    StoredRows,
+]
 
 
 def _is_handed_out(thing: object) -> bool:

@@ -36,14 +36,16 @@ ORDER = [
     "teaching",
     "anatomies",
     "experiments",
-    "harvest",
+    "harvesting",
+    "autoencoders",
+    "directions",
     "serving",
     "compat",
     "cli",
     "public",
     "doors",
 ]
-"""From the ground up. Experiments, harvest and serving have a place here before they have a room."""
+"""From the ground up. Experiments and serving have a place here before they have a room."""
 
 
 def room_of(file: str) -> str:

@@ -77,6 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     tree.add_argument("paths", metavar="PATH", nargs="*", help="only these: paths, or parts of the anatomy such as z")
     tree.add_argument("--prompt", metavar="TEXT", default=CLEAN, help="what the model reads to find the shapes")
     tree.set_defaults(job="sites_job")
+    harvest = jobs.add_parser(
+        "harvest", parents=[model], help="the activations of a text, in files, a row for each token"
+    )
+    harvest.add_argument("text", metavar="TEXT_FILE", help="what the model reads, in UTF-8")
+    harvest.add_argument("--out", metavar="DIR", default="activations", help="the store (default: activations)")
+    harvest.add_argument("--where", metavar="PATH", nargs="+", help="the places (default: the block in the middle)")
+    harvest.add_argument("--dtype", choices=STORED_AS, default="float32", help="of what is stored (default: float32)")
+    harvest.add_argument("--length", metavar="N", type=_from_one, default=128, help="tokens in a piece (default: 128)")
+    harvest.add_argument("--batch", metavar="N", type=_from_one, default=16, help="pieces at once (default: 16)")
+    harvest.add_argument("--tokens", metavar="N", type=_from_one, help="no more than these (default: all)")
+    harvest.add_argument("--resume", action="store_true", help="go on with a store that is there")
+    harvest.set_defaults(job="harvest_job")
     demo = jobs.add_parser("demo", parents=[model, grid], help="patching and steering, with prompts of its own")
     demo.set_defaults(job="demo_job", clean=CLEAN, corrupted=CORRUPTED, answer=ANSWER, wrong=WRONG, prompts=None)
     return parser
@@ -88,6 +100,15 @@ MODEL_HELP = f"a directory, a .gguf file, or a name on the Hugging Face Hub (def
 SITES_HELP = "a part of the anatomy (attn_out, mlp_out, z, …) or a path with * (default: resid, the residual stream)"
 
 OUT_HELP = "the grid as a heat map (.png, .pdf, …), an interactive page (.html), a table (.csv) (default: grid.png)"
+
+
+STORED_AS = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+def _from_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _list_of(text: str) -> list[int]:

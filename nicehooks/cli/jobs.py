@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nicehooks.cli import outputs, terminal
+from nicehooks.cli.harvest_job import harvest_job as harvest_job
 from nicehooks.cli.loading import load
 from nicehooks.cli.patching_job import differences, findings, patched
 from nicehooks.cli.prompts import encode, encode_pairs, read_pairs, without_space

@@ -19,7 +19,7 @@ from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import has_rules
+from nicehooks.core.tap import has_rules, is_bound
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS, refused
@@ -222,7 +222,8 @@ def splice(
         module: what the value, a tensor, goes through; it returns a tensor of the same shape. A module of another
             floating dtype gets the value in that, and what it returns is cast back.
         error: adds back what `module` failed to reconstruct, as a constant: the value stays what it was, and gradients
-            go through the reconstruction.
+            go through the reconstruction. The error is that of the module alone: what contexts change in it, its
+            latents, say, changes the value.
         steps: as for `edit`.
         calls: as for `edit`.
     """
@@ -239,15 +240,30 @@ def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor
     if not isinstance(value, Tensor):
         raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
     try:
-        new = _in_dtype_of(module, value)
+        new = through(module, value)
     except TORCH_ERRORS as reason:
         raise refused(reason, f"the module does not take {trees.structure_of(value)}") from reason
     if not isinstance(new, Tensor) or new.shape != value.shape:
         raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
-    return new + (value - new).detach() if error else new
+    return new + error_of(module, value, value, new) if error else new
 
 
-def _in_dtype_of(module: Callable[[Tensor], Any], value: Tensor) -> Any:
+def error_of(module: Callable[[Tensor], Any], value: Tensor, wanted: Tensor, new: Tensor) -> Tensor:
+    """What `module` fails to make of `value`, as a constant: `wanted` less what comes out where no context acts in it.
+
+    Args:
+        module: what `value` goes through.
+        value: what goes in.
+        wanted: what should come out.
+        new: what did, contexts included; the same where there are none.
+    """
+    if isinstance(module, nn.Module) and any([is_bound(inner) for inner in module.modules()]):
+        with torch.no_grad(), suspend(module):
+            new = through(module, value)
+    return (wanted - new).detach()
+
+
+def through(module: Callable[[Tensor], Any], value: Tensor) -> Any:
     """What `module` makes of `value`, which goes in in the dtype of its parameters and comes back in its own."""
     parameters = module.parameters() if isinstance(module, nn.Module) else ()
     dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), value.dtype)
