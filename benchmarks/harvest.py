@@ -122,7 +122,7 @@ def write(rounds: int, folder: Path) -> None:
         shutil.rmtree(folder / "copy", ignore_errors=True)
         shutil.copytree(source, folder / "copy", copy_function=shutil.copyfile)
 
-    ways = {"write": lambda: written("own"), "copy": copied}
+    ways: dict[str, Callable[[], Any]] = {"write": lambda: written("own"), "copy": copied}
     size = sum(path.stat().st_size for path in source.iterdir())
     for kind, clock in {"processor time": time.process_time, "wall clock": time.perf_counter}.items():
         found = interleaved(ways, rounds, clock)

@@ -99,17 +99,28 @@ def smollm() -> tuple[Any, Any]:
     return model, encode_pair(tokenizer, CLEAN, CORRUPTED, ANSWER, WRONG)
 
 
+def batched_loop(model: Any, pair: Any, clean: Any, batch: int = 16) -> Tensor:
+    """The loop that the demo had: the positions of one layer side by side, each in a row of its own."""
+    base = pair.logit_difference(model(**pair.corrupted)).item()
+    found: list[Tensor] = []
+    for site, value in clean.items():
+        for start in range(0, value.shape[1], batch):
+            places = list(range(start, min(start + batch, value.shape[1])))
+            rows = {f"{site}[{row}, {place}]": value[0, place] for row, place in enumerate(places)}
+            inputs = {name: given.expand(len(places), -1) for name, given in pair.corrupted.items()}
+            with torch.no_grad(), patch(model, rows):
+                found.append(pair.logit_difference(model(**inputs)) - base)
+    return torch.cat(found).reshape(len(clean), -1)
+
+
 def demo_grid() -> Grid:
     """Layers × positions of SmolLM2, beside the loop over batches of 16 that the demo had."""
-    from nicehooks.cli.patching_job import residual_grid as batched_loop
-
     model, pair = smollm()
     with capture(model, "model.layers.*") as clean:
         model(**pair.clean)
 
     def loop() -> Tensor:
-        grid = batched_loop(model, pair)
-        return grid.effects * (grid.clean - grid.corrupted)
+        return batched_loop(model, pair, clean)
 
     def swept(engine: Any) -> Work:
         given: Any = {"engine": engine, **pair.corrupted}

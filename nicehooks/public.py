@@ -66,12 +66,13 @@ from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 
-HANDED_OUT = [ActiveRecord, ActiveTable, Axis, Calls, Effect, Heads, Part, Parts, Rows, SiteRecord, SiteTable]
 HANDED_OUT = [
-    Autoencoder,
     ActiveRecord,
     ActiveTable,
+    Autoencoder,
+    Axis,
     Calls,
+    Effect,
     Heads,
     Part,
     Parts,

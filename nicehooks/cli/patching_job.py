@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,8 @@ def patched(
     where, axes = sites_of(model, pairs, what, layers, positions)
     with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
         model(**pairs.clean)
-    kind: dict = {"engine": engine, "progress": show}
-    effects = sweep(model, where, values, pairs.logit_difference, **kind, **pairs.corrupted)
+    given: dict[str, Any] = {"engine": engine, "progress": show, **pairs.corrupted}
+    effects = sweep(model, where, values, pairs.logit_difference, **given)
     return labelled(effects.normalized(clean, corrupted), axes)
 
 

@@ -125,20 +125,22 @@ def encode_pairs(
     Raises:
         PromptError: a pair cannot be compared, or not all pairs have as many tokens.
     """
-    pairs = [encode_pair(tokenizer, *[row[field] for field in PAIR_FIELDS], device) for row in rows]
+    pairs = [
+        encode_pair(tokenizer, row["clean"], row["corrupted"], row["answer"], row["wrong"], device) for row in rows
+    ]
     for row, pair in zip(rows, pairs, strict=True):
         if len(pair.tokens) != len(pairs[0].tokens):
             counts = f"{len(pairs[0].tokens)} and {len(pair.tokens)}"
             shown = f"  {rows[0]['clean']!r}\n  {row['clean']!r}"
             raise PromptError(f"all pairs need as many tokens, but these have {counts}.\n{shown}")
-    both = [
+    clean, corrupted = [
         {name: torch.cat([getattr(pair, side)[name] for pair in pairs]) for name in pairs[0].clean}
         for side in ("clean", "corrupted")
     ]
     labels = [set(column) for column in zip(*[pair.tokens for pair in pairs], strict=True)]
     tokens = [label.pop() if len(label) == 1 else "…" for label in labels]
     return PromptPairs(
-        *both, torch.cat([pair.answer for pair in pairs]), torch.cat([pair.wrong for pair in pairs]), tokens
+        clean, corrupted, torch.cat([pair.answer for pair in pairs]), torch.cat([pair.wrong for pair in pairs]), tokens
     )
 
 
