@@ -124,10 +124,10 @@ def write(rounds: int, folder: Path) -> None:
 
     ways: dict[str, Callable[[], Any]] = {"write": lambda: written("own"), "copy": copied}
     size = sum(path.stat().st_size for path in source.iterdir())
-    for kind, clock in {"processor time": time.process_time, "wall clock": time.perf_counter}.items():
+    for name, clock in {"processor time": time.process_time, "wall clock": time.perf_counter}.items():
         found = interleaved(ways, rounds, clock)
         over = [c / w for c, w in zip(found["copy"], found["write"], strict=True)]
-        shown(f"writing, over a copy of the same files, {kind}", over, "≥ 0.7")
+        shown(f"writing, over a copy of the same files, {name}", over, "≥ 0.7")
         speeds = (size / statistics.median(found[way]) / 1e6 for way in ("write", "copy"))
         print(f"    {size / 1e6:.0f} MB; writing {next(speeds):.0f} MB/s, copying {next(speeds):.0f} MB/s")
 
