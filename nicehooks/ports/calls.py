@@ -141,7 +141,7 @@ class EveryCallRule(CallRule):
         return [n for n in of_class if is_method(module, n) and inspect.isroutine(getattr(type(module), n))]
 
     def key_of_call(self, frame: Frame, name: str, number: int) -> str | None:
-        return str(replace(self.path, port=Port("call", _plain(name), number)))
+        return str(replace(self.path, port=Port("call", plain_function_name(name), number)))
 
     def on(self, frame: Frame, name: str, number: int, value: Any, chain: Chain | None = None) -> Any:
         shows = any([isinstance(leaf, Tensor) for leaf in trees.leaves(value)])
@@ -219,7 +219,7 @@ class CallWatcher(AbstractContextManager[None]):
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
         rules = [rule for rule in self.rules if rule.is_about(self.frame, name, (function, args, kwargs))]
-        number = self.counts[_plain(name)] = self.counts.get(_plain(name), -1) + 1
+        number = self.counts[plain_function_name(name)] = self.counts.get(plain_function_name(name), -1) + 1
 
         def at(part: str, value: Any) -> Any:
             with _Carrying():
@@ -278,11 +278,11 @@ class _Mode(TorchFunctionMode):
 @evaluated_while_tracing
 def same_function(wanted: str, name: str) -> bool:
     """Whether a path that says `wanted` means the function called `name`; an operator and its function are one."""
-    return name == wanted or _plain(name) == _plain(wanted)
+    return name == wanted or plain_function_name(name) == plain_function_name(wanted)
 
 
 @evaluated_while_tracing
-def _plain(name: str) -> str:
+def plain_function_name(name: str) -> str:
     return re.sub(r"^__(r(?=add|sub|mul|truediv|matmul|pow))?(\w+)__$", r"\2", name)
 
 

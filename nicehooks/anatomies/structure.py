@@ -1,0 +1,121 @@
+"""The layouts of a model that no table describes: found in one short forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from nicehooks.anatomies.branches import layer_places
+from nicehooks.anatomies.ends import Ends
+from nicehooks.anatomies.layouts import Layout, Sizes
+from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.recording import Record, record_forward
+from nicehooks.anatomies.short_inputs import Inputs, short_inputs
+from nicehooks.anatomies.stacks import Layer, Stack, stacks_in
+from nicehooks.anatomies.tables import Family
+from nicehooks.errors import UnsupportedModule
+from nicehooks.paths.names import escape
+
+
+class Recorded:
+    """A short forward of a model.
+
+    Attributes:
+        run: the name of the module that was run.
+        inputs: what it was run on.
+        output: what it gave.
+        record: what happened.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[str, nn.Module], at: str, inputs: Inputs | None) -> None:
+        self.faults: list[str] = []
+        for self.run in runnable_names(names, at):
+            for self.inputs in [inputs] if inputs is not None else short_inputs(names[self.run]):
+                try:
+                    self.output, self.record = record_forward(model, names[self.run], self.inputs)
+                except Exception as error:  # whatever a model may raise on an input that is not meant for it
+                    self.faults.append(f"{self.run or 'the model'}: {type(error).__name__}: {_first_line(error)}")
+                else:
+                    return
+        raise UnsupportedModule(no_run(names, self.faults))
+
+
+def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:
+    """The modules that might run on an input of our own, the likeliest first: `at`, then what says what it is."""
+    yield at
+    inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
+    yield from sorted((name for name in inside if hasattr(names[name], "config")), key=lambda name: name.count("."))[:4]
+
+
+def found_layouts(recorded: Recorded) -> list[Layout]:
+    """The layout of each stack of layers that ran, the largest first."""
+    stacks = sorted(stacks_in(recorded.record), key=lambda stack: -stack.n_parameters)
+    return [_layout(recorded, stack) for stack in stacks]
+
+
+def _layout(recorded: Recorded, stack: Stack) -> Layout:
+    layers = _layers(recorded.record, stack)
+    post_norm = bool(layers[-1].form) and layers[-1].form[-1].kind == "norm"
+    ends = Ends(recorded.record, stack, recorded.output, recorded.run, post_norm)
+    family = Family(post_norm=post_norm)
+    sizes = _sizes_of(layers, stack.layers[0].reads.shape[-1])
+    return Layout(stack.base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True)
+
+
+def _layers(record: Record, stack: Stack) -> list[Places]:
+    """The places of each layer; those of a layer in which the same was called as in one before are the same."""
+    known: dict[Any, Places] = {}
+    found: list[Places] = []
+    for layer in stack.layers:
+        name = layer.call.owner
+        shape = _shape_of(record, layer)
+        if shape is not None and shape in known:
+            found.append(known[shape].renamed(escape(name)))
+        else:
+            found.append(layer_places(record, layer))
+            if shape is not None:
+                known[shape] = found[-1]
+    return found
+
+
+def _shape_of(record: Record, layer: Layer) -> Any:
+    """What was called in a layer, by names in it; None of a layer in which modules are called that are elsewhere."""
+    name = layer.call.owner
+    inside = record.within(layer.call)
+    if record.times[name] > 1 or any(not f"{call.owner}.".startswith(f"{name}.") for call in inside):
+        return None
+    return tuple(
+        (call.owner[len(name) :], call.function, call.number, tuple(value.shape for value in call.outputs))
+        for call in inside
+    )
+
+
+def _sizes_of(layers: list[Places], d_model: int) -> Sizes:
+    """The sizes that the layers have; where none has heads, no heads."""
+    seen = next((layer for layer in layers if layer.d_head is not None), None)
+    if seen is None:
+        return Sizes(0, 0, 0, d_model)
+    heads = seen.heads.get("z", 0)
+    return Sizes(heads, seen.heads.get("k", seen.heads.get("v", heads)), seen.d_head or 0, d_model)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def no_run(names: Mapping[str, nn.Module], faults: list[str]) -> str:
+    """Why nothing is known of a model that does not run."""
+    kind = type(names[""]).__name__
+    tried = "\n".join(f"    {fault}" for fault in faults[:4]) or "    what it reads is not known"
+    return NO_RUN.format(kind=kind, tried=tried)
+
+
+NO_RUN = (
+    "the parts of {kind} are found in a short forward, and it did not run on any input of ours:\n"
+    "{tried}\n"
+    "  Give it one, as the model is called with it:\n"
+    "    anatomy(model, inputs={{\"input_ids\": ids}})"
+)
+
