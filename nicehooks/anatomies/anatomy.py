@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from nicehooks.anatomies.finding import Anatomy, find_anatomy
+from nicehooks.anatomies.body import Anatomy
+from nicehooks.anatomies.encoder_decoder import EncoderDecoder
+from nicehooks.anatomies.finding import find_anatomies
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, FamilyTable, Lacks
@@ -18,6 +22,7 @@ __all__ = [
     "LLAMA",
     "OPT",
     "Anatomy",
+    "EncoderDecoder",
     "Family",
     "Lacks",
     "Part",
@@ -30,7 +35,7 @@ __all__ = [
 ]
 
 
-def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
+def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inputs: Any = None) -> Any:
     """The parts of a transformer by name: paths, for wherever a path goes.
 
     >>> import torch
@@ -71,7 +76,7 @@ def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
     Raises:
         UnsupportedModule: the model is not known; or, when a part is asked for, it has no such part.
     """
-    return find_anatomy(model, at)
+    return find_anatomies(model, at, check, inputs)
 
 
 def register_anatomy(kind: str | type[nn.Module], table: FamilyTable) -> None:

@@ -25,10 +25,13 @@ def attention_parts(flow: Flow, calls: Sequence[Call], core: Core, places: Place
     _z(flow, core, places)
     before = [call for call in calls if call.end < core.call.begin or call.begin < core.call.begin < call.end]
     for what, target in zip(QKV, (core.q, core.k, core.v), strict=True):
-        found = None if target is None else _Projection(flow, before, core, what).path_to(target)
+        search = _Projection(flow, before, core, what)
+        found = None if target is None else search.path_to(target)
         places.put(what, Lacks(NO_PROJECTION.format(what=what)) if found is None else found[0])
         if found is not None:
             places.heads[what] = found[1]
+            if search.is_normed:
+                places.normed[what] = NORMED
 
 
 def _owner(flow: Flow, core: Core, places: Places) -> None:
@@ -106,6 +109,7 @@ class _Projection:
         scaled = [number for call in before if call.function in SCALING for number in call.numbers if number]
         self.factors = tuple(dict.fromkeys([1.0, *scaled, *(1 / number for number in scaled)]))
         self.batch = core.z.shape[0]
+        self.is_normed = False
 
     def path_to(self, seen: Tensor) -> tuple[str, int, Call] | None:
         """Where `seen`, `[batch, head, pos, d_head]`, comes from: the path, its heads, and the projection.
@@ -121,6 +125,7 @@ class _Projection:
             if normed is None:
                 return None
             target = normed
+            self.is_normed = True
         return None
 
     def _among_projections(self, target: Tensor, rows: slice) -> tuple[str, int, Call] | None:
@@ -199,5 +204,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 NO_PROJECTION = "no projection of the model gives the {what} that its attention reads, each head in columns of its own"
+
+NORMED = "the norm of it is what attention reads, at the first position"
 
 PACKED = "its attention has the heads in the dimension of the batch"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nicehooks.anatomies.places import Place, Places, Step
 from nicehooks.anatomies.tables import PARTS, PARTS_WITH_HEADS, Family, Lacks
@@ -29,6 +30,11 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def of(self, given: Tensor) -> Tensor:
+        """The logits."""
+        given = given if self.scale == 1.0 else given * self.scale
+        return given if self.softcap is None else self.softcap * torch.tanh(given / self.softcap)
+
 
 @dataclass(eq=False)
 class Layout:
@@ -44,7 +50,10 @@ class Layout:
         roles: by role outside of the layers, the name of a module, as far as it was found.
         head: how the logits come from what the unembedding gives.
         is_found: whether the parts were found, and are not from a table.
-        checked: whether they were checked; else why not.
+        checked: how they were checked, or why not.
+        attention: the attention implementation that was set.
+        passed: by single part, the check that it has passed.
+        shapes: by part, the shape that it had in the check.
     """
 
     base: str
@@ -56,6 +65,9 @@ class Layout:
     head: Head = Head()
     is_found: bool = False
     checked: str = ""
+    attention: str = "eager"
+    passed: dict[str, str] = field(default_factory=dict[str, str])
+    shapes: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def places_of_table(family: Family, block: str, sizes: Sizes, names: Mapping[str, nn.Module]) -> Places:

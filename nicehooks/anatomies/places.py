@@ -39,6 +39,7 @@ class Places:
         form: how the stream goes through the layer; empty if it is not known.
         gives: the path of what the layer returns.
         d_head: the width of a head.
+        normed: by part that goes through a norm before attention reads it, how it was compared.
         passed: by part, the checks that it has passed.
     """
 
@@ -49,6 +50,7 @@ class Places:
     form: list[Step] = field(default_factory=list[Step])
     gives: str = ""
     d_head: int | None = None
+    normed: dict[str, str] = field(default_factory=dict[str, str])
     passed: dict[str, str] = field(default_factory=dict[str, str])
 
     def put(self, part: str, place: Place) -> None:
@@ -63,6 +65,11 @@ class Places:
     def refuse(self, part: str, reason: str) -> None:
         """A part is not handed out."""
         self.parts[part] = Lacks(reason)
+
+    def path(self, part: str, now: str) -> str | Lacks | None:
+        """Where a part is under the attention implementation `now`."""
+        place = self.parts.get(part)
+        return place.get(now) if isinstance(place, Mapping) else place
 
     def has(self, part: str) -> bool:
         """Whether there is such a part."""

@@ -10,7 +10,7 @@ it later.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +125,7 @@ class Record:
         return call.around is not None and call.around.counts.get(call.function, 0) > 0
 
 
-def record_forward(model: nn.Module, run: nn.Module, kwargs: dict[str, Any]) -> tuple[Any, Record]:
+def record_forward(model: nn.Module, run: nn.Module, inputs: Any) -> tuple[Any, Record]:
     """Runs the module `run` of `model` once, and records what its modules and their forwards do.
 
     Returns:
@@ -141,8 +141,15 @@ def record_forward(model: nn.Module, run: nn.Module, kwargs: dict[str, Any]) -> 
                 stack.callback(module.register_forward_pre_hook(recorder.begins(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.ends, with_kwargs=True).remove)
         stack.enter_context(recorder)
-        output = run(**kwargs)
+        output = called_with(run, inputs)
     return output, record
+
+
+def called_with(run: nn.Module, inputs: Any) -> Any:
+    """What `run` gives for its inputs: arguments by name, several in order, or one."""
+    if isinstance(inputs, Mapping):
+        return run(**inputs)
+    return run(*inputs) if isinstance(inputs, tuple | list) else run(inputs)
 
 
 class _Recorder(TorchFunctionMode):
@@ -151,6 +158,7 @@ class _Recorder(TorchFunctionMode):
         self.record = record
         self.running: list[Call] = []
         self.now = 0
+        self.is_looking = False
 
     def begins(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,7 +179,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = plain_function_name(getattr(func, "__name__", ""))
-        if not self.running or name in NOT_CALLS:
+        if self.is_looking or not self.running or name in NOT_CALLS:
             return func(*args, **kwargs)
         around = self.running[-1]
         around.counts[name] = around.counts.get(name, -1) + 1
@@ -196,8 +204,11 @@ class _Recorder(TorchFunctionMode):
         call.end = self.now
 
     def _value(self, step: str, value: Tensor, copied: bool = True) -> Value:
+        self.is_looking = True  # what is called to look at a value is no call of the model's
         own = value.detach()
-        return Value(step, own.clone() if copied else own, key_of(own))
+        seen = Value(step, own.clone() if copied else own, key_of(own))
+        self.is_looking = False
+        return seen
 
 
 NOT_CALLS = ("get", "set", "size", "dim", "numel", "is_floating_point", "is_complex", "shape", "device", "dtype", "len")

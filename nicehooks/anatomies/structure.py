@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,9 @@ from nicehooks.anatomies.ends import Ends
 from nicehooks.anatomies.layouts import Layout, Sizes
 from nicehooks.anatomies.places import Places
 from nicehooks.anatomies.recording import Record, record_forward
-from nicehooks.anatomies.short_inputs import Inputs, short_inputs
+from nicehooks.anatomies.short_inputs import short_inputs
 from nicehooks.anatomies.stacks import Layer, Stack, stacks_in
-from nicehooks.anatomies.tables import Family
+from nicehooks.anatomies.tables import SEEN_BY, Family
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.names import escape
 
@@ -29,7 +30,7 @@ class Recorded:
         record: what happened.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, nn.Module], at: str, inputs: Inputs | None) -> None:
+    def __init__(self, model: nn.Module, names: Mapping[str, nn.Module], at: str, inputs: Any) -> None:
         self.faults: list[str] = []
         for self.run in runnable_names(names, at):
             for self.inputs in [inputs] if inputs is not None else short_inputs(names[self.run]):
@@ -47,6 +48,34 @@ def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:
     yield at
     inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
     yield from sorted((name for name in inside if hasattr(names[name], "config")), key=lambda name: name.count("."))[:4]
+
+
+@contextmanager
+def running(names: Mapping[str, nn.Module], attention: str) -> Iterator[None]:
+    """Inside it, a model whose attention shows nothing (a flexible kernel, say) runs with the attention that does."""
+    every = {id(config): config for one in names.values() if (config := getattr(one, "config", None)) is not None}
+    before = [] if attention in SEEN_BY else [(config, attention_of(config)) for config in every.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that a config says; "eager" where it says nothing of it."""
+    # Attention modules of transformers read this name at each call (5.0 … 5.24); there is no public one.
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
+def main_layouts(layouts: list[Layout], names: Mapping[str, nn.Module], at: str) -> list[Layout]:
+    """Those that are meant: the largest stack; of an encoder and a decoder that reads it, both."""
+    inside = [one for one in layouts if not at or f"{one.base}.".startswith(f"{at}.")]
+    decoder = next((one for one in inside if any("cross_attn_out" in places.parts for places in one.layers)), None)
+    encoders = [one for one in inside if one is not decoder]
+    return [encoders[0], decoder] if decoder is not None and encoders else inside[:1]
 
 
 def found_layouts(recorded: Recorded) -> list[Layout]:

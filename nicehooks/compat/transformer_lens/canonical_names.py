@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from nicehooks.anatomies.anatomy import anatomy
-from nicehooks.anatomies.finding import Anatomy
+from nicehooks.anatomies.body import Anatomy
+from nicehooks.anatomies.finding import find_anatomy
 from nicehooks.core.census import Census
 from nicehooks.errors import NiceHooksError, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
@@ -102,7 +102,7 @@ class CanonicalNames(NamedTuple):
 def canonical_names(model: nn.Module) -> CanonicalNames | None:
     """The names that hold in `model`; None where its anatomy is not known."""
     try:
-        parts = anatomy(model)
+        parts = find_anatomy(model)
     except NiceHooksError:
         return None
     found = CanonicalNames(parts, {}, {})
