@@ -110,6 +110,7 @@ class _Projection:
         self.factors = tuple(dict.fromkeys([1.0, *scaled, *(1 / number for number in scaled)]))
         self.batch = core.z.shape[0]
         self.is_normed = False
+        self.norms: list[Call] = []
 
     def path_to(self, seen: Tensor) -> tuple[str, int, Call] | None:
         """Where `seen`, `[batch, head, pos, d_head]`, comes from: the path, its heads, and the projection.
@@ -117,16 +118,14 @@ class _Projection:
         Rotary embedding does nothing at the first position, so queries and keys are compared there.
         """
         target, rows = seen.transpose(1, 2), slice(None) if self.what == "v" else slice(0, 1)
-        for _ in range(3):
-            found = self._among_projections(target, rows) or self._among_functions(target, rows)
-            if found is not None:
-                return found
+        found = self._among_projections(target, rows)
+        while found is None:
             normed = self._through_norm(target, rows)
             if normed is None:
-                return None
-            target = normed
-            self.is_normed = True
-        return None
+                return self._among_functions(target, rows)
+            target, self.is_normed = normed, True
+            found = self._among_projections(target, rows)
+        return found
 
     def _among_projections(self, target: Tensor, rows: slice) -> tuple[str, int, Call] | None:
         for call in self.before:
@@ -178,10 +177,11 @@ class _Projection:
     def _through_norm(self, target: Tensor, rows: slice) -> Tensor | None:
         """What the norm of queries or keys reads that gives `target`."""
         for call in reversed(self.before):
-            if not is_norm(call):
+            if not is_norm(call) or call in self.norms:
                 continue
             for view in self._views(call.outputs[0].tensor, target):
                 if _close(view(call.outputs[0].tensor)[:, rows], target[:, rows]):
+                    self.norms.append(call)
                     return view(call.inputs[0].tensor)
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.anatomies.layouts import Layout, inner_name
+from nicehooks.anatomies.layouts import Head, Layout, inner_name
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import Places
 from nicehooks.anatomies.structure import attention_of
@@ -194,8 +194,10 @@ class Anatomy:
         return found if layer is None else found[layer]
 
     def _place(self, what: str) -> Callable[[Places], str | None]:
+        is_hidden = what.removeprefix("cross_") in ("scores", "pattern") and self.attention not in SEEN_BY
+
         def place(places: Places) -> str | None:
-            found = places.path(what, self.attention)
+            found = None if is_hidden else places.path(what, self.attention)
             return found if isinstance(found, str) else None
 
         return place
@@ -239,11 +241,16 @@ class Anatomy:
         return self.family.post_norm
 
     @property
+    def head(self) -> Head:
+        """How the logits come from what the unembedding gives."""
+        if self._layout.is_found or self.family.softcap is None:
+            return self._layout.head
+        return Head(softcap=getattr(self.config, self.family.softcap, None))
+
+    @property
     def softcap(self) -> float | None:
         """The soft cap of the logits, if the model has one."""
-        if self._layout.is_found:
-            return self._layout.head.softcap
-        return None if self.family.softcap is None else getattr(self.config, self.family.softcap, None)
+        return self.head.softcap
 
     def _logits(self) -> str:
         unembed = None if self._layout.is_found else self._head(self.family.unembed)

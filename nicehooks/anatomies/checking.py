@@ -77,7 +77,7 @@ def _selectable(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def _captured(model: nn.Module, run: nn.Module, paths: list[str], inputs: Any) -> tuple[ActivationCache, Any]:
     acts: Any = {}
     output: Any = None
-    with suppress(SiteNotReached), quiet(model), suspend(model), capture(model, paths) as acts:
+    with suppress(SiteNotReached), quiet(model), suspend(model), capture(model, paths, clone=True) as acts:
         output = called_with(run, inputs)
     return acts, output
 

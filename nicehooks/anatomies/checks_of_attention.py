@@ -84,8 +84,8 @@ def _check_scores(seen: Seen, places: Places) -> None:
 
 
 def _is_straight(x: Tensor, y: Tensor) -> bool:
-    """Whether `y` is a multiple of `x`, and in each head a number more."""
-    x, y = (one - one.mean((0, 2), keepdim=True) for one in (x, y))
+    """Whether `y` is a multiple of `x`, and a number more that each example has (a bias of positions)."""
+    x, y = (one - one.mean(0, keepdim=True) for one in (x, y))
     slope = (x * y).sum() / (x * x).sum().clamp_min(1e-30)
     return float((slope * x - y).abs().max()) <= 1e-2 * float(y.abs().max())
 

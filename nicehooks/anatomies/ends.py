@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nicehooks.anatomies.layouts import Head
 from nicehooks.anatomies.mlp_parts import is_projection
@@ -34,6 +34,7 @@ class Ends:
         self.parts: dict[str, str | Lacks] = {}
         self.roles: dict[str, str] = {}
         self.head = Head()
+        self.vocabulary: int | None = None
         first, last = stack.layers[0].call, stack.layers[-1].call
         self.before = [call for call in record.of_modules() if call.end != -1 and call.end < first.begin]
         self.after = [call for call in record.of_modules() if call.begin > last.end]
@@ -42,12 +43,16 @@ class Ends:
         self._logits(_logits_of(output), stream, run)
 
     def _embedding(self) -> None:
-        ids = next((call for call in self.before if isinstance(call.module, nn.Embedding) and _has_ids(call)), None)
+        ids = next((call for call in self.before if _has_ids(call)), None)
         if ids is None:
             self.parts["embed"] = Lacks("no embedding of tokens was seen to run before its first layer")
             return
         self.parts["embed"] = self.record.path(ids, ids.outputs[0])
         self.roles["token_embedding"] = ids.owner
+        self.vocabulary = len(_weight_of(ids))
+        positions = [call for call in self.before if _is_table(call) and _is_about_positions(call)]
+        if positions:
+            self.roles["position_embedding"] = positions[0].owner
 
     def _final_norm(self, post_norm: bool) -> Key:
         stream = self.stack.layers[-1].gives.key
@@ -63,7 +68,8 @@ class Ends:
         if logits is None:
             return
         whole = f"{escape(run)}['logits']"
-        head = self._unembedding(logits, stream)
+        is_over_tokens = self.vocabulary in (None, logits.shape[-1])
+        head = self._unembedding(logits, stream) if is_over_tokens else None
         if head is None:
             self.parts["logits"] = whole
             return
@@ -72,7 +78,7 @@ class Ends:
 
     def _unembedding(self, logits: Tensor, stream: Key) -> Call | None:
         """The innermost module that reads the last stream (or a projection of it) and gives the logits."""
-        found = self._giving(logits, stream)
+        found = self._giving(logits, stream) or self._giving_scaled(logits, stream)
         if found is None:
             for call in self.after:
                 if found is None and is_projection(call) and _reads(call, stream):
@@ -89,15 +95,40 @@ class Ends:
                 return call
         return None
 
+    def _giving_scaled(self, logits: Tensor, stream: Key) -> Call | None:
+        """As `_giving`, where the last stream is multiplied with a number before it is unembedded."""
+        known = next((value for call in self.after for value in call.outputs if value.key == stream), None)
+        for call in reversed(self.after):
+            if known is not None and is_projection(call) and getattr(call.module, "bias", None) is None:
+                factor = _head_between(known.tensor, call.inputs[0].tensor)
+                head = None if factor is None else _head_between(call.outputs[0].tensor, logits)
+                if head is not None and factor is not None and factor.softcap is None:
+                    self.head = head._replace(scale=head.scale * factor.scale)
+                    return call
+        return None
+
 
 def _reads(call: Call, key: Key) -> bool:
     return bool(call.inputs) and call.inputs[0].key == key
 
 
 def _has_ids(call: Call) -> bool:
-    return bool(call.inputs) and not call.inputs[0].tensor.is_floating_point() and len(call.outputs[0].shape) == 3 and not any(
-        name in call.owner.lower() for name in (*POSITION_NAMES, "token_type")
-    )
+    return _is_table(call) and not _is_about_positions(call) and "token_type" not in call.owner
+
+
+def _is_about_positions(call: Call) -> bool:
+    return any(name in call.owner.lower() for name in POSITION_NAMES)
+
+
+def _is_table(call: Call) -> bool:
+    """Whether the module looks whole numbers up in a table."""
+    reads = bool(call.inputs) and bool(call.outputs) and not call.inputs[0].tensor.is_floating_point()
+    return reads and _weight_of(call).ndim == 2 and call.outputs[0].shape[-1] == _weight_of(call).shape[-1]
+
+
+def _weight_of(call: Call) -> Tensor:
+    weight = getattr(call.module, "weight", None)
+    return weight if isinstance(weight, Tensor) else torch.zeros(())
 
 
 def _logits_of(output: Any) -> Tensor | None:

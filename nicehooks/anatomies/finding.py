@@ -19,7 +19,7 @@ from nicehooks.anatomies.body import Anatomy
 from nicehooks.anatomies.checking import check, quiet
 from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
-from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running
+from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
 from nicehooks.anatomies.tables import FAMILIES, Family
 from nicehooks.contexts.changes import suspend
 from nicehooks.core.census import Census
@@ -101,7 +101,7 @@ def _made(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     inside = {name: one for name, one in names.items() if not asked.at or name == asked.at or name.startswith(f"{asked.at}.")}
     tables = _tables_in(names, inside)
     if len(tables) > 1:
-        raise UnsupportedModule(_several(names, [base for base, _ in tables]))
+        raise UnsupportedModule(several(names, [base for base, _ in tables]))
     with quiet(model), suspend(model), running(names, asked.attention):
         if tables:
             return [_of_table(model, names, *tables[0], asked, inputs)]
@@ -141,6 +141,8 @@ def _found(
     try:
         recorded = Recorded(model, names, asked.at or "", inputs)
     except UnsupportedModule as error:
+        if "Say which" in str(error):
+            raise
         raise UnsupportedModule(_unknown(names, inside, str(error))) from None
     layouts = main_layouts(found_layouts(recorded), names, asked.at or "")
     if not layouts:
@@ -193,13 +195,6 @@ def _sizes(config: Any, family: Family, kind: str) -> Sizes:
 
 def _size(config: Any, given: str | int) -> int | None:
     return given if isinstance(given, int) else getattr(config, given, None)
-
-
-def _several(names: Mapping[str, nn.Module], bases: list[str]) -> str:
-    return (
-        f"{type(names['']).__name__} has {len(bases)} transformers in it: {', '.join(map(repr, bases))}. Say which:\n"
-        f'    anatomy(model, at="{bases[0]}")'
-    )
 
 
 def _unknown(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module], why: str) -> str:

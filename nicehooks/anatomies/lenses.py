@@ -122,7 +122,7 @@ def direct_logit_attribution(
         UnsupportedModule: the model has no unembedding, or the norms stand on the stream.
     """
     body = find_anatomy(model)
-    if body.family.post_norm:
+    if body.post_norm:
         raise UnsupportedModule(POST_NORM.format(kind=body.kind))
     if not isinstance(position, int | Tensor):
         raise TreeMismatch(
@@ -264,7 +264,7 @@ def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
 
 def _normed(body: Anatomy, part: str, layer: int, row: Tensor) -> Tensor:
     """The stream behind the norm that comes next on the way to the logits."""
-    if not body.family.post_norm:
+    if not body.post_norm:
         return row if body.lacks("final_norm") else body.module("final_norm")(row)
     if part == "resid_pre":
         return row

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nicehooks.anatomies.recording import Call, Record, Value
-from nicehooks.paths.names import escape
 
 
 @dataclass(eq=False)
@@ -53,7 +51,7 @@ def stacks_in(record: Record) -> list[Stack]:
         if "#" in numbered and layer is not None:
             groups.setdefault(numbered, []).append(layer)
     uneven = {name for name in groups if len(groups[name]) < sum(_is_called(name, call) for call in record.of_modules())}
-    stacks = [Stack(_base(name, record), layers) for name, layers in groups.items() if name not in uneven]
+    stacks = [Stack(_base(layers), layers) for name, layers in groups.items() if name not in uneven]
     return [stack for stack in stacks if not _is_inside(stack, stacks) and _has_parts(record, stack)]
 
 
@@ -74,10 +72,17 @@ def _as_layer(call: Call, before: list[Layer]) -> Layer | None:
     return None
 
 
-def _base(numbered: str, record: Record) -> str:
-    """The name of the module around a stack: that of the first of its names without a number, less the list."""
-    head = numbered.partition("#")[0].rstrip(".")
-    return head.rpartition(".")[0]
+def _base(layers: list[Layer]) -> str:
+    """The name of the module around a stack: what the names of the layers have in common, less the list."""
+    names = list(dict.fromkeys(layer.call.owner for layer in layers))
+    common = names[0].split(".")
+    if len(names) == 1:
+        numbers = [at for at, word in enumerate(common) if re.fullmatch(r"\D*\d+", word)]
+        common = common[: numbers[0]] if numbers else common
+    for name in names[1:]:
+        words = name.split(".")
+        common = [word for at, word in enumerate(common) if words[: at + 1] == common[: at + 1]]
+    return ".".join(common[:-1])
 
 
 def _is_inside(stack: Stack, stacks: list[Stack]) -> bool:

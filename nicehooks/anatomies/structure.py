@@ -16,6 +16,7 @@ from nicehooks.anatomies.recording import Record, record_forward
 from nicehooks.anatomies.short_inputs import short_inputs
 from nicehooks.anatomies.stacks import Layer, Stack, stacks_in
 from nicehooks.anatomies.tables import SEEN_BY, Family
+from nicehooks.core.calling import has_forward
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.names import escape
 
@@ -35,7 +36,10 @@ class Recorded:
         for self.run in runnable_names(names, at):
             for self.inputs in [inputs] if inputs is not None else short_inputs(names[self.run]):
                 try:
+                    before = [id(module) for module in model.modules()]
                     self.output, self.record = record_forward(model, names[self.run], self.inputs)
+                    if before != [id(module) for module in model.modules()]:  # it has made itself anew on the way
+                        self.output, self.record = record_forward(model, names[self.run], self.inputs)
                 except Exception as error:  # whatever a model may raise on an input that is not meant for it
                     self.faults.append(f"{self.run or 'the model'}: {type(error).__name__}: {_first_line(error)}")
                 else:
@@ -47,7 +51,25 @@ def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:
     """The modules that might run on an input of our own, the likeliest first: `at`, then what says what it is."""
     yield at
     inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
-    yield from sorted((name for name in inside if hasattr(names[name], "config")), key=lambda name: name.count("."))[:4]
+    models = [name for name in inside if hasattr(names[name], "config") and hasattr(names[name], "get_input_embeddings")]
+    outer = [name for name in models if not any(name.startswith(f"{other}.") for other in models)]
+    if len({id(names[name]) for name in outer}) > 1 and not callable_itself(names[at]):
+        raise UnsupportedModule(several(names, outer))
+    if not callable_itself(names[at]):
+        yield from outer[:1]
+
+
+def callable_itself(module: nn.Module) -> bool:
+    """Whether it is a model with a config, which says what it reads; no container of models."""
+    return hasattr(module, "config") and has_forward(module)
+
+
+def several(names: Mapping[str, nn.Module], bases: list[str]) -> str:
+    """The message that asks which of the transformers in a model is meant."""
+    return (
+        f"{type(names['']).__name__} has {len(bases)} transformers in it: {', '.join(map(repr, bases))}. Say which:\n"
+        f'    anatomy(model, at="{bases[0]}")'
+    )
 
 
 @contextmanager
@@ -90,7 +112,16 @@ def _layout(recorded: Recorded, stack: Stack) -> Layout:
     ends = Ends(recorded.record, stack, recorded.output, recorded.run, post_norm)
     family = Family(post_norm=post_norm)
     sizes = _sizes_of(layers, stack.layers[0].reads.shape[-1])
-    return Layout(stack.base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True)
+    base = _base_with(stack.base, ends.roles.get("token_embedding"))
+    return Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True)
+
+
+def _base_with(base: str, embedding: str | None) -> str:
+    """The module that has both the layers and the embedding in it; without one below the root, that of the layers."""
+    around = base
+    while embedding is not None and around and not embedding.startswith(f"{around}."):
+        around = around.rpartition(".")[0]
+    return around or base
 
 
 def _layers(record: Record, stack: Stack) -> list[Places]:
