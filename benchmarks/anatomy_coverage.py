@@ -141,4 +141,3 @@ def _told(row: Row) -> Row:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-

@@ -30,7 +30,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "d_kv", "d_head", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("global_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("hidden_size_per_layer_input", "ssm_state_size", "state_size", "mamba_d_state"), 8),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "image_size", "mamba_d_head", "mamba_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "image_size", "mamba_d_head", "mamba_head_dim", "index_head_dim"), 16
+    ),
     **dict.fromkeys(("rotary_dim", "attention_window", "sliding_window", "patch_size", "chunk_size"), 4),
     **dict.fromkeys(("mamba_chunk_size", "mamba_n_heads", "mamba_num_heads", "time_step_rank", "mamba_dt_rank"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "n_kv_heads", "type_vocab_size", "mamba_expand"), 2),
@@ -55,7 +57,14 @@ SIZES: dict[str, Any] = {
 EVERY_OTHER = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
 AXIAL = {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 24], "attn_layers": ["local", "lsh", "local"]}
 ENGLISH = {"default_language": "en_XX", "languages": ["en_XX"]}
-ONE_STAGE = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "image_size": 32, "patch_size": 2}
+ONE_STAGE = {
+    "embed_dim": 32,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": 32,
+    "patch_size": 2,
+}
 
 OWN: dict[str, dict[str, Any]] = {
     "BailingHybridForCausalLM": {"num_hidden_layers": 4, "layer_group_size": 2},
@@ -109,7 +118,7 @@ def tiny(name: str, **settings: Any) -> Any:
     assert sum(parameter.numel() for parameter in model.parameters()) < 5e7, f"{name} is not tiny"
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.requires_grad:  # not tables of sines
                 parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
     return model.eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nicehooks.anatomies.columns import columns_of, columns_path, without_repeats
+from nicehooks.anatomies.columns import columns_of, columns_path, leading_columns_of, without_repeats
 from nicehooks.anatomies.cores import Core
 from nicehooks.anatomies.mlp_parts import is_projection
 from nicehooks.anatomies.places import Places
@@ -30,8 +30,9 @@ def attention_parts(flow: Flow, calls: Sequence[Call], core: Core, places: Place
         places.put(what, Lacks(NO_PROJECTION.format(what=what)) if found is None else found[0])
         if found is not None:
             places.heads[what] = found[1]
-            if search.is_normed:
-                places.normed[what] = NORMED
+            places.compared[what] = (
+                FIRST if what != "v" and not search.is_normed else NORMED if search.is_normed else READ
+            )
 
 
 def _owner(flow: Flow, core: Core, places: Places) -> None:
@@ -54,7 +55,11 @@ def _pattern(flow: Flow, core: Core, places: Places) -> None:
         shaped = _as_heads(flow, core)
         places.put("pattern", Lacks(PACKED) if shaped is None else flow.record.path(*shaped))
     else:
-        cut = "" if core.pattern is None or core.keys == core.pattern.shape[-1] else f"[:, :, :, :{core.keys - core.pattern.shape[-1]}]"
+        cut = (
+            ""
+            if core.pattern is None or core.keys == core.pattern.shape[-1]
+            else f"[:, :, :, :{core.keys - core.pattern.shape[-1]}]"
+        )
         places.put("scores", f"{path}.input[0]{cut}")
         places.put("pattern", f"{path}{cut}")
 
@@ -64,14 +69,18 @@ def _as_heads(flow: Flow, core: Core) -> tuple[Call, Value] | None:
     if core.pattern is None:
         return None
     made = flow.made.get(key_of(core.pattern), [])
-    return next(((call, value) for call, value in made if call.function and value.shape == tuple(core.pattern.shape)), None)
+    return next(
+        ((call, value) for call, value in made if call.function and value.shape == tuple(core.pattern.shape)), None
+    )
 
 
 def _z(flow: Flow, core: Core, places: Places) -> None:
     z = core.z.transpose(1, 2)
     key, heads = key_of(z), core.n_heads
     places.heads["z"] = heads
-    read = [(call, value) for call, value in flow.read.get(key, []) if not call.function and call.begin > core.call.begin]
+    read = [
+        (call, value) for call, value in flow.read.get(key, []) if not call.function and call.begin > core.call.begin
+    ]
     for call, value in sorted(read, key=lambda pair: not is_projection(pair[0])):
         chain = _to_heads(value, heads, z)
         if chain is not None:
@@ -133,7 +142,7 @@ class _Projection:
                 continue
             for value in call.outputs:
                 given, chain = self._with_positions(value, target.shape[1])
-                if given is None or given.shape[-1] < target.shape[-1]:
+                if given is None or given.shape[-1] < 2:
                     continue
                 path = self._columns(target[:, rows], given[:, rows])
                 if path is not None:
@@ -142,6 +151,8 @@ class _Projection:
 
     def _with_positions(self, value: Value, positions: int) -> tuple[Tensor | None, str]:
         shape = value.shape
+        if len(shape) == 4 and shape[:3] == (self.batch, 1, positions):  # latent attention has one head there
+            return value.tensor[:, 0], "[:, 0]"
         if len(shape) == 3 and shape[:2] == (self.batch, positions):
             return value.tensor, ""
         if len(shape) == 2 and shape[0] == self.batch * positions:
@@ -150,9 +161,12 @@ class _Projection:
 
     def _columns(self, target: Tensor, given: Tensor) -> tuple[str, int] | None:
         factors = self.factors
-        if given.shape[-1] == target.shape[2] * target.shape[3]:  # a factor of rotary embedding (YaRN), say
-            factors = (*factors, float(target[0, 0].norm() / given[0, 0].norm().clamp_min(1e-30)))
+        if target[0, 0].numel() % given.shape[-1] == 0:  # a factor of rotary embedding (YaRN), say
+            repeats = target[0, 0].numel() // given.shape[-1]
+            factors = (*factors, float(target[0, 0].norm() / given[0, 0].norm().clamp_min(1e-30)) * repeats**-0.5)
         columns = columns_of(target, given, factors)
+        if columns is None and self.what == "k":
+            columns = leading_columns_of(target, given)
         if columns is None:
             return None
         columns = columns if self.what == "q" else without_repeats(columns)
@@ -166,7 +180,9 @@ class _Projection:
             if not call.function or call.around is not self.core.call.around:
                 continue
             for value in call.outputs:
-                fits = value.shape[:2] == (batch, positions) and value.shape[3:] == (size,) and heads % value.shape[2] == 0
+                fits = (
+                    value.shape[:2] == (batch, positions) and value.shape[3:] == (size,) and heads % value.shape[2] == 0
+                )
                 if fits and len(value.shape) == 4 and value.tensor.is_floating_point():
                     groups = heads // value.shape[2]
                     seen = value.tensor.repeat_interleave(groups, 2)
@@ -204,6 +220,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 NO_PROJECTION = "no projection of the model gives the {what} that its attention reads, each head in columns of its own"
+
+READ = "it is what attention reads"
+
+FIRST = "it is what attention reads, at the first position"
 
 NORMED = "the norm of it is what attention reads, at the first position"
 

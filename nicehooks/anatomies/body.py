@@ -297,4 +297,3 @@ FUSED = (
     "pattern are never there.\n"
     '    model.set_attn_implementation("eager")  # {known} show it; then ask for the part again'
 )
-

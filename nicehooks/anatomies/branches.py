@@ -147,6 +147,8 @@ class _Finder:
             self.found.put(f"cross_{part}", cross.parts.get(part, Lacks(NO_CORE)))
             if part in cross.heads:
                 self.found.heads[f"cross_{part}"] = cross.heads[part]
+            if part in cross.compared:
+                self.found.compared[f"cross_{part}"] = cross.compared[part]
         for role in ("attn", "attn_proj"):
             if role in cross.roles:
                 self.found.role(f"cross_{role}", cross.roles[role])

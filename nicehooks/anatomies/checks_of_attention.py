@@ -21,6 +21,9 @@ def check_attention(seen: Seen, places: Places) -> None:
         _check_z(seen, places, cross)
         _check_output(seen, places, cross)
     _check_scores(seen, places)
+    for part, how in places.compared.items():
+        if places.has(part):
+            places.passed.setdefault(part, how)
 
 
 def _check_pattern(seen: Seen, places: Places, part: str) -> None:
@@ -36,15 +39,16 @@ def _check_pattern(seen: Seen, places: Places, part: str) -> None:
         places.passed.setdefault(part.replace("pattern", "scores"), "softmax(scores) = pattern")
     else:
         came = f"{list(pattern.shape)}, with rows that sum to {float(sums.min()):.3g} … {float(sums.max()):.3g}"
-        places.refuse(part, WRONG.format(expected=f"[batch, {places.heads.get(part)}, query, key], where {SUMS}", came=came))
+        places.refuse(
+            part, WRONG.format(expected=f"[batch, {places.heads.get(part)}, query, key], where {SUMS}", came=came)
+        )
 
 
 def _check_z(seen: Seen, places: Places, cross: str) -> None:
     pattern, v, z = (seen.part(places, cross + part) for part in ("pattern", "v", "z"))
     if pattern is None or v is None or z is None:
         return
-    if f"{cross}v" in places.normed:
-        places.passed.setdefault(f"{cross}v", places.normed[f"{cross}v"])
+    if places.compared.get(f"{cross}v", "").startswith("the norm"):
         return
     made = _weighted(pattern, v)
     wrong = "another shape" if made is None else off_by(made.to(z.dtype), z)
@@ -70,10 +74,7 @@ def _weighted(pattern: Tensor, v: Tensor) -> Tensor | None:
 def _check_scores(seen: Seen, places: Places) -> None:
     """Rotary embedding turns a query and the key of its own position alike, so that their product stays."""
     scores, q, k = (seen.part(places, part) for part in ("scores", "q", "k"))
-    for part in ("q", "k"):
-        if part in places.normed:
-            places.passed.setdefault(part, places.normed[part])
-    if scores is None or q is None or k is None or "q" in places.normed or "k" in places.normed:
+    if scores is None or q is None or k is None:
         return
     if q.shape[-1] != k.shape[-1] or q.ndim != 4 or q.shape[2] % k.shape[2] or scores.shape[-1] != scores.shape[-2]:
         return

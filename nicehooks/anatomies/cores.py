@@ -37,7 +37,9 @@ class Core:
 
 def cores_of(calls: Sequence[Call], batch: int) -> list[Core]:
     """The computations of attention among `calls`."""
-    found = [_fused(call) if call.function == FUSED else _explicit(call, calls, batch) for call in calls if call.outputs]
+    found = [
+        _fused(call) if call.function == FUSED else _explicit(call, calls, batch) for call in calls if call.outputs
+    ]
     return [core for core in found if core is not None]
 
 
@@ -59,7 +61,7 @@ def _explicit(call: Call, calls: Sequence[Call], batch: int) -> Core | None:
         return None
     read = of_values.inputs[0]
     before = [one for one in beside if one.end < call.begin and one.function in PRODUCTS]
-    scores = [one for one in before if one.outputs and one.outputs[0].tensor.numel() == call.inputs[0].tensor.numel()]
+    scores = [one for one in before if one.outputs and one.outputs[0].tensor.numel() == read.tensor.numel()]
     q, k = _factors(scores[-1]) if scores else (None, None)
     parts = [pattern.tensor, of_values.inputs[1].tensor, of_values.outputs[0].tensor]
     shaped = [_by_head(one, batch) for one in parts]

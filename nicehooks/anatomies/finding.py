@@ -98,7 +98,9 @@ def _made(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     names = dict(Census(model).unwrapped())
     if asked.at is not None and asked.at not in names:
         raise SiteNotFound(f"{type(names['']).__name__} has no module {asked.at!r}.")
-    inside = {name: one for name, one in names.items() if not asked.at or name == asked.at or name.startswith(f"{asked.at}.")}
+    inside = {
+        name: one for name, one in names.items() if not asked.at or name == asked.at or name.startswith(f"{asked.at}.")
+    }
     tables = _tables_in(names, inside)
     if len(tables) > 1:
         raise UnsupportedModule(several(names, [base for base, _ in tables]))
@@ -114,9 +116,7 @@ def _of_table(
     config = getattr(names[base], "config", None)
     sizes = _sizes(config, family, type(names[""]).__name__)
     blocks = inner_name(base, family.blocks)
-    layers = [
-        places_of_table(family, inner_name(blocks, key), sizes, names) for key in names[blocks]._modules
-    ]
+    layers = [places_of_table(family, inner_name(blocks, key), sizes, names) for key in names[blocks]._modules]
     layout = Layout(base, family, layers, sizes, attention=asked.attention)
     if asked.check:
         layout.checked = _checked(model, names, layout, inputs)
@@ -212,4 +212,6 @@ def _unknown(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module], wh
     return "\n".join(lines)
 
 
-NO_LAYERS = "a short forward showed no layers in it, numbered modules that each map [batch, pos, d_model] to the same shape."
+NO_LAYERS = (
+    "a short forward showed no layers in it, numbered modules that each map [batch, pos, d_model] to the same shape."
+)

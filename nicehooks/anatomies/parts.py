@@ -114,7 +114,9 @@ class Parts(tuple[Part, ...]):
     layers: tuple[int, ...]
     n_layers: int
 
-    def __new__(cls, parts: Iterable[Part], what: str = "", numbers: tuple[tuple[int, ...], int] | None = None) -> Parts:
+    def __new__(
+        cls, parts: Iterable[Part], what: str = "", numbers: tuple[tuple[int, ...], int] | None = None
+    ) -> Parts:
         """A sequence of `parts`; `what` is how they are asked for, `numbers` those of their layers, and of all."""
         made = super().__new__(cls, parts)
         made.what = what
@@ -133,10 +135,14 @@ class Parts(tuple[Part, ...]):
         except TypeError:
             raise SiteNotFound(LAYER_FIRST.format(what=self.what, step=show_step(index))) from None
         if not -self.n_layers <= number < self.n_layers:
-            raise SiteNotFound(NO_LAYER.format(what=self.what, count=self.n_layers, last=self.n_layers - 1, index=index))
+            raise SiteNotFound(
+                NO_LAYER.format(what=self.what, count=self.n_layers, last=self.n_layers - 1, index=index)
+            )
         number %= self.n_layers
         if number not in self.layers:
-            raise SiteNotFound(NOT_IN_LAYER.format(what=self.what, index=number, layers=", ".join(map(str, self.layers))))
+            raise SiteNotFound(
+                NOT_IN_LAYER.format(what=self.what, index=number, layers=", ".join(map(str, self.layers)))
+            )
         return super().__getitem__(self.layers.index(number))
 
     def _slice(self, index: slice) -> Parts:

@@ -39,7 +39,7 @@ class Places:
         form: how the stream goes through the layer; empty if it is not known.
         gives: the path of what the layer returns.
         d_head: the width of a head.
-        normed: by part that goes through a norm before attention reads it, how it was compared.
+        compared: of queries, keys and values, how they were compared with what attention reads when they were found.
         passed: by part, the checks that it has passed.
     """
 
@@ -50,7 +50,7 @@ class Places:
     form: list[Step] = field(default_factory=list[Step])
     gives: str = ""
     d_head: int | None = None
-    normed: dict[str, str] = field(default_factory=dict[str, str])
+    compared: dict[str, str] = field(default_factory=dict[str, str])
     passed: dict[str, str] = field(default_factory=dict[str, str])
 
     def put(self, part: str, place: Place) -> None:
@@ -94,7 +94,10 @@ class Places:
             parts={part: placed(place) for part, place in self.parts.items()},
             roles={role: plain + name[len(self.block) :] for role, name in self.roles.items()},
             heads=dict(self.heads),
-            form=[Step(step.kind, step.what if step.kind == "add" else moved(step.what), moved(step.reads)) for step in self.form],
+            form=[
+                Step(step.kind, step.what if step.kind == "add" else moved(step.what), moved(step.reads))
+                for step in self.form
+            ],
             gives=moved(self.gives),
             passed={},
         )

@@ -46,7 +46,9 @@ class Report:
     def __str__(self) -> str:
         table = [("part", "path", "shape", "found by", "check"), *self.rows]
         widths = [max(len(row[column]) for row in table) for column in range(4)]
-        lines = ["  ".join([*(row[at].ljust(width) for at, width in enumerate(widths)), row[4]]).rstrip() for row in table]
+        lines = [
+            "  ".join([*(row[at].ljust(width) for at, width in enumerate(widths)), row[4]]).rstrip() for row in table
+        ]
         return "\n".join([self.title, *lines])
 
     __repr__ = __str__
@@ -62,7 +64,15 @@ def _singles(anatomy: Anatomy, *parts: str) -> list[Row]:
             rows.append(Row(part, "none", "", "", ""))
         else:
             found = "structure" if layout.is_found else "table"
-            rows.append(Row(part, str(getattr(anatomy, part)), _short(layout.shapes.get(part, "")), found, layout.passed.get(part, "")))
+            rows.append(
+                Row(
+                    part,
+                    str(getattr(anatomy, part)),
+                    _short(layout.shapes.get(part, "")),
+                    found,
+                    layout.passed.get(part, ""),
+                )
+            )
     return rows
 
 

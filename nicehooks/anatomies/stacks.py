@@ -50,7 +50,9 @@ def stacks_in(record: Record) -> list[Stack]:
         layer = _as_layer(call, groups.get(numbered, []))
         if "#" in numbered and layer is not None:
             groups.setdefault(numbered, []).append(layer)
-    uneven = {name for name in groups if len(groups[name]) < sum(_is_called(name, call) for call in record.of_modules())}
+    uneven = {
+        name for name in groups if len(groups[name]) < sum(_is_called(name, call) for call in record.of_modules())
+    }
     stacks = [Stack(_base(layers), layers) for name, layers in groups.items() if name not in uneven]
     return [stack for stack in stacks if not _is_inside(stack, stacks) and _has_parts(record, stack)]
 

@@ -51,7 +51,9 @@ def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:
     """The modules that might run on an input of our own, the likeliest first: `at`, then what says what it is."""
     yield at
     inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
-    models = [name for name in inside if hasattr(names[name], "config") and hasattr(names[name], "get_input_embeddings")]
+    models = [
+        name for name in inside if hasattr(names[name], "config") and hasattr(names[name], "get_input_embeddings")
+    ]
     outer = [name for name in models if not any(name.startswith(f"{other}.") for other in models)]
     if len({id(names[name]) for name in outer}) > 1 and not callable_itself(names[at]):
         raise UnsupportedModule(several(names, outer))
@@ -176,6 +178,5 @@ NO_RUN = (
     "the parts of {kind} are found in a short forward, and it did not run on any input of ours:\n"
     "{tried}\n"
     "  Give it one, as the model is called with it:\n"
-    "    anatomy(model, inputs={{\"input_ids\": ids}})"
+    '    anatomy(model, inputs={{"input_ids": ids}})'
 )
-
