@@ -71,7 +71,9 @@ OWN: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention", "mamba"]},
     "JambaForCausalLM": {"attn_layer_offset": 1, "attn_layer_period": 2},
-    **dict.fromkeys(("KimiLinearForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), EVERY_OTHER),
+    "KimiLinearForCausalLM": EVERY_OTHER,
+    "Qwen3_5ForCausalLM": EVERY_OTHER,
+    "Qwen3_5MoeForCausalLM": EVERY_OTHER,
     "Qwen3NextForCausalLM": EVERY_OTHER,
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local", "global"], 1]]},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16},
@@ -91,10 +93,10 @@ OWN: dict[str, dict[str, Any]] = {
     "PerceiverForMaskedLM": {"num_blocks": 1, "num_self_attends_per_block": 3},
     "SwinModel": ONE_STAGE,
     "Swinv2Model": ONE_STAGE,
-    **dict.fromkeys(
-        ("HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "MinistralForCausalLM", "NemotronForCausalLM"),
-        {"head_dim": 8},
-    ),
+    "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
+    "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
+    "MinistralForCausalLM": {"head_dim": 8},
+    "NemotronForCausalLM": {"head_dim": 8},
 }
 """What a config needs besides, by the class of the model."""
 

@@ -288,8 +288,8 @@ class Anatomy:
 NO_PART = "an anatomy has no {what!r}; its parts are {names}."
 
 NO_UNEMBEDDING = (
-    "{kind} has no unembedding{looked}, so that it gives no logits over tokens: take the model with a language modelling "
-    "head around it."
+    "{kind} has no unembedding{looked}, so that it gives no logits over tokens: take the model with a language "
+    "modelling head around it."
 )
 
 FUSED = (

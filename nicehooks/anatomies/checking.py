@@ -75,9 +75,10 @@ def _selectable(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def _captured(model: nn.Module, run: nn.Module, paths: list[str], inputs: Any) -> tuple[ActivationCache, Any]:
-    acts: Any = {}
     output: Any = None
-    with suppress(SiteNotReached), quiet(model), suspend(model), capture(model, paths, clone=True) as acts:
+    seen = capture(model, paths, clone=True)  # a model may write into what it gives
+    acts = ActivationCache()
+    with suppress(SiteNotReached), quiet(model), suspend(model), seen as acts:
         output = called_with(run, inputs)
     return acts, output
 

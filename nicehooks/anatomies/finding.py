@@ -86,9 +86,11 @@ def _layouts(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
 
 
 def _attention_in(model: nn.Module, at: str | None) -> str:
-    inside = [model] if at is None else [one for name, one in model.named_modules() if name == at]
-    configs = (getattr(one, "config", None) for start in inside for one in start.modules())
-    return attention_of(next((config for config in configs if config is not None), None))
+    try:
+        start = model if at is None else model.get_submodule(at)
+    except AttributeError:  # a name that looks through wrappers
+        start = model
+    return attention_of(next((one.config for one in start.modules() if hasattr(one, "config")), None))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Layout:
     sizes: Sizes
     singles: dict[str, str | Lacks] = field(default_factory=dict[str, "str | Lacks"])
     roles: dict[str, str] = field(default_factory=dict[str, str])
-    head: Head = Head()
+    head: Head = field(default_factory=Head)
     is_found: bool = False
     checked: str = ""
     attention: str = "eager"

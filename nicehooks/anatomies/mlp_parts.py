@@ -79,7 +79,7 @@ def _positional(flow: Flow, call: Call, value: Value, *, read: bool = False) -> 
 
 
 def is_projection(call: Call) -> bool:
-    """Whether the call is that of a linear layer: a module with a matrix of its own, or one that is affine around it."""
+    """Whether the call is that of a linear layer: a module with a matrix of its own, or an affine one around it."""
     if call.function or call.module is None or len(call.inputs) != 1 or len(call.outputs) != 1:
         return False
     if isinstance(call.module, nn.Embedding) or not any(one.ndim == 2 for one in call.module.parameters()):

@@ -178,9 +178,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = plain_function_name(getattr(func, "__name__", ""))
-        if self.is_looking or not self.running or name in NOT_CALLS:
+        raw = getattr(func, "__name__", "")
+        if self.is_looking or not self.running or raw in NOT_CALLS:
             return func(*args, **kwargs)
+        name = plain_function_name(raw)
         around = self.running[-1]
         around.counts[name] = around.counts.get(name, -1) + 1
         call = self._new(around.owner, name, around.counts[name])
@@ -211,7 +212,19 @@ class _Recorder(TorchFunctionMode):
         return seen
 
 
-NOT_CALLS = ("get", "set", "size", "dim", "numel", "is_floating_point", "is_complex", "shape", "device", "dtype", "len")
+NOT_CALLS = (
+    "__get__",
+    "__set__",
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+    "is_complex",
+    "shape",
+    "device",
+    "dtype",
+    "__len__",
+)
 ADDING = ("add", "iadd", "radd", "add_", "sub", "isub")
 SCALING = ("mul", "imul", "rmul", "truediv", "itruediv", "div")
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "rmatmul")

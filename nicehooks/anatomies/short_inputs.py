@@ -44,7 +44,7 @@ def _main_inputs(run: nn.Module, names: Mapping[str, Any], config: Any) -> Itera
     if "input_features" in names and config is not None:
         frames = 2 * getattr(config, "max_source_positions", 50)
         features = _random(run, BATCH, getattr(config, "num_mel_bins", 80), frames)
-        decoder = {"decoder_input_ids": ids for ids in _token_ids(run, config)} if "decoder_input_ids" in names else {}
+        decoder = {"decoder_input_ids": next(_token_ids(run, config))} if "decoder_input_ids" in names else {}
         yield {"input_features": features, **decoder}
     if "pixel_values" in names and config is not None:
         yield from _pictures(run, config)

@@ -1,4 +1,4 @@
-"""What a layer adds to its stream: the sum that it returns, taken apart into what came in and the terms of the branches.
+"""What a layer adds to its stream: the sum that it returns, taken apart into what came in and its branches.
 
 NOTE [Walking back]
 From what a layer returns, one walks back over the additions that were recorded, to what came into it. On the way a norm
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
 from nicehooks.anatomies.recording import ADDING, SCALING, Call, Key, Record, Value
 from nicehooks.anatomies.stacks import Layer

@@ -32,19 +32,23 @@ class Recorded:
     """
 
     def __init__(self, model: nn.Module, names: Mapping[str, nn.Module], at: str, inputs: Any) -> None:
-        self.faults: list[str] = []
-        for self.run in runnable_names(names, at):
-            for self.inputs in [inputs] if inputs is not None else short_inputs(names[self.run]):
+        faults: list[str] = []
+        for run in runnable_names(names, at):
+            for given in [inputs] if inputs is not None else short_inputs(names[run]):
                 try:
-                    before = [id(module) for module in model.modules()]
-                    self.output, self.record = record_forward(model, names[self.run], self.inputs)
-                    if before != [id(module) for module in model.modules()]:  # it has made itself anew on the way
-                        self.output, self.record = record_forward(model, names[self.run], self.inputs)
+                    self._record(model, names[run], given)
                 except Exception as error:  # whatever a model may raise on an input that is not meant for it
-                    self.faults.append(f"{self.run or 'the model'}: {type(error).__name__}: {_first_line(error)}")
+                    faults.append(f"{run or 'the model'}: {type(error).__name__}: {_first_line(error)}")
                 else:
+                    self.run, self.inputs = run, given
                     return
-        raise UnsupportedModule(no_run(names, self.faults))
+        raise UnsupportedModule(no_run(names, faults))
+
+    def _record(self, model: nn.Module, run: nn.Module, given: Any) -> None:
+        before = [id(module) for module in model.modules()]
+        self.output, self.record = record_forward(model, run, given)
+        if before != [id(module) for module in model.modules()]:  # it has made itself anew on the way
+            self.output, self.record = record_forward(model, run, given)
 
 
 def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -283,6 +283,12 @@ def same_function(wanted: str, name: str) -> bool:
 
 @evaluated_while_tracing
 def plain_function_name(name: str) -> str:
+    """The name of a function without the underscores of an operator: `__radd__` is `add`."""
+    return _plain_name(name)
+
+
+@lru_cache(maxsize=1024)
+def _plain_name(name: str) -> str:
     return re.sub(r"^__(r(?=add|sub|mul|truediv|matmul|pow))?(\w+)__$", r"\2", name)
 
 

@@ -235,7 +235,7 @@ def test_several_transformers() -> None:
     with pytest.raises(UnsupportedModule) as raised:
         anatomy(both)
     assert str(raised.value) == (
-        "ModuleDict has 2 transformers in it: 'draft', 'main'. Say which:\n    anatomy(model, at="draft")'
+        "ModuleDict has 2 transformers in it: 'draft', 'main'. Say which:\n    anatomy(model, at=\"draft\")"
     )
     assert str(anatomy(both, at="main").logits) == "main.lm_head"
     with pytest.raises(SiteNotFound, match=r"ModuleDict has no module 'third'\."):
