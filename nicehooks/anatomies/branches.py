@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nicehooks.anatomies.attention_parts import attention_parts
 from nicehooks.anatomies.cores import Core, cores_of
+from nicehooks.anatomies.expert_parts import expert_parts
 from nicehooks.anatomies.mlp_parts import mlp_parts
 from nicehooks.anatomies.places import Places, Step
 from nicehooks.anatomies.recording import Call, Key, Record, Value
@@ -82,6 +83,7 @@ class _Finder:
             self._cross_attention(term.calls)
         elif name == "mlp_out":
             mlp_parts(self.flow, term, self.found)
+            expert_parts(self.flow, term, self.found)
         self._norm_before(role, term)
 
     def _norm_before(self, role: str, term: Term) -> None:

@@ -43,6 +43,7 @@ def check(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run:
         _check_stream(seen, layout, index)
         check_attention(seen, places)
         _check_mlp(seen, places)
+        _check_experts(seen, places)
     _check_ends(seen, layout, output)
     layout.shapes = {part: structure_of(acts[path]) for path, part in wanted.items() if path in acts}
     layout.checked = CHECKED
@@ -76,11 +77,12 @@ def _selectable(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def _captured(model: nn.Module, run: nn.Module, paths: list[str], inputs: Any) -> tuple[ActivationCache, Any]:
     output: Any = None
-    seen = capture(model, paths, clone=True)  # a model may write into what it gives
-    acts = ActivationCache()
-    with suppress(SiteNotReached), quiet(model), suspend(model), seen as acts:
-        output = called_with(run, inputs)
-    return acts, output
+    found: list[ActivationCache] = []
+    with suppress(SiteNotReached), quiet(model), suspend(model):
+        with capture(model, paths, clone=True) as acts:  # a clone, because a model may write into what it gives
+            found.append(acts)
+            output = called_with(run, inputs)
+    return found[0], output
 
 
 @contextmanager
@@ -185,6 +187,16 @@ def _check_mlp(seen: Seen, places: Places) -> None:
         places.passed["mlp_post"] = "mlp_proj(mlp_post) = mlp_out"
     elif not places.has("mlp_out") or seen.at(escape(places.roles["mlp_proj"])) is None:
         return
+
+
+def _check_experts(seen: Seen, places: Places) -> None:
+    """The routed experts, and those that all tokens go through, make up the MLP."""
+    experts, shared, out = (seen.part(places, part) for part in ("experts", "shared_experts", "mlp_out"))
+    if experts is None or out is None:
+        return
+    text = "experts = mlp_out" if shared is None else "experts + shared_experts = mlp_out"
+    if off_by(experts if shared is None else experts + shared, out) is None:
+        places.passed.update(dict.fromkeys([part for part in ("experts", "shared_experts") if places.has(part)], text))
 
 
 def _check_ends(seen: Seen, layout: Layout, output: Any) -> None:
