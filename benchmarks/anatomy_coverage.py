@@ -98,7 +98,7 @@ def _row(name: str, found: Anatomy) -> Row:
 
 
 def _reads_tokens(found: Anatomy) -> bool:
-    return hasattr(found.config, "vocab_size")
+    return hasattr(found.config, "vocab_size") and "encoder" not in found.base.split(".")
 
 
 def _short(error: object) -> str:
