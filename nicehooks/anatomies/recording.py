@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
 from nicehooks.core.census import Census
 from nicehooks.paths.names import escape
 from nicehooks.ports.calls import plain_function_name
+from nicehooks.torch_private import opened
 
 Key = tuple[int, int]
 """What tells the numbers of one tensor from those of others: how many there are, and a hash of their bytes."""
@@ -182,6 +184,9 @@ class _Recorder(TorchFunctionMode):
         if self.is_looking or not self.running or raw in NOT_CALLS:
             return func(*args, **kwargs)
         name = plain_function_name(raw)
+        if func is multi_head_attention_forward:
+            with self:  # its lines are those of the module's forward
+                return opened(func)(*args, **kwargs)
         around = self.running[-1]
         around.counts[name] = around.counts.get(name, -1) + 1
         call = self._new(around.owner, name, around.counts[name])

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward as attention_of_several_heads
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
@@ -35,7 +36,7 @@ from nicehooks.ports.arguments import arguments_of, by_name, complete, written_b
 from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
 from nicehooks.ports.signatures import parameters_in_call
-from nicehooks.torch_private import evaluated_while_tracing
+from nicehooks.torch_private import evaluated_while_tracing, opened
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, is_same
 
@@ -211,6 +212,10 @@ class CallWatcher(AbstractContextManager[None]):
         # with the signature of the method, which a model may inspect
         return watched if torch.compiler.is_dynamo_compiling() else wraps(method)(watched)
 
+    def is_here(self) -> bool:
+        """Whether it is the module's own forward that runs here and now."""
+        return _running.frame is self.frame
+
     def wants(self, name: str, call: Call) -> bool:
         """Whether any rule is about this call of the function called `name`, here and now."""
         frame = self.frame
@@ -264,6 +269,9 @@ class _Mode(TorchFunctionMode):
             func = self._in_steps()
         if self.watcher.wants(name, (func, args, kwargs)):
             return self.watcher.call(name, func, args, kwargs)
+        if func is attention_of_several_heads and self.watcher.is_here():
+            with self:  # its lines are calls in the module's own forward, too: it is all that the forward consists of
+                return opened(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _in_steps(self) -> Callable[..., Tensor]:
