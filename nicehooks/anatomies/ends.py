@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class Ends:
         self.after = [call for call in record.of_modules() if call.begin > last.end]
         self._embedding()
         stream = self._final_norm(post_norm)
-        self._logits(_logits_of(output), stream, run)
+        self._logits(stream, *self._whole(output, run))
 
     def _embedding(self) -> None:
         ids = next((call for call in self.before if _has_ids(call)), None)
@@ -64,10 +63,18 @@ class Ends:
         self.roles["final_norm"] = norm.owner
         return norm.outputs[0].key
 
-    def _logits(self, logits: Tensor | None, stream: Key, run: str) -> None:
+    def _whole(self, output: Any, run: str) -> tuple[Tensor | None, str]:
+        """The logits that the model gives, and their path: of an output that names them, or the output itself."""
+        for call in self.record.of_modules():
+            for value in call.outputs:
+                if value.step in ("['logits']", "['prediction_logits']"):
+                    return value.tensor, self.record.path(call, value)
+        is_plain = isinstance(output, Tensor) and output.ndim > 1 and output.is_floating_point()
+        return (output, escape(run)) if is_plain else (None, "")
+
+    def _logits(self, stream: Key, logits: Tensor | None, whole: str) -> None:
         if logits is None:
             return
-        whole = f"{escape(run)}['logits']"
         is_over_tokens = self.vocabulary in (None, logits.shape[-1])
         head = self._unembedding(logits, stream) if is_over_tokens else None
         if head is None:
@@ -129,12 +136,6 @@ def _is_table(call: Call) -> bool:
 def _weight_of(call: Call) -> Tensor:
     weight = getattr(call.module, "weight", None)
     return weight if isinstance(weight, Tensor) else torch.zeros(())
-
-
-def _logits_of(output: Any) -> Tensor | None:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    found = found.get("prediction_logits", found) if isinstance(found, Mapping) else found
-    return found if isinstance(found, Tensor) else None
 
 
 def _head_between(given: Tensor, logits: Tensor) -> Head | None:

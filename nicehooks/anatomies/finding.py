@@ -53,6 +53,11 @@ def find_anatomies(
     return bodies[0] if len(bodies) == 1 else EncoderDecoder(*bodies)
 
 
+def says_what_it_is(model: nn.Module) -> bool:
+    """Whether a module in it has a config, as in `transformers`, or is one that a table describes."""
+    return any(hasattr(one, "config") or any(kind in FAMILIES for kind in type(one).__mro__) for one in model.modules())
+
+
 def _again(model: nn.Module, at: str | None, check: bool, index: int, attention: str) -> Layout:
     return _layouts(model, Asked(at, check, attention), None)[index]
 
@@ -146,7 +151,10 @@ def _found(
         if "Say which" in str(error):
             raise
         raise UnsupportedModule(_unknown(names, inside, str(error))) from None
-    layouts = main_layouts(found_layouts(recorded), names, asked.at or "")
+    try:
+        layouts = main_layouts(found_layouts(recorded), names, asked.at or "")
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # values of shapes that no layer here has
+        raise UnsupportedModule(_unknown(names, inside, f"{type(error).__name__}: {error}")) from error
     if not layouts:
         raise UnsupportedModule(_unknown(names, inside, NO_LAYERS))
     for layout in layouts:

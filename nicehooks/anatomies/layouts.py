@@ -97,7 +97,7 @@ def _filled(place: Place, words: Mapping[str, object], block: str, names: Mappin
     if isinstance(place, Mapping):
         each = {key: _filled(one, words, block, names) for key, one in place.items()}
         return {key: one for key, one in each.items() if isinstance(one, str | Lacks)}
-    path = place.format(**words)
+    path = place.format(**words).removeprefix(".")  # where the attention is the block itself, its name is empty
     outer = escape(block)
     full = ModulePath.parse(outer + path if path[:1] in ("", *"@#[/") else f"{outer}.{path}")
     if full.plain_name not in names and not full.is_wild:

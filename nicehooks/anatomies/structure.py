@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -118,16 +119,17 @@ def _layout(recorded: Recorded, stack: Stack) -> Layout:
     ends = Ends(recorded.record, stack, recorded.output, recorded.run, post_norm)
     family = Family(post_norm=post_norm)
     sizes = _sizes_of(layers, stack.layers[0].reads.shape[-1])
-    base = _base_with(stack.base, ends.roles.get("token_embedding"))
+    base = _base_with(stack.base, ends.roles.get("token_embedding"), recorded.record.names)
     return Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True)
 
 
-def _base_with(base: str, embedding: str | None) -> str:
-    """The module that has both the layers and the embedding in it; without one below the root, that of the layers."""
-    around = base
-    while embedding is not None and around and not embedding.startswith(f"{around}."):
-        around = around.rpartition(".")[0]
-    return around or base
+def _base_with(base: str, embedding: str | None, names: Mapping[str, nn.Module]) -> str:
+    """The innermost module that has both the layers and the embedding in it, by any of its names."""
+    if embedding is None:
+        return base
+    aliases = [name for name, module in names.items() if module is names[embedding]]
+    arounds = [base, *(base[: at.start()] for at in reversed(list(re.finditer(r"\.", base))))]
+    return next((one for one in arounds if any(name.startswith(f"{one}.") for name in aliases)), "")
 
 
 def _layers(record: Record, stack: Stack) -> list[Places]:
