@@ -84,7 +84,7 @@ def sums_hold(body: Anatomy, acts: Any) -> bool:
 
 
 def heads_are_apart(model: Any, body: Anatomy, inputs: dict[str, Any]) -> None:
-    """One head of `v` set to zero changes `z` in the heads that read it, and in no other; so with `q` and the pattern."""
+    """A head of `v` set to zero changes `z` in the heads that read it, and in no other; so `q` and the pattern."""
     layer = body.z.layers[0]
     z, v, q = body.z[layer], body.v[layer], body.q[layer]
     assert z.heads is not None and v.heads is not None
