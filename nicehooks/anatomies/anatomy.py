@@ -68,7 +68,8 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
     - `router`, `router_weights`, `router_experts`, `experts`, `shared_experts` of a mixture of experts.
 
     `.head(i)` of `q`, `k`, `v`, `scores`, `pattern` and `z` is one head, `.each_head` one site per head, `.grad` the
-    gradients, `.at[:, -1]` the same subscript in every layer; `parts["z", 5]` is `parts.z[5]`. Single paths are `embed` (the embedding of the
+    gradients, `.at[:, -1]` the same subscript in every layer; `parts["z", 5]` is `parts.z[5]`. Single paths
+    are `embed` (the embedding of the
     tokens), `final_norm` and `logits`. `n_layers`, `n_heads`, `n_kv_heads`, `d_head` and `d_model` are sizes;
     `name("attn", 3)` and `module("attn", 3)` lead to modules by their role.
 
