@@ -8,17 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.anatomies.layouts import Head, Layout, inner_name
+from nicehooks.anatomies.layouts import SINGLE, Head, Layout, inner_name
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
 from nicehooks.anatomies.tables import PARTS, SEEN_BY, Family, Lacks
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.paths.names import escape
-
-SINGLE = ("embed", "final_norm", "logits")
-"""The parts that a model has once."""
 
 
 class Anatomy:
@@ -273,10 +271,8 @@ class Anatomy:
         dim = 1 if what.removeprefix("cross_") in ("scores", "pattern") else 2
         return Part.at(path, f"{what}[{layer}]", heads, dim)
 
-    def report(self) -> Any:
+    def report(self) -> Report:
         """A table of every part: its path, its shape, how it was found, and which check it has passed."""
-        from nicehooks.anatomies.reporting import Report
-
         return Report(self)
 
     def __repr__(self) -> str:

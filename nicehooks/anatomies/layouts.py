@@ -15,6 +15,10 @@ from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
 
 
+SINGLE = ("embed", "final_norm", "logits")
+"""The parts that a model has once."""
+
+
 class Sizes(NamedTuple):
     """The sizes of a transformer; `n_kv_heads` is smaller than `n_heads` under grouped-query attention."""
 

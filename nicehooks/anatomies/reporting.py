@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from nicehooks.anatomies.body import SINGLE, Anatomy
+from nicehooks.anatomies.layouts import SINGLE
 from nicehooks.anatomies.tables import PARTS, Lacks
+
+if TYPE_CHECKING:
+    from nicehooks.anatomies.body import Anatomy
 
 
 class Row(NamedTuple):
