@@ -93,7 +93,7 @@ def _row(name: str, found: Anatomy) -> Row:
                 lacking.append(f"{part}: {place.reason}")
             elif part not in places.passed:
                 lacking.append(f"{part}: not checked")
-    why += lacking if with_heads else ["no attention: its layers mix otherwise"]
+    why += lacking if with_heads else ["no softmax over keys was seen: its layers mix positions otherwise"]
     return Row(name, True, stream, bool(with_heads) and not lacking, "; ".join(dict.fromkeys(why)))
 
 

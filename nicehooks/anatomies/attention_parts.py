@@ -142,7 +142,7 @@ class _Projection:
                 continue
             for value in call.outputs:
                 given, chain = self._with_positions(value, target.shape[1])
-                if given is None or given.shape[-1] < 2:
+                if given is None or given.shape[-1] < 2 or not given.is_floating_point():
                     continue
                 path = self._columns(target[:, rows], given[:, rows])
                 if path is not None:

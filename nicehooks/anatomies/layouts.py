@@ -14,7 +14,6 @@ from nicehooks.anatomies.tables import PARTS, PARTS_WITH_HEADS, Family, Lacks
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
 
-
 SINGLE = ("embed", "final_norm", "logits")
 """The parts that a model has once."""
 
