@@ -54,5 +54,8 @@ class CallGradientPort(CallPort):
         others = [(other, OtherForwardRule()) for other in others_below(site.module)]
         return [(site.module, CallGradientRule(site, action, when)), *others]
 
+    def rules_for_all(self, site: Site, action: Action) -> Pairs:
+        return []  # what is listed are values, not their gradients
+
 
 register_port(CallGradientPort())

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import architectures, tiny
-from models import one_thread
+from by_hooks import one_thread
+from gallery.every_architecture import architectures, tiny
 from torch import Tensor
 
 from nicehooks import (

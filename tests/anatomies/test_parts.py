@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny
 from bodies import body, padded
-from models import one_thread
+from by_hooks import one_thread
+from gallery.every_architecture import tiny
 from torch import Tensor, nn
 
 from nicehooks import SiteNotFound, UnsupportedModule, ablate, anatomy, capture, patch, select
