@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from nicehooks.anatomies.finding import Anatomy, find_anatomy
+from nicehooks.anatomies.body import Anatomy
+from nicehooks.anatomies.encoder_decoder import EncoderDecoder
+from nicehooks.anatomies.finding import find_anatomies
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.tables import BERT, FAMILIES, GPT2, GPT_NEOX, LLAMA, OPT, Family, FamilyTable, Lacks
@@ -18,6 +22,7 @@ __all__ = [
     "LLAMA",
     "OPT",
     "Anatomy",
+    "EncoderDecoder",
     "Family",
     "Lacks",
     "Part",
@@ -30,7 +35,7 @@ __all__ = [
 ]
 
 
-def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
+def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inputs: Any = None) -> Any:
     """The parts of a transformer by name: paths, for wherever a path goes.
 
     >>> import torch
@@ -59,19 +64,33 @@ def anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
     - `mlp_pre`, `mlp_post`: the neurons before the activation function (of a gated MLP, the gate), and what the last
       projection reads, `[batch, pos, d_mlp]`.
 
-    `.head(i)` of `q`, `k`, `v`, `scores`, `pattern` and `z` is one head. Single paths are `embed` (the embedding of the
+    - `mixer_out`: what mixes positions otherwise than by attention adds to the stream (Mamba, RWKV, linear attention).
+    - `router`, `router_weights`, `router_experts`, `experts`, `shared_experts` of a mixture of experts.
+
+    `.head(i)` of `q`, `k`, `v`, `scores`, `pattern` and `z` is one head, `.each_head` one site per head, `.grad` the
+    gradients, `.at[:, -1]` the same subscript in every layer; `parts["z", 5]` is `parts.z[5]`. Single paths
+    are `embed` (the embedding of the
     tokens), `final_norm` and `logits`. `n_layers`, `n_heads`, `n_kv_heads`, `d_head` and `d_model` are sizes;
     `name("attn", 3)` and `module("attn", 3)` lead to modules by their role.
 
+    The parts are found in one short forward, on tokens that the model's own embedding has, and checked by numbers in a
+    second one; `report()` says how, and which check each has passed. A model with an encoder and a decoder has the
+    parts in `.encoder` and in `.decoder`, there also `cross_attn_out` and `cross_q`, …, `cross_z`.
+
     Args:
-        model: GPT-2, GPT-NeoX, Llama and its kin, BERT or OPT, with any head or none, also inside another module or
-            inside `torch.compile` or `DistributedDataParallel`; or what `register_anatomy` has described.
+        model: any transformer, with any head or none, also inside another module or inside `torch.compile` or
+            `DistributedDataParallel`; what is not found is what `register_anatomy` has described.
         at: the name of the module that has the transformer in it, for a model with several.
+        check: whether the parts are checked. Without, none of them is refused.
+        inputs: what the model is run on, where it takes something else than tokens: arguments by name, or in order.
+
+    Returns:
+        An `Anatomy`; of a model with an encoder and a decoder, an `EncoderDecoder`.
 
     Raises:
-        UnsupportedModule: the model is not known; or, when a part is asked for, it has no such part.
+        UnsupportedModule: no layers were found, or the model did not run; or, when a part is asked for, it has none.
     """
-    return find_anatomy(model, at)
+    return find_anatomies(model, at, check, inputs)
 
 
 def register_anatomy(kind: str | type[nn.Module], table: FamilyTable) -> None:

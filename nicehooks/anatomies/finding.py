@@ -1,244 +1,176 @@
-"""Which table describes a model, and where in it the modules are that the table names."""
+"""The anatomy of a model: by the table that describes it, or found; checked on a short forward, and remembered.
+
+NOTE [Anatomies are remembered]
+Finding and checking cost one forward each. What they gave is kept beside the model for as long as the model has the
+same modules, the same tables are registered, and the same attention implementation is set: that is looked at each time,
+and costs microseconds. A layout is text alone, so it keeps no module alive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+import weakref
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.anatomies.tables import FAMILIES, PARTS, PARTS_WITH_HEADS, Family, Lacks, PartPlace
+from nicehooks.anatomies.body import Anatomy
+from nicehooks.anatomies.checking import check, quiet
+from nicehooks.anatomies.encoder_decoder import EncoderDecoder
+from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
+from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
+from nicehooks.anatomies.tables import FAMILIES, Family
+from nicehooks.contexts.changes import suspend
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
-from nicehooks.paths.grammar import ModulePath
-from nicehooks.paths.names import escape
 
 
-class Sizes(NamedTuple):
-    """The sizes of a transformer; `n_kv_heads` is smaller than `n_heads` under grouped-query attention."""
+class Asked(NamedTuple):
+    """What `anatomy` was asked for, beside the model."""
 
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_model: int
+    at: str | None = None
+    check: bool = True
+    attention: str = "eager"
 
 
-class Anatomy:
-    """The parts of one model by their names: what `anatomy(model)` returns, where the names are described.
+def find_anatomy(model: nn.Module, at: str | None = None, check: bool = True, inputs: Any = None) -> Anatomy:
+    """The anatomy of the one transformer in `model`, or of that in its module `at`.
 
-    `resid_pre`, `attn_in`, … are sequences over the layers; `embed`, `final_norm` and `logits` are single paths. A part
-    is looked up when it is asked for, and only then found missing.
-
-    Attributes:
-        family: the table that describes the model.
-        base: the name of the module around the blocks, `"transformer"`; empty where that is the model itself.
-        n_layers, n_heads, n_kv_heads, d_head, d_model: its sizes.
+    Raises:
+        UnsupportedModule: it has an encoder and a decoder; the message says how to ask for one of them.
     """
-
-    embed: Part
-    resid_pre: Parts
-    attn_in: Parts
-    q: Parts
-    k: Parts
-    v: Parts
-    scores: Parts
-    pattern: Parts
-    z: Parts
-    attn_out: Parts
-    resid_mid: Parts
-    mlp_in: Parts
-    mlp_pre: Parts
-    mlp_post: Parts
-    mlp_out: Parts
-    resid_post: Parts
-    final_norm: Part
-    logits: Part
-
-    def __init__(self, model: nn.Module, base: str, family: Family, names: Mapping[str, nn.Module]) -> None:
-        self.family = family
-        self.base = base
-        self.config: Any = getattr(names[base], "config", None)
-        self._model = model
-        self._names = names
-        blocks = _inner_name(base, family.blocks)
-        self._blocks = tuple(_inner_name(blocks, key) for key in names[blocks]._modules)
-        self.sizes = _sizes(self.config, family, self.kind)
-        self.n_layers = len(self._blocks)
-        self.n_heads, self.n_kv_heads, self.d_head, self.d_model = self.sizes
-
-    # modules
-
-    @property
-    def kind(self) -> str:
-        """The class of the model, for messages."""
-        return type(self._names[""]).__name__
-
-    def name(self, role: str, layer: int | None = None) -> str:
-        """The name of a module by its role, a field of the table: `name("attn", 3)` is `"transformer.h.3.attn"`.
-
-        Args:
-            role: `"block"`, `"attn"`, `"attn_norm"`, `"mlp_proj"`, … in a layer; `"token_embedding"`, `"final_norm"`,
-                `"before_unembed"`, `"unembed"` outside of the layers.
-            layer: which layer, for a role in a layer.
-
-        Raises:
-            UnsupportedModule: this model has no such module.
-        """
-        if role == "unembed":
-            return self._unembed()
-        inside = self._block(layer) if layer is not None else self.base
-        wanted: Any = "" if role == "block" else getattr(self.family, role, None)
-        if not isinstance(wanted, str):
-            reason = wanted.reason if isinstance(wanted, Lacks) else "the table of its family names none"
-            raise UnsupportedModule(f"{self.kind} has no {role}: {reason}.")
-        name = _inner_name(inside, wanted)
-        if name not in self._names:
-            raise UnsupportedModule(f"{self.kind} has no {role}: there is no module {name!r} in it.")
-        return name
-
-    def module(self, role: str, layer: int | None = None) -> nn.Module:
-        """The module itself, by its role; see `name`."""
-        return self._names[self.name(role, layer)]
-
-    def has(self, role: str, layer: int | None = None) -> bool:
-        """Whether there is a module of this role; see `name`."""
-        try:
-            return self.name(role, layer) in self._names
-        except UnsupportedModule:
-            return False
-
-    def _block(self, layer: int) -> str:
-        if not -self.n_layers <= layer < self.n_layers:
-            raise SiteNotFound(
-                f"{self.kind} has {self.n_layers} layers, 0 … {self.n_layers - 1}, and no layer {layer}."
-            )
-        return self._blocks[layer]
-
-    def _around(self) -> Iterator[str]:
-        """The base and the modules around it, from the inside out."""
-        name = self.base
-        while name:
-            yield name
-            name = name.rpartition(".")[0]
-        yield ""
-
-    def _head(self, options: tuple[str, ...]) -> tuple[str, str] | None:
-        """The nearest module around that has one of `options`, and its name."""
-        found = ((outer, _inner_name(outer, option)) for outer in self._around() for option in options)
-        return next(((outer, name) for outer, name in found if name in self._names), None)
-
-    def _unembed(self) -> str:
-        found = self._head(self.family.unembed)
-        if found is None:
-            raise UnsupportedModule(
-                f"{self.kind} has no unembedding ({' or '.join(map(repr, self.family.unembed))}), so that it gives no "
-                "logits over tokens: take the model with a language modelling head around it."
-            )
-        return found[1]
-
-    # parts
-
-    def __getattr__(self, what: str) -> Any:
-        if what in ("embed", "final_norm"):
-            return Part.at(escape(self.name("token_embedding" if what == "embed" else what)), what)
-        if what == "logits":
-            return self._logits()
-        place = None if what.startswith("_") else self.family.parts.get(what, PARTS.get(what))
-        if place is None:
-            raise AttributeError(NO_PART.format(what=what, names=", ".join(self._known())))
-        path = self._path(what, self._here(what, place))
-        return Parts((self._part(what, path, layer) for layer in range(self.n_layers)), what)
-
-    def lacks(self, what: str) -> bool:
-        """Whether the table says of a part (`"mlp_out"`, `"final_norm"`) that the model lacks it."""
-        own = self.family.final_norm if what == "final_norm" else self.family.parts.get(what)
-        return isinstance(own, Lacks)
-
-    def _known(self) -> list[str]:
-        return ["embed", *PARTS, *(what for what in self.family.parts if what not in PARTS), "final_norm", "logits"]
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._known()]
-
-    @property
-    def softcap(self) -> float | None:
-        """The soft cap of the logits, if the model has one."""
-        return None if self.family.softcap is None else getattr(self.config, self.family.softcap, None)
-
-    def _logits(self) -> Part:
-        unembed = self._head(self.family.unembed)
-        classifier = self._head(self.family.classifiers)
-        if unembed is not None and self.softcap is None:
-            return Part.at(escape(unembed[1]), "logits")
-        found = unembed or classifier
-        if found is None:
-            self._unembed()
-            raise AssertionError("unreachable")
-        return Part.at(f"{escape(found[0])}['logits']", "logits")
-
-    @property
-    def attention(self) -> str:
-        """The attention implementation that is set now; "eager" where the model says nothing of it."""
-        # Attention modules of transformers read this name at each call (5.0 … 5.23); there is no public one.
-        return getattr(self.config, "_attn_implementation", None) or "eager"
-
-    def _here(self, what: str, place: PartPlace) -> str | Lacks:
-        if isinstance(place, str | Lacks):
-            return place
-        if self.attention not in place:
-            known = " or ".join(repr(name) for name in place)
-            raise UnsupportedModule(FUSED.format(kind=self.kind, what=what, now=self.attention, known=known))
-        return place[self.attention]
-
-    def _path(self, what: str, place: str | Lacks) -> str:
-        if isinstance(place, Lacks):
-            raise UnsupportedModule(f"{self.kind} has no {what}: {place.reason}.")
-        names = {one.name: getattr(self.family, one.name) for one in fields(self.family)}
-        return place.format(**{**names, **self.sizes._asdict()})
-
-    def _part(self, what: str, path: str, layer: int) -> Part:
-        block = escape(self._blocks[layer])
-        full = ModulePath.parse(block + path if path[:1] in ("", *"@#[/") else f"{block}.{path}")
-        if full.plain_name not in self._names and not full.is_wild:
-            raise UnsupportedModule(f"{self.kind} has no {what}: there is no module {full.plain_name!r} in it.")
-        size, dim = PARTS_WITH_HEADS.get(what, (None, 2))
-        return Part.at(full, f"{what}[{layer}]", getattr(self.sizes, size) if size else None, dim)
-
-    def __repr__(self) -> str:
-        where = f" at {self.base!r}" if self.base else ""
-        shown = ", ".join(f"{name}={size}" for name, size in self.sizes._asdict().items())
-        return f"Anatomy of {self.kind}{where}: n_layers={self.n_layers}, {shown}"
+    found = find_anatomies(model, at, check, inputs)
+    return found.decoder if isinstance(found, EncoderDecoder) else found
 
 
-NO_PART = "an anatomy has no {what!r}; its parts are {names}."
+def find_anatomies(
+    model: nn.Module, at: str | None = None, check: bool = True, inputs: Any = None
+) -> Anatomy | EncoderDecoder:
+    """The anatomy of `model`; of an encoder and a decoder, that of both."""
+    layouts = _layouts(model, Asked(at, check, _attention_in(model, at)), inputs)
+    bodies = [Anatomy(model, layout, partial(_again, model, at, check, index)) for index, layout in enumerate(layouts)]
+    return bodies[0] if len(bodies) == 1 else EncoderDecoder(*bodies)
 
-FUSED = (
-    "{kind} has no {what} under attention implementation {now!r}: one kernel computes attention, and scores and "
-    "pattern are never there.\n"
-    '    model.set_attn_implementation("eager")  # {known} show it; then ask for the part again'
-)
+
+def says_what_it_is(model: nn.Module) -> bool:
+    """Whether a module in it has a config, as in `transformers`, or is one that a table describes."""
+    return any(hasattr(one, "config") or any(kind in FAMILIES for kind in type(one).__mro__) for one in model.modules())
+
+
+def _again(model: nn.Module, at: str | None, check: bool, index: int, attention: str) -> Layout:
+    return _layouts(model, Asked(at, check, attention), None)[index]
+
+
+# --- remembering ------------------------------------------------------------------------------------------------------
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Asked, tuple[Any, list[Layout] | str]]] = weakref.WeakKeyDictionary()
+"""By model and what was asked: what the model looked like, and what was found, or why nothing was."""
+
+
+def _looks(model: nn.Module) -> Any:
+    modules = tuple((id(module), type(module)) for module in model.modules())
+    return modules, tuple((key, id(table)) for key, table in FAMILIES.items())
+
+
+def _layouts(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
+    known = _known.setdefault(model, {})
+    looks = _looks(model)
+    if inputs is None and asked in known and known[asked][0] == looks:
+        found = known[asked][1]
+        if isinstance(found, str):
+            raise UnsupportedModule(found)
+        return found
+    try:
+        made = _made(model, asked, inputs)
+    except UnsupportedModule as error:
+        known[asked] = looks, str(error)
+        raise
+    known[asked] = looks, made
+    return made
+
+
+def _attention_in(model: nn.Module, at: str | None) -> str:
+    try:
+        start = model if at is None else model.get_submodule(at)
+    except AttributeError:  # a name that looks through wrappers
+        start = model
+    return attention_of(next((one.config for one in start.modules() if hasattr(one, "config")), None))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def find_anatomy(model: nn.Module, at: str | None = None) -> Anatomy:
-    """The anatomy of the one language model in `model`, or of that in its module `at`."""
+def _made(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     names = dict(Census(model).unwrapped())
-    if at is not None and at not in names:
-        raise SiteNotFound(f"{type(names['']).__name__} has no module {at!r}.")
-    inside = {name: module for name, module in names.items() if not at or name == at or name.startswith(f"{at}.")}
+    if asked.at is not None and asked.at not in names:
+        raise SiteNotFound(f"{type(names['']).__name__} has no module {asked.at!r}.")
+    inside = {
+        name: one for name, one in names.items() if not asked.at or name == asked.at or name.startswith(f"{asked.at}.")
+    }
+    tables = _tables_in(names, inside)
+    if len(tables) > 1:
+        raise UnsupportedModule(several(names, [base for base, _ in tables]))
+    with quiet(model), suspend(model), running(names, asked.attention):
+        if tables:
+            return [_of_table(model, names, *tables[0], asked, inputs)]
+        return _found(model, names, asked, inputs, inside)
+
+
+def _of_table(
+    model: nn.Module, names: dict[str, nn.Module], base: str, family: Family, asked: Asked, inputs: Any
+) -> Layout:
+    config = getattr(names[base], "config", None)
+    sizes = _sizes(config, family, type(names[""]).__name__)
+    blocks = inner_name(base, family.blocks)
+    layers = [places_of_table(family, inner_name(blocks, key), sizes, names) for key in names[blocks]._modules]
+    layout = Layout(base, family, layers, sizes, attention=asked.attention)
+    if asked.check:
+        layout.checked = _checked(model, names, layout, inputs)
+    return layout
+
+
+def _checked(model: nn.Module, names: dict[str, nn.Module], layout: Layout, inputs: Any) -> str:
+    """Checks a layout of a table, if the model runs on an input of ours; says how it was checked, or why not."""
+    if any(parameter.is_meta for parameter in names[""].parameters()):
+        return "no: it has no weights yet"
+    try:
+        recorded = Recorded(model, names, "", inputs)
+    except UnsupportedModule:
+        return "no: it did not run on an input of ours; give it one, anatomy(model, inputs=…)"
+    check(model, names, layout, recorded.run, recorded.inputs)
+    return layout.checked
+
+
+def _found(
+    model: nn.Module, names: dict[str, nn.Module], asked: Asked, inputs: Any, inside: Mapping[str, nn.Module]
+) -> list[Layout]:
+    try:
+        recorded = Recorded(model, names, asked.at or "", inputs)
+    except UnsupportedModule as error:
+        if "Say which" in str(error):
+            raise
+        raise UnsupportedModule(_unknown(names, inside, str(error))) from None
+    try:
+        layouts = main_layouts(found_layouts(recorded), names, asked.at or "")
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # values of shapes that no layer here has
+        raise UnsupportedModule(_unknown(names, inside, f"{type(error).__name__}: {error}")) from error
+    if not layouts:
+        raise UnsupportedModule(_unknown(names, inside, NO_LAYERS))
+    for layout in layouts:
+        layout.attention = asked.attention
+        if asked.check:
+            check(model, names, layout, recorded.run, recorded.inputs)
+    return layouts
+
+
+def _tables_in(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]) -> list[tuple[str, Family]]:
     found: dict[int, tuple[str, Family]] = {}
     for name, module in inside.items():
         family = _family_of(module)
-        if family is not None and _has_blocks(names, _inner_name(name, family.blocks)):
+        if family is not None and _has_blocks(names, inner_name(name, family.blocks)):
             found.setdefault(id(module), (name, family))
-    if len(found) != 1:
-        raise UnsupportedModule(_several(names, found) if found else _unknown(names, inside))
-    ((base, family),) = found.values()
-    return Anatomy(model, base, family, names)
+    return list(found.values())
 
 
 def _family_of(module: nn.Module) -> Family | None:
@@ -258,8 +190,7 @@ def _has_blocks(names: Mapping[str, nn.Module], blocks: str) -> bool:
 
 
 def _sizes(config: Any, family: Family, kind: str) -> Sizes:
-    heads = _size(config, family.n_heads)
-    width = _size(config, family.d_model)
+    heads, width = _size(config, family.n_heads), _size(config, family.d_model)
     if heads is None or width is None:
         missing = "n_heads" if heads is None else "d_model"
         where = getattr(family, missing)
@@ -276,26 +207,12 @@ def _size(config: Any, given: str | int) -> int | None:
     return given if isinstance(given, int) else getattr(config, given, None)
 
 
-def _inner_name(outer: str, inner: str) -> str:
-    return f"{outer}.{inner}" if outer and inner else outer or inner
-
-
-def _several(names: Mapping[str, nn.Module], found: Mapping[int, tuple[str, Family]]) -> str:
-    bases = [base for base, _ in found.values()]
-    return (
-        f"{type(names['']).__name__} has {len(bases)} transformers in it: {', '.join(map(repr, bases))}. Say which:\n"
-        f'    anatomy(model, at="{bases[0]}")'
-    )
-
-
-def _unknown(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]) -> str:
+def _unknown(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module], why: str) -> str:
     kind = type(names[""]).__name__
     types = list(dict.fromkeys(filter(None, map(_model_type, inside.values()))))
-    known = ", ".join(sorted(str(key) if isinstance(key, str) else key.__name__ for key in FAMILIES))
     half = [(type_, module) for type_ in types for module in inside.values() if _model_type(module) == type_]
     looked = [f"{family.blocks!r}" for _, module in half if (family := _family_of(module)) is not None]
-    lines = [f"no anatomy of {kind} is known."]
-    lines.append(f"  its config.model_type: {', '.join(map(repr, types)) or 'there is none'}; known are: {known}")
+    lines = [f"no anatomy of {kind} is known: {why}"]
     if looked:
         lines.append(f"  its table looks for the layers in {looked[0]}, which is not there")
     key = f'"{types[0]}"' if types else kind
@@ -303,3 +220,8 @@ def _unknown(names: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]) ->
     lines.append("    from nicehooks.anatomies.anatomy import Family, register_anatomy")
     lines.append(f'    register_anatomy({key}, Family(blocks="layers", attn="self_attn", …, parts={{"z": "…"}}))')
     return "\n".join(lines)
+
+
+NO_LAYERS = (
+    "a short forward showed no layers in it, numbered modules that each map [batch, pos, d_model] to the same shape."
+)

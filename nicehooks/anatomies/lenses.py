@@ -122,23 +122,21 @@ def direct_logit_attribution(
         UnsupportedModule: the model has no unembedding, or the norms stand on the stream.
     """
     body = find_anatomy(model)
-    if body.family.post_norm:
+    if body.post_norm:
         raise UnsupportedModule(POST_NORM.format(kind=body.kind))
     if not isinstance(position, int | Tensor):
         raise TreeMismatch(
             f"position={position!r}: the logits of one position, an int, or of one per example, [batch]."
         )
-    every = [getattr(body, what) for what in ("z" if per_head else "attn_out", "mlp_out") if not body.lacks(what)]
-    branches: list[Part] = [part for layer in zip(*every, strict=True) for part in layer]
+    branches = _branches(body, per_head)
     ends = [body.resid_post[-1], *([] if body.lacks("final_norm") else [body.final_norm])]
-    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *branches, *ends])
+    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *(part for _, part in branches), *ends])
     first, last = read(body.resid_pre[0]), _at_position(read(body.resid_post[-1]), position)
     terms = {"resid_pre[0]": _at_position(first, position).float()}
     with suspend(model):
-        for index, part in enumerate(branches):
+        for layer, part in branches:
             value = read(part)
             if part.what.startswith("z["):
-                layer = index // len(every)
                 terms.update(_terms_of_heads(body, layer, part, _at_position(value, position)))
             else:
                 terms[part.what] = _at_position(_like_stream(value, first, part), position).float()
@@ -231,6 +229,12 @@ POST_NORM = (
 )
 
 
+NO_PLAIN_SUM = (
+    "in layer {layer} of {kind} the stream is not plainly a sum of what its branches add: no logit can be taken apart "
+    "into what each of them adds. logit_lens(model, cache) works."
+)
+
+
 def _chosen(body: Anatomy, layers: slice | Sequence[int] | None) -> list[int]:
     every = range(body.n_layers)
     if layers is None or isinstance(layers, slice):
@@ -264,11 +268,23 @@ def _like_stream(value: Tensor, stream: Tensor, part: Part) -> Tensor:
 
 def _normed(body: Anatomy, part: str, layer: int, row: Tensor) -> Tensor:
     """The stream behind the norm that comes next on the way to the logits."""
-    if not body.family.post_norm:
+    if not body.post_norm:
         return row if body.lacks("final_norm") else body.module("final_norm")(row)
     if part == "resid_pre":
         return row
     return body.module("mlp_norm" if part == "resid_post" else "attn_norm", layer)(row)
+
+
+def _branches(body: Anatomy, per_head: bool) -> list[tuple[int, Part]]:
+    """What is added to the stream, in order, with the layer that adds it; of attention, the heads where it has them."""
+    found: list[tuple[int, Part]] = []
+    for layer, places in enumerate(body.layout.layers):
+        if not places.form or any(step.kind != "add" for step in places.form):
+            raise UnsupportedModule(NO_PLAIN_SUM.format(kind=body.kind, layer=layer))
+        for step in places.form:
+            heads = per_head and step.what == "attn_out" and places.has("z") and body.has("attn_proj", layer)
+            found.append((layer, body["z" if heads else step.what, layer]))
+    return found
 
 
 def _terms_of_heads(body: Anatomy, layer: int, part: Part, z: Tensor) -> dict[str, Tensor]:

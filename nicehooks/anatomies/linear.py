@@ -75,7 +75,7 @@ def results_of_heads(body: Anatomy, layer: int, z: Tensor) -> tuple[Tensor, Tens
     alone = torch.eye(body.n_heads, dtype=z.dtype, device=z.device)[:, :, None] * z.unsqueeze(-3)
     bias = project(torch.zeros_like(z).flatten(-2))
     results = project(alone.flatten(-2)) - bias.unsqueeze(-2)
-    if body.family.attn_post_norm is None:
+    if not body.has("attn_post_norm", layer):
         return results, bias
     norm = linear_part(body.module("attn_post_norm", layer), project(z.flatten(-2)))
     each = norm._replace(gain=norm.gain.unsqueeze(-2))
@@ -86,8 +86,7 @@ def unembedded(body: Anatomy, normed: Tensor) -> Tensor:
     """The logits of what comes out of the final norm."""
     if body.has("before_unembed"):
         normed = body.module("before_unembed")(normed)
-    logits = body.module("unembed")(normed)
-    return logits if body.softcap is None else body.softcap * torch.tanh(logits / body.softcap)
+    return body.head.of(body.module("unembed")(normed))
 
 
 def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +108,7 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
             more = more if bias is None else more + sign * bias[chosen].float()
     if body.has("before_unembed"):
         to = to @ body.module("before_unembed").weight.float()  # type: ignore[union-attr, operator]
-    return to, more
+    return to * body.head.scale, more * body.head.scale
 
 
 def _token_ids(given: object, batch: int, vocabulary: int) -> Tensor:

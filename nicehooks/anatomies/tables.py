@@ -254,17 +254,8 @@ BERT = Family(
 FamilyTable = Family | Callable[[Any], Family]
 """The table of a family, or a function from the config to it."""
 
-FAMILIES: dict[str | type, FamilyTable] = {
-    "gpt2": GPT2,
-    "gpt_neox": lambda config: GPT_NEOX_PARALLEL if config.use_parallel_residual else GPT_NEOX,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gemma": LLAMA,
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA2,
-    "bert": BERT,
-    "opt": lambda config: OPT if config.do_layer_norm_before else OPT_POST_NORM,
-}
-"""By `config.model_type`, or by the class of the module around the blocks."""
+FAMILIES: dict[str | type, FamilyTable] = {}
+"""By `config.model_type`, or by the class of the module around the blocks: what `register_anatomy` was given.
+
+The library has no entry of its own: the parts of every family are found.
+"""

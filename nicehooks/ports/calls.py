@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward as attention_of_several_heads
 from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
@@ -35,7 +36,7 @@ from nicehooks.ports.arguments import arguments_of, by_name, complete, written_b
 from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
 from nicehooks.ports.signatures import parameters_in_call
-from nicehooks.torch_private import evaluated_while_tracing
+from nicehooks.torch_private import evaluated_while_tracing, opened
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, is_same
 
@@ -141,7 +142,7 @@ class EveryCallRule(CallRule):
         return [n for n in of_class if is_method(module, n) and inspect.isroutine(getattr(type(module), n))]
 
     def key_of_call(self, frame: Frame, name: str, number: int) -> str | None:
-        return str(replace(self.path, port=Port("call", _plain(name), number)))
+        return str(replace(self.path, port=Port("call", plain_function_name(name), number)))
 
     def on(self, frame: Frame, name: str, number: int, value: Any, chain: Chain | None = None) -> Any:
         shows = any([isinstance(leaf, Tensor) for leaf in trees.leaves(value)])
@@ -211,6 +212,10 @@ class CallWatcher(AbstractContextManager[None]):
         # with the signature of the method, which a model may inspect
         return watched if torch.compiler.is_dynamo_compiling() else wraps(method)(watched)
 
+    def is_here(self) -> bool:
+        """Whether it is the module's own forward that runs here and now."""
+        return _running.frame is self.frame
+
     def wants(self, name: str, call: Call) -> bool:
         """Whether any rule is about this call of the function called `name`, here and now."""
         frame = self.frame
@@ -219,7 +224,7 @@ class CallWatcher(AbstractContextManager[None]):
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, with the rules on its arguments before, in its steps, and on its result after."""
         rules = [rule for rule in self.rules if rule.is_about(self.frame, name, (function, args, kwargs))]
-        number = self.counts[_plain(name)] = self.counts.get(_plain(name), -1) + 1
+        number = self.counts[plain_function_name(name)] = self.counts.get(plain_function_name(name), -1) + 1
 
         def at(part: str, value: Any) -> Any:
             with _Carrying():
@@ -264,6 +269,9 @@ class _Mode(TorchFunctionMode):
             func = self._in_steps()
         if self.watcher.wants(name, (func, args, kwargs)):
             return self.watcher.call(name, func, args, kwargs)
+        if func is attention_of_several_heads and self.watcher.is_here():
+            with self:  # its lines are calls in the module's own forward, too: it is all that the forward consists of
+                return opened(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _in_steps(self) -> Callable[..., Tensor]:
@@ -278,11 +286,17 @@ class _Mode(TorchFunctionMode):
 @evaluated_while_tracing
 def same_function(wanted: str, name: str) -> bool:
     """Whether a path that says `wanted` means the function called `name`; an operator and its function are one."""
-    return name == wanted or _plain(name) == _plain(wanted)
+    return name == wanted or plain_function_name(name) == plain_function_name(wanted)
 
 
 @evaluated_while_tracing
-def _plain(name: str) -> str:
+def plain_function_name(name: str) -> str:
+    """The name of a function without the underscores of an operator: `__radd__` is `add`."""
+    return _plain_name(name)
+
+
+@lru_cache(maxsize=1024)
+def _plain_name(name: str) -> str:
     return re.sub(r"^__(r(?=add|sub|mul|truediv|matmul|pow))?(\w+)__$", r"\2", name)
 
 

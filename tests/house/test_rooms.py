@@ -98,7 +98,6 @@ def test_a_test_of_the_kind_is_found(line: str) -> None:
 # --- how much there is to read ----------------------------------------------------------------------------------------
 
 LONG = {
-    "anatomies.finding": "finding a table by structure and checking it go hand in hand",
     "caches.cache": "one class, whose methods are its public face",
     "contexts.capturing": "the shortest way from an output to a cache stands beside the long one",
     "contexts.changes": "six verbs with their docstrings; the code is 128 lines",

@@ -237,7 +237,7 @@ def test_paths_round_trip(text):
     [
         ("@W.uses", "with brackets: @weight.uses()"),
         ("@W.uses().input", "results, which have no input"),
-        ("@softmax().grad", "a parameter's uses alone"),
+        ("@softmax().input.grad", "a parameter's uses alone"),
     ],
 )
 def test_what_is_no_path(text, says):

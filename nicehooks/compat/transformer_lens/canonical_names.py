@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from nicehooks.anatomies.anatomy import anatomy
-from nicehooks.anatomies.finding import Anatomy
+from nicehooks.anatomies.body import Anatomy
+from nicehooks.anatomies.finding import find_anatomy, says_what_it_is
 from nicehooks.core.census import Census
 from nicehooks.errors import NiceHooksError, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
@@ -100,9 +100,11 @@ class CanonicalNames(NamedTuple):
 
 
 def canonical_names(model: nn.Module) -> CanonicalNames | None:
-    """The names that hold in `model`; None where its anatomy is not known."""
+    """The names that hold in `model`; None where its anatomy is not known, or nothing in it says that it has one."""
+    if not says_what_it_is(model):  # it is not run only to learn that
+        return None
     try:
-        parts = anatomy(model)
+        parts = find_anatomy(model)
     except NiceHooksError:
         return None
     found = CanonicalNames(parts, {}, {})

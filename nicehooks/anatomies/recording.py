@@ -1,0 +1,288 @@
+"""One forward, recorded: every call of a module, and every torch function in a module's own forward, in order.
+
+NOTE [Values have keys]
+Parts are found by asking where a value comes from and who reads it. Two values are taken for the same one if their
+bytes are equal, whatever their shapes: so a view, a reshape, and a dropout in evaluation are seen through, and an
+accident is next to impossible on random inputs. The key of a value is taken at once, because a model may write into
+it later.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward
+from torch.overrides import TorchFunctionMode
+
+from nicehooks.core.census import Census
+from nicehooks.paths.names import escape
+from nicehooks.ports.calls import plain_function_name
+from nicehooks.torch_private import opened
+
+Key = tuple[int, int]
+"""What tells the numbers of one tensor from those of others: how many there are, and a hash of their bytes."""
+
+MOST = 1 << 24
+"""Larger values than these many numbers are not looked at."""
+
+
+def key_of(value: Tensor) -> Key:
+    """The key of a value; see NOTE [Values have keys]."""
+    flat = value.detach().contiguous().reshape(-1)
+    return value.numel(), hash(flat.view(torch.uint8).cpu().numpy().tobytes())
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor in an argument or a result of a call.
+
+    Attributes:
+        step: where it is in them, as text: `""`, `"[0]"`, `"['logits']"`; of an argument, `"input[0]"`.
+        tensor: the tensor itself, copied where it may be looked into.
+    """
+
+    step: str
+    tensor: Tensor
+    key: Key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module, or of a function in a module's own forward.
+
+    Attributes:
+        owner: the name of the module; of a function, of the module in whose own forward it was called.
+        function: the name of the function; empty for the call of a module.
+        number: which call of the module in this forward, or of the function in this run of the module's own forward.
+        around: the call of the module that it was made in.
+        begin, end: its place in the order of all beginnings and ends.
+        numbers: the plain numbers among the arguments of a function.
+    """
+
+    owner: str
+    function: str
+    number: int
+    around: Call | None
+    begin: int
+    module: nn.Module | None = None
+    end: int = -1
+    inputs: list[Value] = field(default_factory=list[Value])
+    outputs: list[Value] = field(default_factory=list[Value])
+    numbers: list[float] = field(default_factory=list[float])
+    arguments: Any = None
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+
+    def is_in(self, outer: Call) -> bool:
+        """Whether it was made while `outer` ran."""
+        return outer.begin < self.begin and self.end < outer.end
+
+    def __repr__(self) -> str:
+        return f"Call({self.owner}#{self.number}{f'@{self.function}' if self.function else ''})"
+
+
+class Record:
+    """What happened in one forward.
+
+    Attributes:
+        calls: every call, in the order in which they began.
+        names: the modules by their names.
+    """
+
+    def __init__(self, names: dict[str, nn.Module]) -> None:
+        self.calls: list[Call] = []
+        self.names = names
+        self.times: dict[str, int] = {}
+
+    def of_modules(self) -> Iterator[Call]:
+        """The calls of modules."""
+        return (call for call in self.calls if not call.function)
+
+    def within(self, outer: Call) -> list[Call]:
+        """The calls that were made while `outer` ran."""
+        return [call for call in self.calls if call.is_in(outer)]
+
+    def path(self, call: Call, value: Value | None = None, *, read: bool = False) -> str:
+        """The path of a result of a call; of an argument, where `read`."""
+        several = self.times.get(call.owner, 1) > 1
+        module = call if not call.function else call.around
+        number = f"#{module.number}" if several and module is not None else ""
+        port = ""
+        if call.function:
+            counted = self._several(call)
+            port = f"@{call.function}{f'#{call.number}' if counted else ''}()"
+        step = "" if value is None else value.step
+        return f"{escape(call.owner)}{number}{port}{'@' if read else ''}{step}"
+
+    def _several(self, call: Call) -> bool:
+        return call.around is not None and call.around.counts.get(call.function, 0) > 0
+
+
+def record_forward(model: nn.Module, run: nn.Module, inputs: Any) -> tuple[Any, Record]:
+    """Runs the module `run` of `model` once, and records what its modules and their forwards do.
+
+    Returns:
+        The output, and the record.
+    """
+    census = Census(model)
+    names = dict(census.unwrapped())
+    record = Record(names)
+    with ExitStack() as stack:
+        recorder = _Recorder(record)
+        for name, module in names.items():
+            if census.first[id(module)] == name and hasattr(module, "register_forward_pre_hook"):
+                stack.callback(module.register_forward_pre_hook(recorder.begins(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder.ends, with_kwargs=True).remove)
+        stack.enter_context(recorder)
+        output = called_with(run, inputs)
+    return output, record
+
+
+def called_with(run: nn.Module, inputs: Any) -> Any:
+    """What `run` gives for its inputs: arguments by name, several in order, or one."""
+    if isinstance(inputs, Mapping):
+        return run(**inputs)
+    return run(*inputs) if isinstance(inputs, tuple | list) else run(inputs)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.running: list[Call] = []
+        self.now = 0
+        self.is_looking = False
+
+    def begins(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            number = self.record.times.get(name, 0)
+            self.record.times[name] = number + 1
+            call = self._new(name, "", number)
+            call.module, call.arguments = module, (args, kwargs)
+            call.inputs = [self._value(step, one) for step, one in _arguments(module, args, kwargs)]
+            self.running.append(call)
+
+        return hook
+
+    def ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self.running.pop()
+        call.outputs = [self._value(step, one) for step, one in _tensors(output)]
+        self._over(call)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        raw = getattr(func, "__name__", "")
+        if self.is_looking or not self.running or raw in NOT_CALLS:
+            return func(*args, **kwargs)
+        name = plain_function_name(raw)
+        if func is multi_head_attention_forward:
+            with self:  # its lines are those of the module's forward
+                return opened(func)(*args, **kwargs)
+        around = self.running[-1]
+        around.counts[name] = around.counts.get(name, -1) + 1
+        call = self._new(around.owner, name, around.counts[name])
+        if name in LOOKED_INTO:
+            call.inputs = [self._value(step, one) for step, one in _given(args, kwargs)]
+            call.numbers = [float(one) for one in args if isinstance(one, int | float)]
+            call.arguments = kwargs
+        output = func(*args, **kwargs)
+        call.outputs = [self._value(step, one, name in WITH_VALUES) for step, one in _tensors(output)]
+        self._over(call)
+        return output
+
+    def _new(self, owner: str, function: str, number: int) -> Call:
+        self.now += 1
+        call = Call(owner, function, number, self.running[-1] if self.running else None, self.now)
+        self.record.calls.append(call)
+        return call
+
+    def _over(self, call: Call) -> None:
+        self.now += 1
+        call.end = self.now
+
+    def _value(self, step: str, value: Tensor, copied: bool = True) -> Value:
+        self.is_looking = True  # what is called to look at a value is no call of the model's
+        own = value.detach()
+        seen = Value(step, own.clone() if copied else own, key_of(own))
+        self.is_looking = False
+        return seen
+
+
+NOT_CALLS = (
+    "__get__",
+    "__set__",
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+    "is_complex",
+    "shape",
+    "device",
+    "dtype",
+    "__len__",
+)
+ADDING = ("add", "iadd", "radd", "add_", "sub", "isub")
+SCALING = ("mul", "imul", "rmul", "truediv", "itruediv", "div")
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "rmatmul")
+FUSED = "scaled_dot_product_attention"
+WITH_VALUES = ("softmax", FUSED, *PRODUCTS)
+ACTIVATIONS = ("gelu", "relu", "silu", "tanh", "sigmoid", "square", "pow", "softplus", "hardswish", "mish", "relu6")
+CUT = ("chunk", "split", "getitem", "narrow", "masked_fill", "where", "dropout", "float", "to", "type_as")
+LOOKED_INTO = (*ADDING, *SCALING, *WITH_VALUES, *ACTIVATIONS, *CUT, "layer_norm", "rms_norm", "topk")
+"""The functions whose arguments are looked at."""
+
+
+def _looked_at(value: Any) -> bool:
+    usual = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.layout == torch.strided
+    return usual and 0 < value.numel() <= MOST and value.device.type != "meta"
+
+
+def _tensors(output: Any, step: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a result, at most two levels deep, with the subscripts that lead to them."""
+    if _looked_at(output):
+        yield step, output
+    elif isinstance(output, dict) and step.count("[") < 2:
+        for name, one in output.items():
+            yield from _tensors(one, f"{step}[{name!r}]")
+    elif isinstance(output, tuple | list) and step.count("[") < 2:
+        for index, one in enumerate(output):
+            yield from _tensors(one, f"{step}[{index}]")
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments of a module: those that its forward numbers by their numbers."""
+    for index, one in enumerate(args):
+        if _looked_at(one):
+            yield f"input[{index}]", one
+    if kwargs:
+        order = _parameters(type(module))
+        for name, one in kwargs.items():
+            if _looked_at(one):
+                yield f"input[{order.index(name) if name in order else repr(name)}]", one
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for index, one in enumerate(args):
+        if _looked_at(one):
+            yield str(index), one
+        elif isinstance(one, tuple | list):
+            yield from ((str(index), each) for each in one if _looked_at(each))
+    yield from ((name, one) for name, one in kwargs.items() if _looked_at(one))
+
+
+def _parameters(kind: type[nn.Module]) -> list[str]:
+    try:
+        signature = inspect.signature(kind.forward)
+    except (TypeError, ValueError):
+        return []
+    names = list(signature.parameters)[1:]
+    return [name for name in names if signature.parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
