@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 import transformers
-from gallery.every_architecture import architectures, tiny
+from gallery.every_architecture import architectures, tiny  # pyright: ignore[reportMissingImports]
 
 from nicehooks import NiceHooksError, anatomy
 from nicehooks.anatomies.anatomy import Anatomy, EncoderDecoder

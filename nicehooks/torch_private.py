@@ -9,8 +9,6 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import Context
-from functools import lru_cache
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -139,22 +137,6 @@ def nested_sizes(tensor: Tensor) -> list[int | str]:
         int(sizes[0, dim]) if bool((sizes[:, dim] == sizes[0, dim]).all()) else "*" for dim in range(sizes.shape[1])
     ]
     return [sizes.shape[0], *same]
-
-
-@lru_cache(maxsize=8)
-def opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a function of torch whose own lines run where a mode would take the whole call (2.4 … 2.13).
-
-    Such a function begins by asking `has_torch_function`, which the copy finds to say no.
-    """
-    names = {**function.__globals__, "has_torch_function": _says_no}
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _says_no(values: object) -> bool:
-    return False
 
 
 def is_scripted(module: object) -> bool:

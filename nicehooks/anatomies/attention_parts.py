@@ -10,15 +10,15 @@ from torch import Tensor
 from nicehooks.anatomies.columns import columns_of, columns_path, leading_columns_of, without_repeats
 from nicehooks.anatomies.cores import Core
 from nicehooks.anatomies.mlp_parts import is_projection
-from nicehooks.anatomies.places import Places
-from nicehooks.anatomies.recording import FUSED, SCALING, Call, Value, key_of
+from nicehooks.anatomies.places import PartPlaces
+from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall, Value, key_of
 from nicehooks.anatomies.streams import Flow, is_norm
 from nicehooks.anatomies.tables import Lacks
 
 QKV = ("q", "k", "v")
 
 
-def attention_parts(flow: Flow, calls: Sequence[Call], core: Core, places: Places) -> None:
+def attention_parts(flow: Flow, calls: Sequence[NotedCall], core: Core, places: PartPlaces) -> None:
     """Writes into `places` where the parts of the attention `core` are, which is among the `calls` of a branch."""
     _owner(flow, core, places)
     _pattern(flow, core, places)
@@ -31,11 +31,11 @@ def attention_parts(flow: Flow, calls: Sequence[Call], core: Core, places: Place
         if found is not None:
             places.heads[what] = found[1]
             places.compared[what] = (
-                FIRST if what != "v" and not search.is_normed else NORMED if search.is_normed else READ
+                FIRST if what != "v" and not search.is_normed else NORMED_HEADS if search.is_normed else READ
             )
 
 
-def _owner(flow: Flow, core: Core, places: Places) -> None:
+def _owner(flow: Flow, core: Core, places: PartPlaces) -> None:
     owner = core.call.around
     if owner is not None:
         places.role("attn", owner.owner)
@@ -44,16 +44,16 @@ def _owner(flow: Flow, core: Core, places: Places) -> None:
             places.put("attn_in", flow.record.path(owner, stream[0], read=True))
 
 
-def _pattern(flow: Flow, core: Core, places: Places) -> None:
+def _pattern(flow: Flow, core: Core, places: PartPlaces) -> None:
     path = flow.record.path(core.call)
     places.heads["scores"] = places.heads["pattern"] = core.n_heads
     if core.call.function == FUSED:
         places.put("scores", f"{path}.scores")
         places.put("pattern", f"{path}.pattern")
     elif core.call.outputs[0].tensor.ndim != 4:
-        places.put("scores", Lacks(PACKED))
+        places.put("scores", Lacks(PACKED_HEADS))
         shaped = _as_heads(flow, core)
-        places.put("pattern", Lacks(PACKED) if shaped is None else flow.record.path(*shaped))
+        places.put("pattern", Lacks(PACKED_HEADS) if shaped is None else flow.record.path(*shaped))
     else:
         cut = (
             ""
@@ -64,7 +64,7 @@ def _pattern(flow: Flow, core: Core, places: Places) -> None:
         places.put("pattern", f"{path}{cut}")
 
 
-def _as_heads(flow: Flow, core: Core) -> tuple[Call, Value] | None:
+def _as_heads(flow: Flow, core: Core) -> tuple[NotedCall, Value] | None:
     """Where the pattern is seen with a dimension of its own for the heads."""
     if core.pattern is None:
         return None
@@ -74,7 +74,7 @@ def _as_heads(flow: Flow, core: Core) -> tuple[Call, Value] | None:
     )
 
 
-def _z(flow: Flow, core: Core, places: Places) -> None:
+def _z(flow: Flow, core: Core, places: PartPlaces) -> None:
     z = core.z.transpose(1, 2)
     key, heads = key_of(z), core.n_heads
     places.heads["z"] = heads
@@ -103,14 +103,14 @@ def _to_heads(value: Value, heads: int, z: Tensor) -> str | None:
     return f"/rows/{heads}" if value.shape == (batch * positions, heads * size) else None
 
 
-def _has_matrix(call: Call) -> bool:
+def _has_matrix(call: NotedCall) -> bool:
     return call.module is not None and any(one.ndim > 1 for one in call.module.parameters())
 
 
 class _Projection:
     """The search for one of queries, keys and values among what the projections before the attention gave."""
 
-    def __init__(self, flow: Flow, before: Sequence[Call], core: Core, what: str) -> None:
+    def __init__(self, flow: Flow, before: Sequence[NotedCall], core: Core, what: str) -> None:
         self.flow = flow
         self.what = what
         self.core = core
@@ -119,9 +119,9 @@ class _Projection:
         self.factors = tuple(dict.fromkeys([1.0, *scaled, *(1 / number for number in scaled)]))
         self.batch = core.z.shape[0]
         self.is_normed = False
-        self.norms: list[Call] = []
+        self.norms: list[NotedCall] = []
 
-    def path_to(self, seen: Tensor) -> tuple[str, int, Call] | None:
+    def path_to(self, seen: Tensor) -> tuple[str, int, NotedCall] | None:
         """Where `seen`, `[batch, head, pos, d_head]`, comes from: the path, its heads, and the projection.
 
         Rotary embedding does nothing at the first position, so queries and keys are compared there.
@@ -136,7 +136,7 @@ class _Projection:
             found = self._among_projections(target, rows)
         return found
 
-    def _among_projections(self, target: Tensor, rows: slice) -> tuple[str, int, Call] | None:
+    def _among_projections(self, target: Tensor, rows: slice) -> tuple[str, int, NotedCall] | None:
         for call in self.before:
             if call.function or not _has_matrix(call):
                 continue
@@ -173,7 +173,7 @@ class _Projection:
         path = None if columns is None else columns_path(columns, given.shape[-1])
         return None if path is None or columns is None else (path, len(columns))
 
-    def _among_functions(self, target: Tensor, rows: slice) -> tuple[str, int, Call] | None:
+    def _among_functions(self, target: Tensor, rows: slice) -> tuple[str, int, NotedCall] | None:
         """A view that has the heads already, where no subscript of the projection would."""
         batch, positions, heads, size = target.shape
         for call in self.before:
@@ -225,6 +225,6 @@ READ = "it is what attention reads"
 
 FIRST = "it is what attention reads, at the first position"
 
-NORMED = "the norm of it is what attention reads, at the first position"
+NORMED_HEADS = "the norm of it is what attention reads, at the first position"
 
-PACKED = "its attention has the heads in the dimension of the batch"
+PACKED_HEADS = "its attention has the heads in the dimension of the batch"

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from nicehooks.anatomies.layouts import SINGLE, Head, Layout, inner_name
+from nicehooks.anatomies.layouts import SINGLE_LAYOUT, Head, Layout, inner_name
 from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
 from nicehooks.anatomies.tables import PARTS, SEEN_BY, Family, Lacks
@@ -137,7 +137,7 @@ class Anatomy:
         except UnsupportedModule:
             return False
 
-    def _layer(self, layer: int) -> Places:
+    def _layer(self, layer: int) -> PartPlaces:
         if not -self.n_layers <= layer < self.n_layers:
             raise SiteNotFound(
                 f"{self.kind} has {self.n_layers} layers, 0 … {self.n_layers - 1}, and no layer {layer}."
@@ -173,7 +173,7 @@ class Anatomy:
     def __getattr__(self, what: str) -> Any:
         if what.startswith("_"):
             raise AttributeError(what)
-        if what in SINGLE:
+        if what in SINGLE_LAYOUT:
             return self._single(what)
         if not any(what in places.parts for places in self.layout.layers):
             if what in PARTS:
@@ -191,10 +191,10 @@ class Anatomy:
         found = getattr(self, what)
         return found if layer is None else found[layer]
 
-    def _place(self, what: str) -> Callable[[Places], str | None]:
+    def _place(self, what: str) -> Callable[[PartPlaces], str | None]:
         is_hidden = what.removeprefix("cross_") in ("scores", "pattern") and self.attention not in SEEN_BY
 
-        def place(places: Places) -> str | None:
+        def place(places: PartPlaces) -> str | None:
             found = None if is_hidden else places.path(what, self.attention)
             return found if isinstance(found, str) else None
 
@@ -205,7 +205,7 @@ class Anatomy:
         place = first.parts.get(what)
         if what.removeprefix("cross_") in ("scores", "pattern") and self.attention not in SEEN_BY:
             known = " or ".join(map(repr, SEEN_BY))
-            return FUSED.format(kind=self.kind, what=what, now=self.attention, known=known)
+            return FUSED_BRANCHES.format(kind=self.kind, what=what, now=self.attention, known=known)
         reason = place.get(self.attention) if isinstance(place, Mapping) else place
         return f"{self.kind} has no {what}: {reason.reason if isinstance(reason, Lacks) else 'none was found'}."
 
@@ -221,7 +221,7 @@ class Anatomy:
 
     def lacks(self, what: str) -> bool:
         """Whether the model has no such part (`"mlp_out"`, `"final_norm"`) in any layer."""
-        if what in SINGLE:
+        if what in SINGLE_LAYOUT:
             own = self.layout.singles.get(what, self.family.final_norm if what == "final_norm" else None)
             return isinstance(own, Lacks)
         return not any(map(self._place(what), self.layout.layers))
@@ -288,7 +288,7 @@ NO_UNEMBEDDING = (
     "modelling head around it."
 )
 
-FUSED = (
+FUSED_BRANCHES = (
     "{kind} has no {what} under attention implementation {now!r}: one kernel computes attention, and scores and "
     "pattern are never there.\n"
     '    model.set_attn_implementation("eager")  # {known} show it; then ask for the part again'

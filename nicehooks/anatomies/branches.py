@@ -11,8 +11,8 @@ from nicehooks.anatomies.attention_parts import attention_parts
 from nicehooks.anatomies.cores import Core, cores_of
 from nicehooks.anatomies.expert_parts import expert_parts
 from nicehooks.anatomies.mlp_parts import mlp_parts
-from nicehooks.anatomies.places import Places, Step
-from nicehooks.anatomies.recording import Call, Key, Record, Value
+from nicehooks.anatomies.places import PartPlaces, Step
+from nicehooks.anatomies.recording import Key, NotedCall, Record, Value
 from nicehooks.anatomies.stacks import Layer
 from nicehooks.anatomies.streams import Flow, StreamStep, Term
 from nicehooks.anatomies.tables import PARALLEL, Lacks
@@ -20,20 +20,20 @@ from nicehooks.anatomies.tables import PARALLEL, Lacks
 MIXING = ("attn_out", "mixer_out", "cross_attn_out")
 
 
-def layer_places(record: Record, layer: Layer) -> Places:
+def layer_places(record: Record, layer: Layer) -> PartPlaces:
     """Where the parts of `layer` are."""
-    return _Finder(Flow(record, layer)).places()
+    return _BranchFinder(Flow(record, layer)).places()
 
 
-class _Finder:
+class _BranchFinder:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.record = flow.record
         self.layer = flow.layer
-        self.found = Places(flow.layer.call.owner)
+        self.found = PartPlaces(flow.layer.call.owner)
         self.batch = flow.layer.reads.shape[0]
 
-    def places(self) -> Places:
+    def places(self) -> PartPlaces:
         found, layer = self.found, self.layer
         found.gives = self.record.path(layer.call, layer.gives)
         found.put("resid_pre", self.record.path(layer.call, layer.reads, read=True))
@@ -117,20 +117,20 @@ class _Finder:
             return "attn_out"
         return "mixer_out" if self._mixes_positions(term) else "mlp_out"
 
-    def _is_cross(self, core: Core, calls: Sequence[Call], positions: int) -> bool:
+    def _is_cross(self, core: Core, calls: Sequence[NotedCall], positions: int) -> bool:
         return core.z.shape[2] == positions and core.v.shape[2] != positions and core.keys != positions
 
     def _mixes_positions(self, term: Term) -> bool:
         """Whether a position of what the branch gives depends on another one of what it reads: tried on its module."""
         return any(_mixes(call) for call in self._modules_of(term))
 
-    def _modules_of(self, term: Term) -> list[Call]:
+    def _modules_of(self, term: Term) -> list[NotedCall]:
         outer = [call for call in term.calls if not call.function and call.module is not None]
         return [call for call in outer if not any(call.is_in(other) for other in outer) and not _is_small(call)]
 
     # attention
 
-    def _attention(self, calls: Sequence[Call]) -> None:
+    def _attention(self, calls: Sequence[NotedCall]) -> None:
         cores = cores_of(calls, self.batch)
         if len(cores) == 1:
             attention_parts(self.flow, calls, cores[0], self.found)
@@ -140,8 +140,8 @@ class _Finder:
         for part in ("q", "k", "v", "scores", "pattern", "z"):
             self.found.put(part, Lacks(reason))
 
-    def _cross_attention(self, calls: Sequence[Call]) -> None:
-        cross = Places(self.found.block)
+    def _cross_attention(self, calls: Sequence[NotedCall]) -> None:
+        cross = PartPlaces(self.found.block)
         cores = cores_of(calls, self.batch)
         if len(cores) == 1:
             attention_parts(self.flow, calls, cores[0], cross)
@@ -183,18 +183,18 @@ class _Finder:
         return self.record.path(step.call, step.call.outputs[0])
 
 
-def _is_small(call: Call) -> bool:
+def _is_small(call: NotedCall) -> bool:
     """Whether the module maps each position for itself by what it is."""
     return isinstance(call.module, nn.Linear | nn.LayerNorm | nn.Dropout | nn.Identity | nn.Embedding)
 
 
-def _mixes(call: Call) -> bool:
+def _mixes(call: NotedCall) -> bool:
     if call.module is None or not call.inputs or call.arguments is None:
         return False
     stream = next((value for value in call.inputs if len(value.shape) == 3), None)
     if stream is None or not call.outputs:
         return False
-    outputs = [_run_with(call, stream, changed) for changed in (stream.tensor, _changed(stream.tensor))]
+    outputs = [_run_with(call, stream, changed) for changed in (stream.tensor, _as_changed(stream.tensor))]
     if any(one is None for one in outputs):
         return True
     a, b = (one for one in outputs if one is not None)
@@ -203,13 +203,13 @@ def _mixes(call: Call) -> bool:
     return not torch.allclose(a[:, 1:], b[:, 1:], rtol=1e-4, atol=1e-6 * float(a.abs().max()))
 
 
-def _changed(value: Tensor) -> Tensor:
+def _as_changed(value: Tensor) -> Tensor:
     other = value.clone()
     other[:, 0] = value[:, 0].flip(-1) * 1.5 + 0.1
     return other
 
 
-def _run_with(call: Call, stream: Value, new: Tensor) -> Tensor | None:
+def _run_with(call: NotedCall, stream: Value, new: Tensor) -> Tensor | None:
     """What the module gives if it reads `new` in the place of `stream`; None if it does not run like that."""
     args, kwargs = call.arguments
     shape = stream.shape

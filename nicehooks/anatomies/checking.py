@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nicehooks.anatomies.checks_of_attention import check_attention
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
-from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import called_with
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
@@ -24,7 +24,7 @@ from nicehooks.paths.names import escape
 from nicehooks.values.trees import structure_of
 
 
-def check(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run: str, inputs: Any) -> None:
+def check_parts(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run: str, inputs: Any) -> None:
     """Checks `layout` on one forward of the module `run`; what does not hold is refused in it.
 
     Args:
@@ -50,7 +50,7 @@ def check(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run:
 
 
 def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
-    """Every path that a check reads, with the part that it is."""
+    """Every path that a check_parts reads, with the part that it is."""
     for places in layout.layers:
         for part in places.parts:
             path = places.path(part, now)
@@ -100,7 +100,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _refuse_unseen(seen: Seen, places: Places) -> None:
+def _refuse_unseen(seen: Seen, places: PartPlaces) -> None:
     for part, place in list(places.parts.items()):
         path = places.path(part, seen.now)
         if isinstance(path, str) and seen.at(path) is None:
@@ -153,24 +153,24 @@ def _after(seen: Seen, path: str, reads: str, stream: Tensor) -> Tensor | None:
     return value if off_by(stream * factor.nan_to_num(), value) is None or value.shape == stream.shape else None
 
 
-def _is_wrong(seen: Seen, places: Places, what: str, before: Tensor, after: Tensor, added: list[str]) -> bool:
+def _is_wrong(seen: Seen, places: PartPlaces, what: str, before: Tensor, after: Tensor, added: list[str]) -> bool:
     """Whether a named place of the stream, if it is the one behind this addition, has another value."""
     mid = seen.part(places, "resid_mid") if len(added) == _adds(places) - 1 else None
     end = seen.part(places, "resid_post") if len(added) == _adds(places) else None
     return any(off_by(after, one, _least(seen, places, added)) is not None for one in (mid, end) if one is not None)
 
 
-def _adds(places: Places) -> int:
+def _adds(places: PartPlaces) -> int:
     return sum(step.kind == "add" for step in places.form)
 
 
-def _least(seen: Seen, places: Places, added: Sequence[str]) -> float:
+def _least(seen: Seen, places: PartPlaces, added: Sequence[str]) -> float:
     """The size of the smallest of the terms: an error is to be small beside each of them."""
     sizes = [float(term.abs().max()) for what in added if (term := seen.part(places, what)) is not None]
     return min(sizes, default=1.0)
 
 
-def _refuse_terms(places: Places, parts: Sequence[str], reason: str) -> None:
+def _refuse_terms(places: PartPlaces, parts: Sequence[str], reason: str) -> None:
     for part in parts:
         places.refuse(part, FAILED.format(reason=reason))
 
@@ -178,7 +178,7 @@ def _refuse_terms(places: Places, parts: Sequence[str], reason: str) -> None:
 # --- the MLP, and the ends --------------------------------------------------------------------------------------------
 
 
-def _check_mlp(seen: Seen, places: Places) -> None:
+def _check_mlp(seen: Seen, places: PartPlaces) -> None:
     post, out = seen.part(places, "mlp_post"), seen.part(places, "mlp_out")
     if post is None or out is None or "mlp_proj" not in places.roles:
         return
@@ -189,7 +189,7 @@ def _check_mlp(seen: Seen, places: Places) -> None:
         return
 
 
-def _check_experts(seen: Seen, places: Places) -> None:
+def _check_experts(seen: Seen, places: PartPlaces) -> None:
     """The routed experts, and those that all tokens go through, make up the MLP."""
     experts, shared, out = (seen.part(places, part) for part in ("experts", "shared_experts", "mlp_out"))
     if experts is None or out is None:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from nicehooks.anatomies.numbers import Seen, off_by
-from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.places import PartPlaces
 
 SUMS = "its rows are at least 0 and sum to 1"
 PRODUCT = "z = pattern @ v, per head"
 DIAGONAL = "scores of a position with itself = q · k"
-OUTPUT = "attn_proj(z) = attn_out"
+OUTPUT_OF_HEADS = "attn_proj(z) = attn_out"
 
 
-def check_attention(seen: Seen, places: Places) -> None:
+def check_attention(seen: Seen, places: PartPlaces) -> None:
     """Checks the parts of attention in one layer: `q`, `k`, `v`, `scores`, `pattern`, `z`."""
     for cross in ("", "cross_"):
         _check_pattern(seen, places, f"{cross}pattern")
@@ -26,7 +26,7 @@ def check_attention(seen: Seen, places: Places) -> None:
             places.passed.setdefault(part, how)
 
 
-def _check_pattern(seen: Seen, places: Places, part: str) -> None:
+def _check_pattern(seen: Seen, places: PartPlaces, part: str) -> None:
     pattern = seen.part(places, part)
     if pattern is None:
         return
@@ -40,11 +40,11 @@ def _check_pattern(seen: Seen, places: Places, part: str) -> None:
     else:
         came = f"{list(pattern.shape)}, with rows that sum to {float(sums.min()):.3g} … {float(sums.max()):.3g}"
         places.refuse(
-            part, WRONG.format(expected=f"[batch, {places.heads.get(part)}, query, key], where {SUMS}", came=came)
+            part, WRONG_HEADS.format(expected=f"[batch, {places.heads.get(part)}, query, key], where {SUMS}", came=came)
         )
 
 
-def _check_z(seen: Seen, places: Places, cross: str) -> None:
+def _check_z(seen: Seen, places: PartPlaces, cross: str) -> None:
     pattern, v, z = (seen.part(places, cross + part) for part in ("pattern", "v", "z"))
     if pattern is None or v is None or z is None:
         return
@@ -58,7 +58,7 @@ def _check_z(seen: Seen, places: Places, cross: str) -> None:
     if wrong is None:
         places.passed[f"{cross}v"] = places.passed[f"{cross}z"] = PRODUCT
     else:
-        reason = WRONG.format(expected=PRODUCT, came=wrong)
+        reason = WRONG_HEADS.format(expected=PRODUCT, came=wrong)
         places.refuse(f"{cross}v", reason)
         places.refuse(f"{cross}z", reason)
 
@@ -71,7 +71,7 @@ def _weighted(pattern: Tensor, v: Tensor) -> Tensor | None:
     return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), values)
 
 
-def _check_scores(seen: Seen, places: Places) -> None:
+def _check_scores(seen: Seen, places: PartPlaces) -> None:
     """Rotary embedding turns a query and the key of its own position alike, so that their product stays."""
     scores, q, k = (seen.part(places, part) for part in ("scores", "q", "k"))
     if scores is None or q is None or k is None:
@@ -91,16 +91,16 @@ def _is_straight(x: Tensor, y: Tensor) -> bool:
     return float((slope * x - y).abs().max()) <= 1e-2 * float(y.abs().max())
 
 
-def _check_output(seen: Seen, places: Places, cross: str) -> None:
+def _check_output(seen: Seen, places: PartPlaces, cross: str) -> None:
     z, out, proj = seen.part(places, f"{cross}z"), seen.part(places, f"{cross}attn_out"), f"{cross}attn_proj"
     if z is None or out is None or proj not in places.roles:
         return
     made = seen.run(places.roles[proj], z.flatten(2))
     if made is not None and seen.reaches(made, out, places.roles.get("attn_post_norm")):
-        places.passed.setdefault(f"{cross}z", OUTPUT)
-        places.passed[proj] = OUTPUT
+        places.passed.setdefault(f"{cross}z", OUTPUT_OF_HEADS)
+        places.passed[proj] = OUTPUT_OF_HEADS
     else:
         places.roles.pop(proj)
 
 
-WRONG = "it was checked on a short forward, and is not what its name says: expected {expected}; came {came}"
+WRONG_HEADS = "it was checked on a short forward, and is not what its name says: expected {expected}; came {came}"

@@ -25,7 +25,7 @@ def columns_of(target: Tensor, given: Tensor, factors: tuple[float, ...] = (1.0,
         factors: what the columns may have been multiplied with.
     """
     for factor in factors:
-        found = _nearest(given[0, 0] * factor, target[0, 0])
+        found = _nearest_column(given[0, 0] * factor, target[0, 0])
         made = given[..., found] * factor
         if torch.allclose(made, target, rtol=1e-4, atol=1e-6 * float(target.abs().max())):
             return found
@@ -34,13 +34,13 @@ def columns_of(target: Tensor, given: Tensor, factors: tuple[float, ...] = (1.0,
 
 def leading_columns_of(target: Tensor, given: Tensor) -> Tensor | None:
     """The same of the first dimensions of each head alone: in latent attention, positions are in the others."""
-    found = _nearest(given[0, 0], target[0, 0])
+    found = _nearest_column(given[0, 0], target[0, 0])
     same = torch.isclose(given[..., found], target, rtol=1e-4, atol=1e-6 * float(target.abs().max())).all((0, 1, 2))
     count = int(same.long().cumprod(0).sum())
     return found[:, :count] if 1 < count < len(same) else None
 
 
-def _nearest(row: Tensor, wanted: Tensor) -> Tensor:
+def _nearest_column(row: Tensor, wanted: Tensor) -> Tensor:
     """Where in `row` the nearest number to each of `wanted` is."""
     ordered, order = row.sort()
     right = torch.searchsorted(ordered, wanted.contiguous()).clamp(1, max(len(row) - 1, 1)).clamp_max(len(row) - 1)
@@ -76,11 +76,11 @@ def columns_path(columns: Tensor, width: int) -> str | None:
     if not torch.equal(first, first[0] + stride * torch.arange(heads)):
         return None
     if stride == size:
-        return _side_by_side(int(first[0]), heads, size, width)
+        return _columns_beside(int(first[0]), heads, size, width)
     return _one_a_head(int(first[0]), heads, size, stride) if heads * stride == width else None
 
 
-def _side_by_side(start: int, heads: int, size: int, width: int) -> str:
+def _columns_beside(start: int, heads: int, size: int, width: int) -> str:
     whole = heads * size
     if whole == width:
         return f"/{heads}"

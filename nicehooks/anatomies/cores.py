@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nicehooks.anatomies.recording import CUT, FUSED, PRODUCTS, Call, Value
+from nicehooks.anatomies.recording import CUT, FUSED, PRODUCTS, NotedCall, Value
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Core:
         z: what it gives, `[batch, head, pos, d_head]`.
     """
 
-    call: Call
+    call: NotedCall
     pattern: Tensor | None
     keys: int
     q: Tensor | None
@@ -35,7 +35,7 @@ class Core:
         return self.z.shape[1]
 
 
-def cores_of(calls: Sequence[Call], batch: int) -> list[Core]:
+def cores_of(calls: Sequence[NotedCall], batch: int) -> list[Core]:
     """The computations of attention among `calls`."""
     found = [
         _fused(call) if call.function == FUSED else _explicit(call, calls, batch) for call in calls if call.outputs
@@ -43,7 +43,7 @@ def cores_of(calls: Sequence[Call], batch: int) -> list[Core]:
     return [core for core in found if core is not None]
 
 
-def _fused(call: Call) -> Core | None:
+def _fused(call: NotedCall) -> Core | None:
     given = {value.step: value.tensor for value in call.inputs}
     q, k, v = (given.get(str(index), given.get(name)) for index, name in enumerate(("query", "key", "value")))
     if q is None or k is None or v is None or q.ndim != 4:
@@ -51,7 +51,7 @@ def _fused(call: Call) -> Core | None:
     return Core(call, None, k.shape[-2], q, k, v, call.outputs[0].tensor)
 
 
-def _explicit(call: Call, calls: Sequence[Call], batch: int) -> Core | None:
+def _explicit(call: NotedCall, calls: Sequence[NotedCall], batch: int) -> Core | None:
     if call.function != "softmax":
         return None
     pattern = call.outputs[0]
@@ -74,7 +74,7 @@ def _explicit(call: Call, calls: Sequence[Call], batch: int) -> Core | None:
     return Core(call, p, read.shape[-1], q, k, v, z)
 
 
-def _product_with(pattern: Value, later: Sequence[Call]) -> Call | None:
+def _product_with(pattern: Value, later: Sequence[NotedCall]) -> NotedCall | None:
     """The product of the pattern and the values: dropout, a cast, or the cut of a sink may be between."""
     known = {pattern.key}
     for call in later:
@@ -85,7 +85,7 @@ def _product_with(pattern: Value, later: Sequence[Call]) -> Call | None:
     return None
 
 
-def _factors(product: Call) -> tuple[Tensor | None, Tensor | None]:
+def _factors(product: NotedCall) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys of the product that the scores come from, keys the right way round."""
     if len(product.inputs) < 2:
         return None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nicehooks.anatomies.layouts import Head
 from nicehooks.anatomies.mlp_parts import is_projection
-from nicehooks.anatomies.recording import Call, Key, Record, key_of
+from nicehooks.anatomies.recording import Key, NotedCall, Record, key_of
 from nicehooks.anatomies.stacks import Stack
 from nicehooks.anatomies.streams import is_norm
 from nicehooks.anatomies.tables import NO_LAST_NORM, Lacks
@@ -83,7 +83,7 @@ class Ends:
         self.parts["logits"] = self.record.path(head, head.outputs[0]) if self.head == Head() else whole
         self.roles["unembed"] = head.owner
 
-    def _unembedding(self, logits: Tensor, stream: Key) -> Call | None:
+    def _unembedding(self, logits: Tensor, stream: Key) -> NotedCall | None:
         """The innermost module that reads the last stream (or a projection of it) and gives the logits."""
         found = self._giving(logits, stream) or self._giving_scaled(logits, stream)
         if found is None:
@@ -94,7 +94,7 @@ class Ends:
                         self.roles["before_unembed"] = call.owner
         return found
 
-    def _giving(self, logits: Tensor, reads: Key) -> Call | None:
+    def _giving(self, logits: Tensor, reads: Key) -> NotedCall | None:
         for call in reversed(self.after):
             head = _head_between(call.outputs[0].tensor, logits) if call.outputs and _reads(call, reads) else None
             if head is not None:
@@ -102,7 +102,7 @@ class Ends:
                 return call
         return None
 
-    def _giving_scaled(self, logits: Tensor, stream: Key) -> Call | None:
+    def _giving_scaled(self, logits: Tensor, stream: Key) -> NotedCall | None:
         """As `_giving`, where the last stream is multiplied with a number before it is unembedded."""
         known = next((value for call in self.after for value in call.outputs if value.key == stream), None)
         for call in reversed(self.after):
@@ -115,25 +115,25 @@ class Ends:
         return None
 
 
-def _reads(call: Call, key: Key) -> bool:
+def _reads(call: NotedCall, key: Key) -> bool:
     return bool(call.inputs) and call.inputs[0].key == key
 
 
-def _has_ids(call: Call) -> bool:
+def _has_ids(call: NotedCall) -> bool:
     return _is_table(call) and not _is_about_positions(call) and "token_type" not in call.owner
 
 
-def _is_about_positions(call: Call) -> bool:
+def _is_about_positions(call: NotedCall) -> bool:
     return any(name in call.owner.lower() for name in POSITION_NAMES)
 
 
-def _is_table(call: Call) -> bool:
+def _is_table(call: NotedCall) -> bool:
     """Whether the module looks whole numbers up in a table."""
     reads = bool(call.inputs) and bool(call.outputs) and not call.inputs[0].tensor.is_floating_point()
     return reads and _weight_of(call).ndim == 2 and call.outputs[0].shape[-1] == _weight_of(call).shape[-1]
 
 
-def _weight_of(call: Call) -> Tensor:
+def _weight_of(call: NotedCall) -> Tensor:
     weight = getattr(call.module, "weight", None)
     return weight if isinstance(weight, Tensor) else torch.zeros(())
 
@@ -146,7 +146,7 @@ def _head_between(given: Tensor, logits: Tensor) -> Head | None:
         return Head()
     given, logits = given.double(), logits.double()
     scale = float((given * logits).sum() / (given * given).sum().clamp_min(1e-30))
-    if _same(given * scale, logits):
+    if _is_same_end(given * scale, logits):
         return Head(scale=scale)
     cap = _cap_between(given, logits)
     return None if cap is None else Head(softcap=cap)
@@ -160,8 +160,8 @@ def _cap_between(given: Tensor, logits: Tensor) -> float | None:
     for _ in range(80):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if float(middle * torch.tanh(x / middle)) > float(y) else (middle, high)
-    return low if _same(low * torch.tanh(given / low), logits) else None
+    return low if _is_same_end(low * torch.tanh(given / low), logits) else None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _is_same_end(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks.anatomies.body import Anatomy
-from nicehooks.anatomies.checking import check, quiet
+from nicehooks.anatomies.checking import check_parts, quiet
 from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
 from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
@@ -82,7 +82,7 @@ def _layouts(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
             raise UnsupportedModule(found)
         return found
     try:
-        made = _made(model, asked, inputs)
+        made = _found_anew(model, asked, inputs)
     except UnsupportedModule as error:
         known[asked] = looks, str(error)
         raise
@@ -101,7 +101,7 @@ def _attention_in(model: nn.Module, at: str | None) -> str:
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def _made(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
+def _found_anew(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     names = dict(Census(model).unwrapped())
     if asked.at is not None and asked.at not in names:
         raise SiteNotFound(f"{type(names['']).__name__} has no module {asked.at!r}.")
@@ -126,11 +126,11 @@ def _of_table(
     layers = [places_of_table(family, inner_name(blocks, key), sizes, names) for key in names[blocks]._modules]
     layout = Layout(base, family, layers, sizes, attention=asked.attention)
     if asked.check:
-        layout.checked = _checked(model, names, layout, inputs)
+        layout.checked = _as_checked(model, names, layout, inputs)
     return layout
 
 
-def _checked(model: nn.Module, names: dict[str, nn.Module], layout: Layout, inputs: Any) -> str:
+def _as_checked(model: nn.Module, names: dict[str, nn.Module], layout: Layout, inputs: Any) -> str:
     """Checks a layout of a table, if the model runs on an input of ours; says how it was checked, or why not."""
     if any(parameter.is_meta for parameter in names[""].parameters()):
         return "no: it has no weights yet"
@@ -138,7 +138,7 @@ def _checked(model: nn.Module, names: dict[str, nn.Module], layout: Layout, inpu
         recorded = Recorded(model, names, "", inputs)
     except UnsupportedModule:
         return "no: it did not run on an input of ours; give it one, anatomy(model, inputs=…)"
-    check(model, names, layout, recorded.run, recorded.inputs)
+    check_parts(model, names, layout, recorded.run, recorded.inputs)
     return layout.checked
 
 
@@ -160,7 +160,7 @@ def _found(
     for layout in layouts:
         layout.attention = asked.attention
         if asked.check:
-            check(model, names, layout, recorded.run, recorded.inputs)
+            check_parts(model, names, layout, recorded.run, recorded.inputs)
     return layouts
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks.anatomies.places import Place, Places, Step
+from nicehooks.anatomies.places import PartPlace, PartPlaces, Step
 from nicehooks.anatomies.tables import PARTS, PARTS_WITH_HEADS, Family, Lacks
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
 
-SINGLE = ("embed", "final_norm", "logits")
+SINGLE_LAYOUT = ("embed", "final_norm", "logits")
 """The parts that a model has once."""
 
 
@@ -61,7 +61,7 @@ class Layout:
 
     base: str
     family: Family
-    layers: list[Places]
+    layers: list[PartPlaces]
     sizes: Sizes
     singles: dict[str, str | Lacks] = field(default_factory=dict[str, "str | Lacks"])
     roles: dict[str, str] = field(default_factory=dict[str, str])
@@ -73,12 +73,12 @@ class Layout:
     shapes: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def places_of_table(family: Family, block: str, sizes: Sizes, names: Mapping[str, nn.Module]) -> Places:
+def places_of_table(family: Family, block: str, sizes: Sizes, names: Mapping[str, nn.Module]) -> PartPlaces:
     """Where the table says that the parts of the layer `block` are."""
-    found = Places(block, gives=escape(block))
+    found = PartPlaces(block, gives=escape(block))
     words = {one.name: getattr(family, one.name) for one in fields(family)} | sizes._asdict()
     for what, place in {**PARTS, **family.parts}.items():
-        found.parts[what] = _filled(place, words, block, names)
+        found.parts[what] = _filled_layout(place, words, block, names)
         if what in PARTS_WITH_HEADS:
             found.heads[what] = getattr(sizes, PARTS_WITH_HEADS[what][0])
     found.d_head = sizes.d_head
@@ -94,11 +94,13 @@ ROLES = ("attn", "attn_proj", "attn_norm", "mlp", "mlp_act", "mlp_proj", "mlp_no
 """The roles that a table gives to modules of a layer."""
 
 
-def _filled(place: Place, words: Mapping[str, object], block: str, names: Mapping[str, nn.Module]) -> Place:
+def _filled_layout(
+    place: PartPlace, words: Mapping[str, object], block: str, names: Mapping[str, nn.Module]
+) -> PartPlace:
     if isinstance(place, Lacks):
         return place
     if isinstance(place, Mapping):
-        each = {key: _filled(one, words, block, names) for key, one in place.items()}
+        each = {key: _filled_layout(one, words, block, names) for key, one in place.items()}
         return {key: one for key, one in each.items() if isinstance(one, str | Lacks)}
     path = place.format(**words).removeprefix(".")  # where the attention is the block itself, its name is empty
     outer = escape(block)
@@ -108,7 +110,7 @@ def _filled(place: Place, words: Mapping[str, object], block: str, names: Mappin
     return str(full)
 
 
-def _form_of_table(family: Family, places: Places) -> list[Step]:
+def _form_of_table(family: Family, places: PartPlaces) -> list[Step]:
     """The form of the stream that the table implies; see NOTE [Where the norm stands]."""
     parts = [part for part in ("attn_out", "mlp_out") if places.has(part)]
     if not family.post_norm:

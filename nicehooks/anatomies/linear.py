@@ -103,7 +103,7 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
     to, more = torch.zeros((), device=weight.device), torch.zeros(batch, device=weight.device)
     for sign, given in ((1.0, tokens), (-1.0, against)):
         if given is not None:
-            chosen = _token_ids(given, batch, len(weight)).to(weight.device)
+            chosen = _ids_of_tokens(given, batch, len(weight)).to(weight.device)
             to = to + sign * weight[chosen].float()
             more = more if bias is None else more + sign * bias[chosen].float()
     if body.has("before_unembed"):
@@ -111,7 +111,7 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
     return to * body.head.scale, more * body.head.scale
 
 
-def _token_ids(given: object, batch: int, vocabulary: int) -> Tensor:
+def _ids_of_tokens(given: object, batch: int, vocabulary: int) -> Tensor:
     try:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from nicehooks.anatomies.columns import columns_of, columns_path
-from nicehooks.anatomies.places import Places
-from nicehooks.anatomies.recording import ACTIVATIONS, Call, Value
+from nicehooks.anatomies.places import PartPlaces
+from nicehooks.anatomies.recording import ACTIVATIONS, NotedCall, Value
 from nicehooks.anatomies.streams import Flow, Term, is_norm
 from nicehooks.anatomies.tables import Lacks
 
 
-def mlp_parts(flow: Flow, term: Term, places: Places) -> None:
+def mlp_parts(flow: Flow, term: Term, places: PartPlaces) -> None:
     """Writes into `places` where the parts of the MLP are that adds `term` to the stream."""
     projections = [call for call in term.calls if is_projection(call)]
     last = flow.source(term.key, projections)
@@ -23,7 +23,7 @@ def mlp_parts(flow: Flow, term: Term, places: Places) -> None:
         places.put("mlp_in", path)
         places.role("mlp", reads.owner)
     if last is None:
-        reason = SEVERAL if len(projections) != 1 else NO_NEURONS
+        reason = SEVERAL_MLPS if len(projections) != 1 else NO_NEURONS
         places.put("mlp_post", Lacks(reason))
         places.put("mlp_pre", Lacks(reason))
         return
@@ -37,7 +37,7 @@ def mlp_parts(flow: Flow, term: Term, places: Places) -> None:
         places.role("mlp_act", pre[1].owner)
 
 
-def _pre(flow: Flow, calls: Sequence[Call], before: Sequence[Call]) -> tuple[str, Call] | None:
+def _pre(flow: Flow, calls: Sequence[NotedCall], before: Sequence[NotedCall]) -> tuple[str, NotedCall] | None:
     """The path of what the activation function takes: what a projection gives, or some of its columns."""
     for call in calls:
         if not _is_activation(call) or not call.inputs:
@@ -47,13 +47,13 @@ def _pre(flow: Flow, calls: Sequence[Call], before: Sequence[Call]) -> tuple[str
                 path = _positional(flow, projection, value)
                 if path is not None and value.key == call.inputs[0].key:
                     return path, projection
-                columns = _columns(call.inputs[0], value)
+                columns = _mlp_columns(call.inputs[0], value)
                 if path is not None and columns is not None:
                     return path + columns, projection
     return None
 
 
-def _columns(taken: Value, given: Value) -> str | None:
+def _mlp_columns(taken: Value, given: Value) -> str | None:
     """The subscripts of `taken` on `given`, of which it is a slice."""
     if taken.shape[:-1] != given.shape[:-1] or taken.shape[-1] >= given.shape[-1] or len(given.shape) != 3:
         return None
@@ -62,14 +62,14 @@ def _columns(taken: Value, given: Value) -> str | None:
     return None if path is None else path.removesuffix("/1")
 
 
-def _is_activation(call: Call) -> bool:
+def _is_activation(call: NotedCall) -> bool:
     if call.function:
         return call.function in ACTIVATIONS
     module = call.module
     return module is not None and not any(True for _ in module.parameters()) and not isinstance(module, nn.Dropout)
 
 
-def _positional(flow: Flow, call: Call, value: Value, *, read: bool = False) -> str | None:
+def _positional(flow: Flow, call: NotedCall, value: Value, *, read: bool = False) -> str | None:
     """The path of a value with batch and positions in front, or None if it has others."""
     batch, positions = flow.layer.reads.shape[:2]
     path = flow.record.path(call, value, read=read)
@@ -78,7 +78,7 @@ def _positional(flow: Flow, call: Call, value: Value, *, read: bool = False) -> 
     return f"{path}/rows" if value.shape[:1] == (batch * positions,) and len(value.shape) == 2 else None
 
 
-def is_projection(call: Call) -> bool:
+def is_projection(call: NotedCall) -> bool:
     """Whether the call is that of a linear layer: a module with a matrix of its own, or an affine one around it."""
     if call.function or call.module is None or len(call.inputs) != 1 or len(call.outputs) != 1:
         return False
@@ -87,7 +87,7 @@ def is_projection(call: Call) -> bool:
     return any(one.ndim == 2 for one in call.module.parameters(recurse=False)) or _is_affine(call)
 
 
-def _is_affine(call: Call) -> bool:
+def _is_affine(call: NotedCall) -> bool:
     """Tried on the module: of a linear layer with adapters beside it, say."""
     x, module = call.inputs[0].tensor, call.module
     assert module is not None
@@ -99,6 +99,6 @@ def _is_affine(call: Call) -> bool:
         return False
 
 
-SEVERAL = "its MLP is no chain of projections: see router and experts of a mixture of experts"
+SEVERAL_MLPS = "its MLP is no chain of projections: see router and experts of a mixture of experts"
 
 NO_NEURONS = "no projection of the MLP was seen that reads or gives its neurons"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.anatomies.layouts import Layout
-from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.places import PartPlaces
 from nicehooks.caches.cache import ActivationCache
 
 
@@ -48,7 +48,7 @@ class Seen:
         value = self.acts.get(path)
         return value if isinstance(value, Tensor) else None
 
-    def part(self, places: Places, part: str) -> Tensor | None:
+    def part(self, places: PartPlaces, part: str) -> Tensor | None:
         """The value of a part of a layer."""
         path = places.path(part, self.now)
         return self.at(path) if isinstance(path, str) else None

@@ -153,9 +153,9 @@ class Parts(tuple[Part, ...]):
         return Parts(every, f"{self.what}{show_step(index)}", (tuple(place for place, _ in there), len(chosen)))
 
     @property
-    def at(self) -> At:
+    def at(self) -> AtIndex:
         """The same subscript in every layer: `resid_post.at[:, -1]`."""
-        return At(self)
+        return AtIndex(self)
 
     @property
     def grad(self) -> Parts:
@@ -181,7 +181,7 @@ class Parts(tuple[Part, ...]):
         return Parts, (list(self), self.what, (self.layers, self.n_layers))
 
 
-class At:
+class AtIndex:
     """Takes the same subscript of a part in every layer."""
 
     def __init__(self, parts: Parts) -> None:

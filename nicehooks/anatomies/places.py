@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.paths.names import escape, unescape
 
-Place = str | Lacks | Mapping[str, str | Lacks]
+PartPlace = str | Lacks | Mapping[str, str | Lacks]
 """The whole path of a part, why there is none, or one of these per attention implementation."""
 
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 @dataclass(eq=False)
-class Places:
+class PartPlaces:
     """Where the parts of one layer are.
 
     Attributes:
@@ -44,7 +44,7 @@ class Places:
     """
 
     block: str
-    parts: dict[str, Place] = field(default_factory=dict[str, Place])
+    parts: dict[str, PartPlace] = field(default_factory=dict[str, PartPlace])
     roles: dict[str, str] = field(default_factory=dict[str, str])
     heads: dict[str, int] = field(default_factory=dict[str, int])
     form: list[Step] = field(default_factory=list[Step])
@@ -53,7 +53,7 @@ class Places:
     compared: dict[str, str] = field(default_factory=dict[str, str])
     passed: dict[str, str] = field(default_factory=dict[str, str])
 
-    def put(self, part: str, place: Place) -> None:
+    def put(self, part: str, place: PartPlace) -> None:
         """A part is at `place`, unless it has been found before."""
         if part not in self.parts or (isinstance(self.parts[part], Lacks) and not isinstance(place, Lacks)):
             self.parts[part] = place
@@ -75,14 +75,14 @@ class Places:
         """Whether there is such a part."""
         return part in self.parts and not isinstance(self.parts[part], Lacks)
 
-    def renamed(self, block: str) -> Places:
+    def renamed(self, block: str) -> PartPlaces:
         """The same places in another layer, whose module has the escaped name `block`."""
         old, new = escape(self.block), block
 
         def moved(text: str) -> str:
             return new + text[len(old) :] if text.startswith(old) else text
 
-        def placed(place: Place) -> Place:
+        def placed(place: PartPlace) -> PartPlace:
             if isinstance(place, Mapping):
                 return {key: moved(one) if isinstance(one, str) else one for key, one in place.items()}
             return moved(place) if isinstance(place, str) else place

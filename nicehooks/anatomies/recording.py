@@ -28,7 +28,7 @@ from nicehooks.torch_private import opened
 Key = tuple[int, int]
 """What tells the numbers of one tensor from those of others: how many there are, and a hash of their bytes."""
 
-MOST = 1 << 24
+MOST_CALLS = 1 << 24
 """Larger values than these many numbers are not looked at."""
 
 
@@ -57,7 +57,7 @@ class Value:
 
 
 @dataclass(eq=False)
-class Call:
+class NotedCall:
     """One call of a module, or of a function in a module's own forward.
 
     Attributes:
@@ -72,7 +72,7 @@ class Call:
     owner: str
     function: str
     number: int
-    around: Call | None
+    around: NotedCall | None
     begin: int
     module: nn.Module | None = None
     end: int = -1
@@ -82,7 +82,7 @@ class Call:
     arguments: Any = None
     counts: dict[str, int] = field(default_factory=dict[str, int])
 
-    def is_in(self, outer: Call) -> bool:
+    def is_in(self, outer: NotedCall) -> bool:
         """Whether it was made while `outer` ran."""
         return outer.begin < self.begin and self.end < outer.end
 
@@ -99,19 +99,19 @@ class Record:
     """
 
     def __init__(self, names: dict[str, nn.Module]) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[NotedCall] = []
         self.names = names
         self.times: dict[str, int] = {}
 
-    def of_modules(self) -> Iterator[Call]:
+    def of_modules(self) -> Iterator[NotedCall]:
         """The calls of modules."""
         return (call for call in self.calls if not call.function)
 
-    def within(self, outer: Call) -> list[Call]:
+    def within(self, outer: NotedCall) -> list[NotedCall]:
         """The calls that were made while `outer` ran."""
         return [call for call in self.calls if call.is_in(outer)]
 
-    def path(self, call: Call, value: Value | None = None, *, read: bool = False) -> str:
+    def path(self, call: NotedCall, value: Value | None = None, *, read: bool = False) -> str:
         """The path of a result of a call; of an argument, where `read`."""
         several = self.times.get(call.owner, 1) > 1
         module = call if not call.function else call.around
@@ -123,7 +123,7 @@ class Record:
         step = "" if value is None else value.step
         return f"{escape(call.owner)}{number}{port}{'@' if read else ''}{step}"
 
-    def _several(self, call: Call) -> bool:
+    def _several(self, call: NotedCall) -> bool:
         return call.around is not None and call.around.counts.get(call.function, 0) > 0
 
 
@@ -158,7 +158,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
-        self.running: list[Call] = []
+        self.running: list[NotedCall] = []
         self.now = 0
         self.is_looking = False
 
@@ -175,7 +175,7 @@ class _Recorder(TorchFunctionMode):
 
     def ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self.running.pop()
-        call.outputs = [self._value(step, one) for step, one in _tensors(output)]
+        call.outputs = [self._value(step, one) for step, one in _tensors_of(output)]
         self._over(call)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,21 +191,21 @@ class _Recorder(TorchFunctionMode):
         around.counts[name] = around.counts.get(name, -1) + 1
         call = self._new(around.owner, name, around.counts[name])
         if name in LOOKED_INTO:
-            call.inputs = [self._value(step, one) for step, one in _given(args, kwargs)]
+            call.inputs = [self._value(step, one) for step, one in _given_values(args, kwargs)]
             call.numbers = [float(one) for one in args if isinstance(one, int | float)]
             call.arguments = kwargs
         output = func(*args, **kwargs)
-        call.outputs = [self._value(step, one, name in WITH_VALUES) for step, one in _tensors(output)]
+        call.outputs = [self._value(step, one, name in WITH_VALUES) for step, one in _tensors_of(output)]
         self._over(call)
         return output
 
-    def _new(self, owner: str, function: str, number: int) -> Call:
+    def _new(self, owner: str, function: str, number: int) -> NotedCall:
         self.now += 1
-        call = Call(owner, function, number, self.running[-1] if self.running else None, self.now)
+        call = NotedCall(owner, function, number, self.running[-1] if self.running else None, self.now)
         self.record.calls.append(call)
         return call
 
-    def _over(self, call: Call) -> None:
+    def _over(self, call: NotedCall) -> None:
         self.now += 1
         call.end = self.now
 
@@ -241,45 +241,45 @@ LOOKED_INTO = (*ADDING, *SCALING, *WITH_VALUES, *ACTIVATIONS, *CUT, "layer_norm"
 """The functions whose arguments are looked at."""
 
 
-def _looked_at(value: Any) -> bool:
+def _values_in(value: Any) -> bool:
     usual = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.layout == torch.strided
-    return usual and 0 < value.numel() <= MOST and value.device.type != "meta"
+    return usual and 0 < value.numel() <= MOST_CALLS and value.device.type != "meta"
 
 
-def _tensors(output: Any, step: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors_of(output: Any, step: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in a result, at most two levels deep, with the subscripts that lead to them."""
-    if _looked_at(output):
+    if _values_in(output):
         yield step, output
     elif isinstance(output, dict) and step.count("[") < 2:
         for name, one in output.items():
-            yield from _tensors(one, f"{step}[{name!r}]")
+            yield from _tensors_of(one, f"{step}[{name!r}]")
     elif isinstance(output, tuple | list) and step.count("[") < 2:
         for index, one in enumerate(output):
-            yield from _tensors(one, f"{step}[{index}]")
+            yield from _tensors_of(one, f"{step}[{index}]")
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors among the arguments of a module: those that its forward numbers by their numbers."""
     for index, one in enumerate(args):
-        if _looked_at(one):
+        if _values_in(one):
             yield f"input[{index}]", one
     if kwargs:
-        order = _parameters(type(module))
+        order = _parameters_in(type(module))
         for name, one in kwargs.items():
-            if _looked_at(one):
+            if _values_in(one):
                 yield f"input[{order.index(name) if name in order else repr(name)}]", one
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _given_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for index, one in enumerate(args):
-        if _looked_at(one):
+        if _values_in(one):
             yield str(index), one
         elif isinstance(one, tuple | list):
-            yield from ((str(index), each) for each in one if _looked_at(each))
-    yield from ((name, one) for name, one in kwargs.items() if _looked_at(one))
+            yield from ((str(index), each) for each in one if _values_in(each))
+    yield from ((name, one) for name, one in kwargs.items() if _values_in(one))
 
 
-def _parameters(kind: type[nn.Module]) -> list[str]:
+def _parameters_in(kind: type[nn.Module]) -> list[str]:
     try:
         signature = inspect.signature(kind.forward)
     except (TypeError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from nicehooks.anatomies.layouts import SINGLE
+from nicehooks.anatomies.layouts import SINGLE_LAYOUT
 from nicehooks.anatomies.tables import PARTS, Lacks
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _singles(anatomy: Anatomy, *parts: str) -> list[Row]:
                 Row(
                     part,
                     str(getattr(anatomy, part)),
-                    _short(layout.shapes.get(part, "")),
+                    _short_reason(layout.shapes.get(part, "")),
                     found,
                     layout.passed.get(part, ""),
                 )
@@ -89,10 +89,10 @@ def _has(anatomy: Anatomy, part: str) -> bool:
 def _of_layers(anatomy: Anatomy) -> list[Row]:
     layout = anatomy.layout
     names = dict.fromkeys([*PARTS, *(part for places in layout.layers for part in places.parts)])
-    return [row for part in names if part not in SINGLE for row in _rows(anatomy, part)]
+    return [row for part in names if part not in SINGLE_LAYOUT for row in _report_rows(anatomy, part)]
 
 
-def _rows(anatomy: Anatomy, part: str) -> list[Row]:
+def _report_rows(anatomy: Anatomy, part: str) -> list[Row]:
     """A row for the layers that are alike in this part."""
     layout, groups = anatomy.layout, dict[tuple[str, str], list[int]]()
     for index, places in enumerate(layout.layers):
@@ -106,7 +106,7 @@ def _rows(anatomy: Anatomy, part: str) -> list[Row]:
         title = f"{part}[{_span(layers)}]"
         if isinstance(place, str):
             found = "structure" if layout.is_found else "table"
-            rows.append(Row(title, place, _short(layout.shapes.get(part, "")), found, check))
+            rows.append(Row(title, place, _short_reason(layout.shapes.get(part, "")), found, check))
         elif isinstance(place, Lacks):
             rows.append(Row(title, f"none: {place.reason}", "", "", ""))
     return rows
@@ -118,5 +118,5 @@ def _span(layers: list[int]) -> str:
     return f"{layers[0]}…{layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
-def _short(shape: str) -> str:
+def _short_reason(shape: str) -> str:
     return shape.partition("]")[0].removeprefix("Tensor") + "]" if "]" in shape else shape

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH, POSITIONS = 2, 7
+BATCH, FEW_POSITIONS = 2, 7
 """Small, and no sizes that a model is likely to have itself."""
 
 Inputs = dict[str, Any]
@@ -17,7 +17,7 @@ Inputs = dict[str, Any]
 
 def short_inputs(run: nn.Module) -> Iterator[Inputs]:
     """Inputs that `run` might take, the likeliest first."""
-    names = parameters_of(run)
+    names = forward_parameters(run)
     config: Any = getattr(run, "config", None)
     options: Inputs = {"use_cache": False} if "use_cache" in names and config is not None else {}
     for made in _main_inputs(run, names, config):
@@ -26,7 +26,7 @@ def short_inputs(run: nn.Module) -> Iterator[Inputs]:
             yield made
 
 
-def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
+def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters that the forward of `module` names."""
     try:
         signature = inspect.signature(type(module).forward)
@@ -43,14 +43,14 @@ def _main_inputs(run: nn.Module, names: Mapping[str, Any], config: Any) -> Itera
             yield {"input_ids": ids, **decoder}
     if "input_features" in names and config is not None:
         frames = 2 * getattr(config, "max_source_positions", 50)
-        features = _random(run, BATCH, getattr(config, "num_mel_bins", 80), frames)
+        features = _random_input(run, BATCH, getattr(config, "num_mel_bins", 80), frames)
         decoder = {"decoder_input_ids": next(_token_ids(run, config))} if "decoder_input_ids" in names else {}
         yield {"input_features": features, **decoder}
     if "pixel_values" in names and config is not None:
         yield from _pictures(run, config)
     for name in ("input_values", "inputs_embeds", "hidden_states"):
         if name in names and config is not None:
-            yield {name: _random(run, BATCH, POSITIONS, _width(config))}
+            yield {name: _random_input(run, BATCH, FEW_POSITIONS, _width(config))}
     yield from _unnamed(run, names)
 
 
@@ -60,7 +60,7 @@ def _pictures(run: nn.Module, config: Any) -> Iterator[Inputs]:
     for given in (getattr(vision, "image_size", None), 32, 64, 224):
         if given is not None:
             high, wide = given if isinstance(given, list | tuple) else (given, given)
-            yield {"pixel_values": _random(run, BATCH, channels, high, wide)}
+            yield {"pixel_values": _random_input(run, BATCH, channels, high, wide)}
 
 
 def _unnamed(run: nn.Module, names: Mapping[str, inspect.Parameter]) -> Iterator[Inputs]:
@@ -74,7 +74,7 @@ def _unnamed(run: nn.Module, names: Mapping[str, inspect.Parameter]) -> Iterator
     for module in run.modules():
         width = getattr(module, "in_features", None) or getattr(module, "normalized_shape", None)
         if width is not None:
-            yield {first: _random(run, BATCH, POSITIONS, width if isinstance(width, int) else width[-1])}
+            yield {first: _random_input(run, BATCH, FEW_POSITIONS, width if isinstance(width, int) else width[-1])}
             return
 
 
@@ -107,13 +107,13 @@ def _vocabulary(run: Any, config: Any) -> int:
 
 def _ids_below(run: nn.Module, vocabulary: int, special: set[int]) -> Tensor:
     usual = [token for token in range(vocabulary) if token not in special] or [0]
-    step = max(len(usual) // (BATCH * POSITIONS), 1)
-    chosen = [usual[(3 + index * step) % len(usual)] for index in range(BATCH * POSITIONS)]
-    return torch.tensor(chosen, device=_place(run)[0]).reshape(BATCH, POSITIONS)
+    step = max(len(usual) // (BATCH * FEW_POSITIONS), 1)
+    chosen = [usual[(3 + index * step) % len(usual)] for index in range(BATCH * FEW_POSITIONS)]
+    return torch.tensor(chosen, device=_place_of_input(run)[0]).reshape(BATCH, FEW_POSITIONS)
 
 
-def _random(run: nn.Module, *shape: int) -> Tensor:
-    device, dtype = _place(run)
+def _random_input(run: nn.Module, *shape: int) -> Tensor:
+    device, dtype = _place_of_input(run)
     generator = torch.Generator().manual_seed(0)  # one of its own: the model's random numbers stay as they are
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
@@ -123,6 +123,6 @@ def _width(config: Any) -> int:
     return next((size for name in names if isinstance(size := getattr(config, name, None), int)), 1)
 
 
-def _place(run: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _place_of_input(run: nn.Module) -> tuple[torch.device, torch.dtype]:
     found = next((one for one in run.parameters() if one.is_floating_point()), None)
     return (torch.device("cpu"), torch.float32) if found is None else (found.device, found.dtype)

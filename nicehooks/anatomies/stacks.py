@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nicehooks.anatomies.recording import Call, Record, Value
+from nicehooks.anatomies.recording import NotedCall, Record, Value
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class Layer:
         gives: the stream that goes out.
     """
 
-    call: Call
+    call: NotedCall
     reads: Value
     gives: Value
 
@@ -57,12 +57,12 @@ def stacks_in(record: Record) -> list[Stack]:
     return [stack for stack in stacks if not _is_inside(stack, stacks) and _has_parts(record, stack)]
 
 
-def _is_called(numbered: str, call: Call) -> bool:
+def _is_called(numbered: str, call: NotedCall) -> bool:
     shown = re.sub(r"(?<![A-Za-z0-9])\d+|\d+(?![A-Za-z0-9])", "#", call.owner)
     return shown == numbered and any(len(value.shape) > 2 for value in call.outputs)
 
 
-def _as_layer(call: Call, before: list[Layer]) -> Layer | None:
+def _as_layer(call: NotedCall, before: list[Layer]) -> Layer | None:
     """The call as a layer: it gives a stream, `[batch, pos, d_model]`, of the shape of one that it reads."""
     last = before[-1].gives.key if before else None
     for given in call.outputs:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from nicehooks.anatomies.recording import ADDING, SCALING, Call, Key, Record, Value
+from nicehooks.anatomies.recording import ADDING, SCALING, Key, NotedCall, Record, Value
 from nicehooks.anatomies.stacks import Layer
 
-PLAIN = ("add",)
+PLAIN_STREAM = ("add",)
 SCALED = ("add", "scale")
 NORMED = ("add", "scale", "norm")
 
@@ -30,7 +30,7 @@ class Term:
     """
 
     key: Key
-    calls: list[Call]
+    calls: list[NotedCall]
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class StreamStep:
     """
 
     kind: str
-    call: Call
+    call: NotedCall
     before: Key
     after: Key
     terms: list[Term] = field(default_factory=list[Term])
@@ -65,11 +65,11 @@ class Flow:
         self.record = record
         self.layer = layer
         self.calls = record.within(layer.call)
-        self.made: dict[Key, list[tuple[Call, Value]]] = {}
-        self.read: dict[Key, list[tuple[Call, Value]]] = {}
-        self.sums: dict[Key, list[Call]] = {}
-        self.norms: dict[Key, list[Call]] = {}
-        self.scales: dict[Key, list[Call]] = {}
+        self.made: dict[Key, list[tuple[NotedCall, Value]]] = {}
+        self.read: dict[Key, list[tuple[NotedCall, Value]]] = {}
+        self.sums: dict[Key, list[NotedCall]] = {}
+        self.norms: dict[Key, list[NotedCall]] = {}
+        self.scales: dict[Key, list[NotedCall]] = {}
         self.stream: set[Key] = set()
         for call in self.calls:
             for value in call.outputs:
@@ -78,7 +78,7 @@ class Flow:
                 self.read.setdefault(value.key, []).append((call, value))
             self._sort(call)
 
-    def _sort(self, call: Call) -> None:
+    def _sort(self, call: NotedCall) -> None:
         if len(call.outputs) != 1:
             return
         key = call.outputs[0].key
@@ -91,7 +91,7 @@ class Flow:
 
     def steps(self) -> list[StreamStep] | None:
         """The steps of the stream through the layer; None if no sum leads from what it reads to what it gives."""
-        for allowed in (PLAIN, SCALED, NORMED):
+        for allowed in (PLAIN_STREAM, SCALED, NORMED):
             found = self._back(self.layer.gives.key, allowed, set())
             if found is not None and any(step.kind == "add" for step in found):
                 self.stream = {self.layer.reads.key, *(step.after for step in found)}
@@ -110,7 +110,7 @@ class Flow:
                 return [*found, StreamStep(kind, call, before, key)]
         return None
 
-    def _ways(self, key: Key, allowed: tuple[str, ...]) -> Iterator[tuple[str, Call, Key]]:
+    def _ways(self, key: Key, allowed: tuple[str, ...]) -> Iterator[tuple[str, NotedCall, Key]]:
         for call in self.sums.get(key, []):
             yield from (("add", call, value.key) for value in call.inputs)
         if "scale" in allowed:
@@ -138,7 +138,7 @@ class Flow:
         """What is added: two branches that were added to each other first are two terms."""
         return list(self._leaves(self.added(step), step.call.around))
 
-    def _leaves(self, key: Key, around: Call | None) -> Iterator[Key]:
+    def _leaves(self, key: Key, around: NotedCall | None) -> Iterator[Key]:
         inner = next((call for call in self.sums.get(key, []) if call.around is around), None)
         if inner is None:
             yield key
@@ -146,14 +146,14 @@ class Flow:
             for value in inner.inputs:
                 yield from self._leaves(value.key, around)
 
-    def _branch(self, key: Key, add: Call) -> list[Call]:
+    def _branch(self, key: Key, add: NotedCall) -> list[NotedCall]:
         """What ran in the module that a term comes from, below the module in which it is added."""
         call = self.source(key)
         while call is not None and call.around is not None and not add.is_in(call.around):
             call = call.around
         return [] if call is None else [call, *(one for one in self.calls if one.is_in(call))]
 
-    def source(self, key: Key, among: Sequence[Call] | None = None) -> Call | None:
+    def source(self, key: Key, among: Sequence[NotedCall] | None = None) -> NotedCall | None:
         """The module that has made a value, the first of `among`: not the norm or the factor behind it."""
         for _ in range(8):
             made = [call for call, _ in self.made.get(key, []) if not call.function]
@@ -164,12 +164,12 @@ class Flow:
             key = behind[0].inputs[0].key
         return None
 
-    def is_norm_of_stream(self, call: Call) -> bool:
+    def is_norm_of_stream(self, call: NotedCall) -> bool:
         """Whether the call is that of a norm that reads the stream."""
         return is_norm(call) and call.inputs[0].key in self.stream
 
 
-def is_norm(call: Call) -> bool:
+def is_norm(call: NotedCall) -> bool:
     """Whether the call is that of a norm: a module without matrices, from one value to another one of its shape."""
     if call.function or call.module is None or len(call.inputs) != 1 or len(call.outputs) != 1:
         return False
@@ -179,7 +179,7 @@ def is_norm(call: Call) -> bool:
     return not weights and named and call.inputs[0].shape == call.outputs[0].shape
 
 
-def is_attention(call: Call) -> bool:
+def is_attention(call: NotedCall) -> bool:
     """Whether the call makes an attention pattern: a softmax over keys, or a fused kernel."""
     return call.function == "scaled_dot_product_attention" or (
         call.function == "softmax" and len(call.outputs) == 1 and len(call.outputs[0].shape) > 2

@@ -12,7 +12,7 @@ from torch import nn
 from nicehooks.anatomies.branches import layer_places
 from nicehooks.anatomies.ends import Ends
 from nicehooks.anatomies.layouts import Layout, Sizes
-from nicehooks.anatomies.places import Places
+from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import Record, record_forward
 from nicehooks.anatomies.short_inputs import short_inputs
 from nicehooks.anatomies.stacks import Layer, Stack, stacks_in
@@ -39,7 +39,7 @@ class Recorded:
                 try:
                     self._record(model, names[run], given)
                 except Exception as error:  # whatever a model may raise on an input that is not meant for it
-                    faults.append(f"{run or 'the model'}: {type(error).__name__}: {_first_line(error)}")
+                    faults.append(f"{run or 'the model'}: {type(error).__name__}: {_first_line_of(error)}")
                 else:
                     self.run, self.inputs = run, given
                     return
@@ -132,13 +132,13 @@ def _base_with(base: str, embedding: str | None, names: Mapping[str, nn.Module])
     return next((one for one in arounds if any(name.startswith(f"{one}.") for name in aliases)), "")
 
 
-def _layers(record: Record, stack: Stack) -> list[Places]:
+def _layers(record: Record, stack: Stack) -> list[PartPlaces]:
     """The places of each layer; those of a layer in which the same was called as in one before are the same."""
-    known: dict[Any, Places] = {}
-    found: list[Places] = []
+    known: dict[Any, PartPlaces] = {}
+    found: list[PartPlaces] = []
     for layer in stack.layers:
         name = layer.call.owner
-        shape = _shape_of(record, layer)
+        shape = _shape_in(record, layer)
         if shape is not None and shape in known:
             found.append(known[shape].renamed(escape(name)))
         else:
@@ -148,7 +148,7 @@ def _layers(record: Record, stack: Stack) -> list[Places]:
     return found
 
 
-def _shape_of(record: Record, layer: Layer) -> Any:
+def _shape_in(record: Record, layer: Layer) -> Any:
     """What was called in a layer, by names in it; None of a layer in which modules are called that are elsewhere."""
     name = layer.call.owner
     inside = record.within(layer.call)
@@ -160,7 +160,7 @@ def _shape_of(record: Record, layer: Layer) -> Any:
     )
 
 
-def _sizes_of(layers: list[Places], d_model: int) -> Sizes:
+def _sizes_of(layers: list[PartPlaces], d_model: int) -> Sizes:
     """The sizes that the layers have; where none has heads, no heads."""
     seen = next((layer for layer in layers if layer.d_head is not None), None)
     if seen is None:
@@ -169,7 +169,7 @@ def _sizes_of(layers: list[Places], d_model: int) -> Sizes:
     return Sizes(heads, seen.heads.get("k", seen.heads.get("v", heads)), seen.d_head or 0, d_model)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 class Autoencoder(nn.Module):
     """Sends a value through sparse latents. Its latents are the place `latents`: captured and changed like any other.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from nicehooks import capture, splice, steer
+    >>> from nicehooks.autoencoders.autoencoder import Encoder
     >>> sae = Autoencoder(Encoder(torch.randn(4, 16), torch.zeros(16)), torch.randn(16, 4), torch.zeros(4))
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     >>> with splice(model, "0", sae, error=True), steer(sae, "latents[..., 7]", torch.tensor(5.0)):

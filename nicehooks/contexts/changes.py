@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nicehooks import torch_private
 from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.subspaces import checked_basis, within
@@ -239,13 +240,26 @@ def _sent_through(module: Any, error: bool) -> Callable[[Any], Tensor]:
 def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor:
     if not isinstance(value, Tensor):
         raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
-    try:
-        new = through(module, value)
-    except TORCH_ERRORS as reason:
-        raise refused(reason, f"the module does not take {trees.structure_of(value)}") from reason
+    new = _taken(module, value)
     if not isinstance(new, Tensor) or new.shape != value.shape:
         raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + error_of(module, value, value, new) if error else new
+
+
+def _taken(module: Callable[[Tensor], Any], value: Tensor) -> Any:
+    """What `module` makes of `value`; what torch refuses in a module is no fault of a function of the user."""
+    if torch.compiler.is_compiling() or not isinstance(module, nn.Module):
+        return through(module, value)
+    try:
+        return through(module, value)
+    except RuntimeError as reason:
+        raise refused(reason, f"the module does not take {trees.structure_of(value)}") from reason
+
+
+@torch_private.evaluated_while_tracing
+def _is_acted_in(module: nn.Module) -> bool:
+    """Whether an intervention is active somewhere in `module`."""
+    return any([is_bound(inner) for inner in module.modules()])
 
 
 def error_of(module: Callable[[Tensor], Any], value: Tensor, wanted: Tensor, new: Tensor) -> Tensor:
@@ -257,7 +271,7 @@ def error_of(module: Callable[[Tensor], Any], value: Tensor, wanted: Tensor, new
         wanted: what should come out.
         new: what did, contexts included; the same where there are none.
     """
-    if isinstance(module, nn.Module) and any([is_bound(inner) for inner in module.modules()]):
+    if isinstance(module, nn.Module) and _is_acted_in(module):
         with torch.no_grad(), suspend(module):
             new = through(module, value)
     return (wanted - new).detach()

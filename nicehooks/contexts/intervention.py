@@ -180,7 +180,9 @@ class Intervention:
     def _stop(self) -> None:
         """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
         if torch.compiler.is_dynamo_compiling():
-            self._stop_traced()
+            if self._session is not None and self._plan is not None:
+                unbind_traced(self._plan.pairs)
+            self._session = None
             return
         free_left_over()
         session, plan = self._session, self._plan
@@ -196,11 +198,6 @@ class Intervention:
             sessions.end(session)
             for companion in plan.companions:
                 companion.end(session)
-            self._session = None
-
-    def _stop_traced(self) -> None:
-        if self._session is not None and self._plan is not None:
-            unbind_traced(self._plan.pairs)
             self._session = None
 
     # plans

@@ -49,6 +49,7 @@ class Effects:
     """What each of many interventions does to a metric, each alone: the metric under it, minus the metric without.
 
     >>> import torch
+    >>> from nicehooks.experiments.effects import Axis
     >>> axes = [Axis("layer", ("0", "1")), Axis("position", ("the", "cat"))]
     >>> effects = Effects(torch.tensor([[0.0, 2.0], [-3.0, 1.0]]), axes, torch.tensor(5.0))
     >>> effects

@@ -22,6 +22,7 @@ def mean_activations(
     """The mean activations at the sites of `where` over all examples of `batches`, of which it holds one at a time.
 
     >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> means = mean_activations(model, "*", [torch.zeros(2, 4), torch.ones(1, 4)])
     >>> means["0"].shape

@@ -57,6 +57,7 @@ def sweep(
     constant or means.
 
     >>> import torch
+    >>> from torch import nn
     >>> from nicehooks import capture
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
     >>> with capture(model, "*") as clean:

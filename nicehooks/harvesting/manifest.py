@@ -8,7 +8,7 @@ from typing import Any
 
 from nicehooks.errors import FileFault, FileMissing, NiceHooksError
 from nicehooks.harvesting.addresses import Address, put
-from nicehooks.harvesting.shards import BY_NAME, DTYPES, Column
+from nicehooks.harvesting.shards import BY_NAME, DTYPES, ShardColumn
 
 NAME = "manifest.json"
 FORMAT = "nicehooks activations 1"
@@ -58,8 +58,8 @@ class Manifest:
     per: str
     map: str
     under: list[str]
-    columns: dict[str, Column]
-    origin: dict[str, Column]
+    columns: dict[str, ShardColumn]
+    origin: dict[str, ShardColumn]
     shard_rows: int
     parts: int = 1
     batches: int = 0
@@ -98,7 +98,9 @@ class Manifest:
             raise ValueError("another format")
         found.pop("rows")
         for group in ("columns", "origin"):
-            found[group] = {name: Column(BY_NAME[dtype], tuple(shape)) for name, (dtype, shape) in found[group].items()}
+            found[group] = {
+                name: ShardColumn(BY_NAME[dtype], tuple(shape)) for name, (dtype, shape) in found[group].items()
+            }
         found["shards"] = [ShardRecord(**shard) for shard in found["shards"]]
         return Manifest(**found)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nicehooks.errors import FileFault, FileMissing
 from nicehooks.harvesting.addresses import Address
 from nicehooks.harvesting.manifest import ShardRecord
-from nicehooks.harvesting.shards import SAME_SIZE, Column, Header, as_rows, checksum_of, mapped
+from nicehooks.harvesting.shards import SAME_SIZE, Header, ShardColumn, as_rows, checksum_of, mapped
 from nicehooks.harvesting.writing import header_of
 
 OPEN = 4096
@@ -30,7 +30,7 @@ class ShardFiles:
         columns: what they hold, by the names of their tensors.
     """
 
-    def __init__(self, there: Address, records: Sequence[ShardRecord], columns: dict[str, Column]) -> None:
+    def __init__(self, there: Address, records: Sequence[ShardRecord], columns: dict[str, ShardColumn]) -> None:
         self.there = there
         self.records = list(records)
         self.columns = columns

@@ -42,7 +42,7 @@ SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Dtypes that every operation knows, by their bytes: rows are copied as these, whatever they are."""
 
 
-class Column(NamedTuple):
+class ShardColumn(NamedTuple):
     """What each row of one tensor of a shard is like."""
 
     dtype: torch.dtype
@@ -57,7 +57,7 @@ class Column(NamedTuple):
 class Span(NamedTuple):
     """Where one tensor stands in a file, counted from its first byte."""
 
-    column: Column
+    column: ShardColumn
     rows: int
     start: int
 
@@ -164,7 +164,7 @@ def read_head(start: bytes, size: int, file: str) -> Header | int:
 def _place_said(entry: dict[str, object], after: int) -> Span:
     rows, *shape = entry["shape"]  # pyright: ignore
     start, _ = entry["data_offsets"]  # pyright: ignore
-    return Span(Column(BY_NAME[entry["dtype"]], tuple(shape)), int(rows), int(start) + after)  # pyright: ignore
+    return Span(ShardColumn(BY_NAME[entry["dtype"]], tuple(shape)), int(rows), int(start) + after)  # pyright: ignore
 
 
 def mapped(file: str, header: Header) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def _in_memory(everything: Tensor, place: Span) -> Tensor:
     return as_rows(everything[start:stop], place.column, place.rows)
 
 
-def as_rows(content: Tensor, column: Column, rows: int) -> Tensor:
+def as_rows(content: Tensor, column: ShardColumn, rows: int) -> Tensor:
     """Bytes as the rows that they are."""
     if content.numel() == 0:
         return torch.empty((rows, *column.shape), dtype=column.dtype)

@@ -12,7 +12,7 @@ from nicehooks.harvesting.fingerprints import fingerprint, name_of
 from nicehooks.harvesting.inputs import batches_of
 from nicehooks.harvesting.manifest import Manifest
 from nicehooks.harvesting.rows import PROVENANCE, Chosen, Recipe
-from nicehooks.harvesting.shards import Column
+from nicehooks.harvesting.shards import ShardColumn
 
 SHARD_BYTES = 1 << 27
 """About how large a shard is where nothing is said."""
@@ -21,8 +21,8 @@ SHARD_BYTES = 1 << 27
 class Format(NamedTuple):
     """What a row of a harvest is."""
 
-    columns: dict[str, Column]
-    origin: dict[str, Column]
+    columns: dict[str, ShardColumn]
+    origin: dict[str, ShardColumn]
 
     @property
     def row_bytes(self) -> int:
@@ -33,13 +33,15 @@ class Format(NamedTuple):
 def format_of_first(recipe: Recipe, first: Any) -> Format:
     """Runs the model once, on the batch `first`, to see what a row is."""
     chosen = Chosen(next(iter(batches_of([first]))), recipe)
-    columns = {name: Column(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
-    return Format(columns, {name: Column(PROVENANCE[name], ()) for name in chosen.origin()})
+    columns = {name: ShardColumn(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
+    return Format(columns, {name: ShardColumn(PROVENANCE[name], ()) for name in chosen.origin()})
 
 
 def format_of(columns: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> Format:
     """What a row is, of rows that are there already."""
-    found = [{name: Column(v.dtype, tuple(v.shape[1:])) for name, v in group.items()} for group in (columns, origin)]
+    found = [
+        {name: ShardColumn(v.dtype, tuple(v.shape[1:])) for name, v in group.items()} for group in (columns, origin)
+    ]
     return Format(*found)
 
 

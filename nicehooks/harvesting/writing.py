@@ -129,7 +129,7 @@ class Writer:
     def _fault(self, file: str, number: int, error: OSError) -> FileFault:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
         size = self.manifest.shard_rows * self.manifest.row_bytes
-        return FileFault(NOT_WRITTEN.format(file=self.there.full(file), why=why, size=size, number=number))
+        return FileFault(NOT_WRITTEN_ROWS.format(file=self.there.full(file), why=why, size=size, number=number))
 
     def _buffer(self) -> dict[str, Tensor]:
         if self.free:
@@ -185,6 +185,6 @@ def clean(there: Address, part: int, good: int) -> None:
             there.remove(name)
 
 
-NOT_WRITTEN = """\
+NOT_WRITTEN_ROWS = """\
 {file!r} ({size:,} bytes) cannot be written: {why}.
   The {number} shards before it are there. Once there is room, harvest(…, resume=True) goes on behind them."""

@@ -12,6 +12,7 @@ import torch
 from bodies import body, padded
 from by_hooks import one_thread
 from gallery.every_architecture import tiny
+from gallery.streams import StreamBlock, StreamModel
 from torch import Tensor, nn
 
 from nicehooks import SiteNotFound, UnsupportedModule, ablate, anatomy, capture, patch, select
@@ -93,43 +94,9 @@ def test_an_encoder_and_a_decoder() -> None:
 # --- refused, remembered, reported ------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Its attention and MLP add to the stream, which may then be changed by something that is no sum."""
-
-    def __init__(self, after: nn.Module) -> None:
-        super().__init__()
-        self.attn, self.mlp, self.after = (
-            nn.Linear(8, 8),
-            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
-            after,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (2, 4)).transpose(1, 2) for _ in range(3))
-        z = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2)
-        x = x + self.attn(z)
-        return self.after(x + self.mlp(x))
-
-
-class Model(nn.Module):
-    def __init__(self, after: nn.Module) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.blocks = nn.ModuleList([Block(after), Block(nn.Identity())])
-        self.head = nn.Linear(8, 20)
-        self.runs = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        self.runs += 1
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 def test_a_model_of_ones_own_is_found() -> None:
     torch.manual_seed(0)
-    model = Model(nn.Identity())
+    model = StreamModel(nn.Identity())
     parts = anatomy(model)
     assert str(parts.z[1]) == "blocks.1.attn@input[0]/2" and str(parts.pattern[0]) == "blocks.0@softmax()"
     assert str(parts.mlp_post[0]) == "blocks.0.mlp.2@input[0]" and parts.n_heads == 2
@@ -140,7 +107,7 @@ def test_a_model_of_ones_own_is_found() -> None:
 
 
 def test_a_stream_that_is_no_sum_is_refused_where_it_is_none() -> None:
-    model = Model(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    model = StreamModel(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
     parts = anatomy(model)
     assert parts.attn_out.layers == (1,) and str(parts.attn_out[1]) == "blocks.1.attn"
     with pytest.raises(SiteNotFound, match=r"attn_out\[0\]: layer 0 has none"):
@@ -151,23 +118,23 @@ def test_a_stream_that_is_no_sum_is_refused_where_it_is_none() -> None:
 
 
 def test_it_is_found_once_and_found_anew_when_the_model_changes() -> None:
-    model = Model(nn.Identity())
+    model = StreamModel(nn.Identity())
     anatomy(model)
     runs = model.runs
     assert runs == 2
     anatomy(model)
     assert model.runs == runs
-    model.blocks.append(Block(nn.Identity()))
+    model.blocks.append(StreamBlock(nn.Identity()))
     assert anatomy(model).n_layers == 3 and model.runs == runs + 2
 
 
 def test_without_the_check_it_runs_once() -> None:
-    model = Model(nn.Identity())
+    model = StreamModel(nn.Identity())
     assert anatomy(model, check=False).report().rows[1].check == "" and model.runs == 1
 
 
 def test_nothing_is_kept_or_left() -> None:
-    model = Model(nn.Dropout(0.5)).train()
+    model = StreamModel(nn.Dropout(0.5)).train()
     before, state = [dict(vars(module)) for module in model.modules()], torch.random.get_rng_state()
     anatomy(model)
     after = [dict(vars(module)) for module in model.modules()]
@@ -182,7 +149,7 @@ def test_nothing_is_kept_or_left() -> None:
 
 
 def test_interventions_that_are_active_do_not_count() -> None:
-    model = Model(nn.Identity())
+    model = StreamModel(nn.Identity())
     with ablate(model, "blocks.0.attn", value=7.0):
         parts = anatomy(model)
         model(torch.tensor([[1, 2]]))
@@ -190,7 +157,7 @@ def test_interventions_that_are_active_do_not_count() -> None:
 
 
 def test_a_model_that_takes_something_else_is_given_it() -> None:
-    class Other(Model):
+    class Other(StreamModel):
         def forward(self, ids: Tensor, scale: Any) -> Tensor:
             return super().forward(ids) * scale
 

@@ -110,10 +110,13 @@ def tensor_parallel() -> None:
 CASES: dict[str, Callable[[], None]] = {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel}
 
 
+STORE: Any = getattr(dist, "HashStore")  # noqa: B009  # torch exports it without saying so
+
+
 @pytest.fixture
 def alone() -> Any:
     """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.distributed_c10d.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=STORE(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

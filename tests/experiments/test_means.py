@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from gallery.architectures import ARCHITECTURES, tokens
-from sweep_by_hand import Tagger, far_from_loop, made
+from gallery.swept import Tagger
+from sweep_by_hand import far_from_loop, made
 from torch import nn
 
 from nicehooks import capture, mean_activations, sweep

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from gallery.architectures import ARCHITECTURES, answer
-from sweep_by_hand import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger, far_from_loop, made, recorded
+from gallery.swept import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger
+from sweep_by_hand import far_from_loop, made, recorded
 from torch import nn
 
 from nicehooks import capture, sweep

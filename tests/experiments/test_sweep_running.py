@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from gallery.architectures import ARCHITECTURES, answer, tokens
-from gallery.swept import Small
-from sweep_by_hand import MeanOfBatch, far_from_loop, made
+from gallery.swept import MeanOfBatch, Small
+from sweep_by_hand import far_from_loop, made
 from torch import nn
 from transformers import DynamicCache
 

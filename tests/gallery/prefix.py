@@ -34,5 +34,7 @@ class PrefixModel(nn.Module):
 
 
 class _Pair(nn.Module):
+    """Returns a tensor, and another one in a dict."""
+
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return x, {"twice": 2 * x}
