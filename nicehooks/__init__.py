@@ -79,6 +79,7 @@ __all__ = [
     "register_full_backward_pre_hook",
     "run",
     "select",
+    "serving",
     "sites",
     "splice",
     "steer",

@@ -44,6 +44,7 @@ from nicehooks.errors import (
 )
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
+from nicehooks.servers.serving import serving
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 

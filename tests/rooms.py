@@ -37,13 +37,13 @@ ORDER = [
     "experiments",
     "pictures",
     "harvest",
-    "serving",
+    "servers",
     "compat",
     "cli",
     "public",
     "doors",
 ]
-"""From the ground up. Experiments, harvest and serving have a place here before they have a room."""
+"""From the ground up. Harvest has a place here before it has a room."""
 
 
 def room_of(file: str) -> str:

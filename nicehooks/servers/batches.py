@@ -70,7 +70,8 @@ class CrowdRule(Rule):
     Attributes:
         batch: gives the batch that runs now.
         fail: fails one request.
-        head: whether the rows of the output (and of the input) are those that get a token, where both are possible.
+        head: whether the module is at the head, so that its output may have the rows of the requests that get a token;
+            `head_in`: likewise its arguments.
     """
 
     __slots__ = ("batch", "fail", "head", "head_in", "users")

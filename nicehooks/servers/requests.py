@@ -29,6 +29,7 @@ from torch import nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
+from nicehooks.contexts.changes import edit, patch
 from nicehooks.contexts.intervention import Intervention
 from nicehooks.contexts.plans import Plan
 from nicehooks.core.rules import RowsRule, SiteRule
@@ -192,6 +193,8 @@ class _Context:
     def __init__(self, given: Any) -> None:
         if not isinstance(given, Intervention):
             raise TypeError(f"under=[…] takes contexts (capture, steer, patch, …), not {type(given).__name__}")
+        if not isinstance(given, capture | edit | patch):
+            raise UnsupportedModule(SHARED.format(path=given, why="it is about the model as a whole"))
         self.own: Any = copy.copy(given)
         self.own._plan = self.own._session = None
         self.own._action = copy.copy(getattr(given, "_action", None))  # a capture's holds the cache of one request
@@ -206,8 +209,6 @@ class _Context:
             rule.session = self.session
             rule.given([action for _, action in actions])
             _refuse_if_shared(self.own, rule)
-        if not self.rules or self.plan.companions:
-            raise UnsupportedModule(SHARED.format(path=self.own, why="it is about the model as a whole"))
         cache = self.own._entered(self.session)
         self.cache: ActivationCache | None = cache if isinstance(cache, ActivationCache) else None
 

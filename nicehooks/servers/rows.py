@@ -44,12 +44,12 @@ def place_of(tensor: Tensor, span: Span, sizes: Sizes, head: bool) -> tuple[int,
     """The dimension of the rows, the first row of `span` in it, and how many it has; None where it has none.
 
     Args:
-        head: whether the value is at the head, so that its rows are those that get a token where both are possible.
+        head: whether the value is at the head, where the rows may be those of the requests that get a token.
     """
     shape = tensor.shape
     for dim in (1, 0) if len(shape) > 1 and shape[0] == 1 else range(min(1, len(shape))):
         rows = shape[dim]
-        if rows == sizes.logits and (head or rows != sizes.tokens):
+        if head and rows == sizes.logits:
             return None if span.logit is None else (dim, span.logit, 1)
         if rows == sizes.tokens:
             return dim, span.start, span.stop - span.start

@@ -63,6 +63,7 @@ def test_these_are_the_public_names() -> None:
         "register_full_backward_pre_hook",
         "run",
         "select",
+        "serving",
         "sites",
         "splice",
         "steer",
