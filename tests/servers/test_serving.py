@@ -49,8 +49,9 @@ def alone(model: Any, ids: list[int], under: list[Any], new: int) -> tuple[list[
     """Tokens and caches of one request in `with` blocks."""
     with contextlib.ExitStack() as stack:
         entered = [stack.enter_context(context) for context in under]
+        prompt = torch.tensor([ids])
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        output = model.generate(torch.tensor([ids]), max_new_tokens=new, **options)
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, **options)
     return output[0, len(ids) :].tolist(), [cache for cache in entered if isinstance(cache, dict)]
 
 
