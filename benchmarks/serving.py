@@ -56,9 +56,7 @@ def served(model: Any, prompts: list[list[int]], new: int, vectors: Any, where: 
     with serving(model, generation={"do_sample": False, "eos_token_id": -1}, **ENGINE) as server:
         begun = time.perf_counter()
         handles = [
-            server.submit(
-                prompt, under=[steer(model, where, vector)] if vector is not None else [], max_new_tokens=new
-            )
+            server.submit(prompt, under=[steer(model, where, vector)] if vector is not None else [], max_new_tokens=new)
             for prompt, vector in zip(prompts, vectors, strict=True)
         ]
         for handle in handles:
@@ -90,7 +88,9 @@ def main() -> None:
         if turn:  # the first one warms up
             ratios.append(took["bare"] / took["served"])
             rate = {name: given.requests * given.new / seconds for name, seconds in took.items()}
-            print(f"  bare {rate['bare']:8.1f} tokens/s   served {rate['served']:8.1f}   {ratios[-1]:.3f} ×", flush=True)
+            print(
+                f"  bare {rate['bare']:8.1f} tokens/s   served {rate['served']:8.1f}   {ratios[-1]:.3f} ×", flush=True
+            )
     print(f"{given.requests} requests, half steered: {statistics.median(ratios):.3f} × the bare engine's rate")
 
 

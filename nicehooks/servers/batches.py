@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -131,7 +131,7 @@ class CrowdRule(Rule):
         return True
 
 
-def _turns(batch: Batch, frame: Frame) -> Any:
+def _turns(batch: Batch, frame: Frame) -> Iterator[Turn]:
     module: nn.Module = frame.module
     for stretch in batch.stretches:
         rules = stretch.request.rules.get(module)

@@ -2,13 +2,13 @@
 
 NOTE [A context is read, not entered]
 A context in `under` is asked what it would do if it were entered (its plan), as a copy, so that one object serves many
-requests. Its rules are those that it would bind, with a session that no thread enters: the request says which step it is
-at. So a path, a port, an index, a filter and the order of contexts mean in a request what they mean in a `with` block
+requests. Its rules are those that it would bind, with a session that no thread enters: the request says which step it
+is at. So a path, a port, an index, a filter and the order of contexts mean in a request what they mean in a `with` block
 around the same request alone.
 
 NOTE [Rows that come again]
-An engine that is short of memory drops what it knows of a request, and later runs its prompt and the tokens generated so
-far once more, in one piece. The interventions act on each of these rows at the step that they belonged to, because what
+An engine that is short of memory drops what it knows of a request, and later runs its prompt and the tokens generated
+so far once more, in one piece. The interventions act on each of these rows at the step that they belonged to, because what
 follows depends on them; what was captured there is not captured a second time.
 """
 
@@ -222,7 +222,9 @@ class _Context:
         self.own._check(self.session, self.plan)
         for key, value in ({} if self.cache is None else self.cache).items():
             if any([isinstance(leaf, Hidden) for leaf in trees.leaves(value)]):
-                raise UnsupportedModule(SHARED.format(path=repr(key), why="its requests have no rows of their own there"))
+                raise UnsupportedModule(
+                    SHARED.format(path=repr(key), why="its requests have no rows of their own there")
+                )
 
 
 def _refuse_if_shared(context: Any, rule: Any) -> None:
@@ -245,7 +247,7 @@ NO_GRADIENTS = (
 )
 SHARED = (
     "{path} cannot be served: {why}.\n"
-    "  Under a request there can be the outputs and the inputs of modules, which have rows of its own. Else run it alone:\n"
+    "  A request reaches outputs and inputs of modules, where it has rows of its own. For all else, run it alone:\n"
     "    with …: model.generate(ids)"
 )
 STOPS = (

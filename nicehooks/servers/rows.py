@@ -1,8 +1,8 @@
 """The rows of one request in values that hold those of many: taken out, and put back.
 
-The engine packs the tokens of all requests behind one another: a layer returns `[1, tokens, d_model]`, what is flattened
-further `[tokens, d_model]`. The head of a language model sees one row for each request that gets a token: `[1, requests,
-vocabulary]`.
+The engine packs the tokens of all requests behind one another: a layer returns `[1, tokens, d_model]`, what is
+flattened further `[tokens, d_model]`. The head of a language model sees one row for each request that gets a token:
+`[1, requests, vocabulary]`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def place_of(tensor: Tensor, span: Span, sizes: Sizes, head: bool) -> tuple[int,
 
 
 def taken_out(value: Any, span: Span, sizes: Sizes, head: bool, copy: bool) -> Any:
-    """`value` with the rows of `span` alone; as a copy if it is kept, so that it does not hold the rows of all others."""
+    """`value` with the rows of `span` alone; as a copy if it is kept: a view would hold all."""
 
     def rows(tensor: Tensor) -> Any:
         place = place_of(tensor, span, sizes, head)

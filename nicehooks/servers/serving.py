@@ -150,8 +150,8 @@ def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **set
     """Serves many requests at once, each under interventions of its own.
 
     A thin layer on the continuous batching of `transformers` (`pip install nicehooks[hf]`): the engine packs the tokens
-    of all requests into one forward, and every context acts on the rows of its own request, at the positions and `steps`
-    that it would see if the request ran alone in a `with` block.
+    of all requests into one forward, and every context acts on the rows of its own request, at the positions and
+    `steps` that it would see if the request ran alone in a `with` block.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -180,7 +180,9 @@ def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **set
         UnsupportedModule: `model` has no such engine.
     """
     if not is_servable(model):
-        raise UnsupportedModule(f"{type(model).__name__} is no generating model of transformers 5, which has the engine.")
+        raise UnsupportedModule(
+            f"{type(model).__name__} is no generating model of transformers 5, which has the engine."
+        )
     for name in settings:
         if name in UNSERVED:
             raise TypeError(f"serving(model, …) takes no {name}: the engine has to call Python in each forward.")

@@ -37,7 +37,9 @@ def a_llama(attention: str = "sdpa") -> LlamaForCausalLM:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=60, initializer_range=0.3, attn_implementation=attention, **sizes, **heads)
-    return LlamaForCausalLM(config).eval().double()
+    model = LlamaForCausalLM(config).eval().double()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,10 @@ def some_contexts(model: Any, seed: int) -> list[Any]:
         [edit(model, "model.layers.1.mlp", lambda value: value - value.mean(1, keepdim=True))],
         [steer(model, "model.layers.1@input[0]", vector), capture(model, "model.layers.1.mlp@input[0]", keep="all")],
         [patch(model, {"model.layers.1[:, 0]": vector, "model.layers.1[:, 1]": -vector}, steps=0)],
-        [ablate(model, "model.layers.1.self_attn[0]/4[:, :, 2]", steps=[0, 2]), capture(model, "['logits']", keep="first")],
+        [
+            ablate(model, "model.layers.1.self_attn[0]/4[:, :, 2]", steps=[0, 2]),
+            capture(model, "['logits']", keep="first"),
+        ],
     ]
     return kinds[seed % len(kinds)]
 
@@ -170,7 +175,9 @@ def test_an_error_fails_its_own_request_alone(model):
         late = server.submit([1, 2], under=[ablate(model, "model.layers.1", steps=7)], max_new_tokens=2)
         with pytest.raises(SiteNotReached):
             late.result(60)
-        shared = server.submit([1, 2, 3], under=[capture(model, "model.layers.0@input['attention_mask']")], max_new_tokens=1)
+        shared = server.submit(
+            [1, 2, 3], under=[capture(model, "model.layers.0@input['attention_mask']")], max_new_tokens=1
+        )
         with pytest.raises(UnsupportedModule, match="no rows of their own there"):
             shared.result(60)
         assert_as_alone(model, good.result(60), [1, 2, 3], some_contexts(model, 1), 5)
@@ -234,7 +241,8 @@ async def _await(handle: Any) -> Any:
 
 
 def test_forwards_of_others_meanwhile_are_left_alone(model):
-    clean = model(torch.tensor([[1, 2, 3]])).logits
+    """Before attention, that is: the engine itself changes how attention masks while it runs, in every thread."""
+    clean = model.model.embed_tokens(torch.tensor([[1, 2, 3]]))
     begun, go_on = threading.Event(), threading.Event()
 
     def waits(value: torch.Tensor) -> torch.Tensor:
@@ -243,12 +251,14 @@ def test_forwards_of_others_meanwhile_are_left_alone(model):
         return value + 1
 
     with serving(model, **SMALL) as server:
-        handle = server.submit([1, 2, 3], under=[edit(model, "model.layers.1", waits)], max_new_tokens=1)
+        under = [edit(model, "model.embed_tokens", lambda value: value + 1), edit(model, "model.layers.1", waits)]
+        handle = server.submit([1, 2, 3], under=under, max_new_tokens=1)
         assert begun.wait(60)
-        meanwhile = model(torch.tensor([[1, 2, 3]])).logits
+        with capture(model, "model.embed_tokens") as acts:
+            model(torch.tensor([[1, 2, 3]]))
         go_on.set()
         handle.result(60)
-    torch.testing.assert_close(meanwhile, clean)
+    assert torch.equal(acts["model.embed_tokens"], clean)
 
 
 def test_two_captures_of_one_site_are_told_apart(model):
