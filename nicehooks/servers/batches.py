@@ -11,7 +11,7 @@ from torch import nn
 from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.rules import OutputRule
 from nicehooks.servers.requests import Request, Stretch
-from nicehooks.servers.rows import Change, Sizes, put_back, taken_out
+from nicehooks.servers.rows import Change, Packed, put_back, taken_out
 
 
 class Batch(NamedTuple):
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     """
 
     stretches: list[Stretch]
-    sizes: Sizes
+    sizes: Packed
     thread: int
 
 
@@ -39,7 +39,7 @@ def lay_out(scheduled: list[Any], requests: dict[str, Request]) -> Batch:
             stretches += request.stretches(start, count, row, logit if has_logit else None)
         row += count
         logit += has_logit
-    return Batch(stretches, Sizes(row, len(scheduled)), threading.get_ident())
+    return Batch(stretches, Packed(row, len(scheduled)), threading.get_ident())
 
 
 class Turn(NamedTuple):
@@ -105,7 +105,7 @@ class CrowdRule(Rule):
         if changes:
             frame.value = put_back(frame.value, changes, sizes, self.head)
 
-    def _arguments(self, frame: Frame, turns: list[Turn], sizes: Sizes) -> None:
+    def _arguments(self, frame: Frame, turns: list[Turn], sizes: Packed) -> None:
         """Lets the rules act before the call; those about its arguments get the rows of their request."""
         changes: list[Change] = []
         for turn in turns:

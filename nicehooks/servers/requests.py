@@ -3,13 +3,13 @@
 NOTE [A context is read, not entered]
 A context in `under` is asked what it would do if it were entered (its plan), as a copy, so that one object serves many
 requests. Its rules are those that it would bind, with a session that no thread enters: the request says which step it
-is at. So a path, a port, an index, a filter and the order of contexts mean in a request what they mean in a `with` block
-around the same request alone.
+is at. So a path, a port, an index, a filter and the order of contexts mean in a request what they mean in a `with`
+block around the same request alone.
 
 NOTE [Rows that come again]
 An engine that is short of memory drops what it knows of a request, and later runs its prompt and the tokens generated
-so far once more, in one piece. The interventions act on each of these rows at the step that they belonged to, because what
-follows depends on them; what was captured there is not captured a second time.
+so far once more, in one piece. The interventions act on each of these rows at the step that they belonged to, because
+what follows depends on them; what was captured there is not captured a second time.
 """
 
 # pyright: reportPrivateUsage=false
@@ -235,15 +235,15 @@ def _refuse_if_shared(context: Any, rule: Any) -> None:
         return
     port = rule.site.path.port
     if port.is_gradient:
-        raise UnsupportedModule(NO_GRADIENTS.format(path=str(rule.site)))
+        raise UnsupportedModule(NO_GRADIENTS.format(path=str(rule.site), name=rule.site.name))
     if not (port.is_output or port.is_of_arguments):
-        raise UnsupportedModule(SHARED.format(path=repr(str(rule.site)), why="it belongs to all requests in a batch"))
+        raise UnsupportedModule(SHARED.format(path=repr(str(rule.site)), why=OF_ALL))
 
 
 NO_GRADIENTS = (
     "{path!r}: an engine that serves requests computes no gradients.\n"
     "  Run the request alone:\n"
-    '    grad_at(model, "{path}", metric)(ids)'
+    '    grad_at(model, "{name}", metric)(ids)'
 )
 SHARED = (
     "{path} cannot be served: {why}.\n"

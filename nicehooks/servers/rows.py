@@ -23,7 +23,7 @@ class Span(NamedTuple):
     logit: int | None
 
 
-class Sizes(NamedTuple):
+class Packed(NamedTuple):
     """How many rows a packed value has: one for each token, or, at the head, one for each request."""
 
     tokens: int
@@ -40,7 +40,7 @@ class Hidden:
 HIDDEN = Hidden()
 
 
-def place_of(tensor: Tensor, span: Span, sizes: Sizes, head: bool) -> tuple[int, int, int] | None:
+def place_of(tensor: Tensor, span: Span, sizes: Packed, head: bool) -> tuple[int, int, int] | None:
     """The dimension of the rows, the first row of `span` in it, and how many it has; None where it has none.
 
     Args:
@@ -56,7 +56,7 @@ def place_of(tensor: Tensor, span: Span, sizes: Sizes, head: bool) -> tuple[int,
     return None
 
 
-def taken_out(value: Any, span: Span, sizes: Sizes, head: bool, copy: bool) -> Any:
+def taken_out(value: Any, span: Span, sizes: Packed, head: bool, copy: bool) -> Any:
     """`value` with the rows of `span` alone; as a copy if it is kept: a view would hold all."""
 
     def rows(tensor: Tensor) -> Any:
@@ -77,7 +77,7 @@ class Change(NamedTuple):
     new: Any
 
 
-def put_back(value: Any, changes: list[Change], sizes: Sizes, head: bool) -> Any:
+def put_back(value: Any, changes: list[Change], sizes: Packed, head: bool) -> Any:
     """`value` with each of `changes`, which are in the order of the rows; out of place, in one step for each tensor."""
     news = [_tensors_at(change.new, change.old) for change in changes]
     at = -1

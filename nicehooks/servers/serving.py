@@ -50,11 +50,10 @@ class Server:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """Waits for the requests that are there; after an error, ends them."""
-        engine, self._engine = self._engine, None
         try:
-            if engine is not None:
-                engine.stop(hard=kind is not None)
+            self._running().stop(hard=kind is not None)  # the interventions of those that it waits for still act
         finally:
+            self._engine = None
             unbind(self._bound)
             sessions.end(self._session)
             self._bound, self._rules, self._batch = [], {}, None

@@ -271,6 +271,16 @@ def test_two_captures_of_one_site_are_told_apart(model):
         served.activations  # noqa: B018
 
 
+def test_leaving_waits_for_requests_and_their_contexts_act_until_then(model):
+    prompts = [[1, 2, seed + 1] for seed in range(9)]
+    with serving(model, **SMALL) as server:
+        handles = [
+            server.submit(ids, under=some_contexts(model, seed), max_new_tokens=5) for seed, ids in enumerate(prompts)
+        ]
+    for seed, ids in enumerate(prompts):
+        assert_as_alone(model, handles[seed].result(0), ids, some_contexts(model, seed), 5)
+
+
 def test_an_error_in_the_block_ends_the_requests(model):
     with pytest.raises(KeyError), serving(model, **SMALL) as server:
         handle = server.submit([1], max_new_tokens=400)
