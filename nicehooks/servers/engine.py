@@ -43,10 +43,10 @@ class Engine:
             from transformers import ContinuousBatchingConfig
         if getattr(model, "_cached_continuous_batching_manager", None) is not None:
             raise ContextMisuse(CACHED)
-        small = SMALL if model.device.type == "cpu" else {}
+        chosen: dict[str, Any] = {**(SMALL if model.device.type == "cpu" else {}), **settings, **OFF}
         self.manager = model.init_continuous_batching(
             generation_config=_generation_config(model, generation),
-            continuous_batching_config=ContinuousBatchingConfig(**{**small, **settings, **OFF}),
+            continuous_batching_config=ContinuousBatchingConfig(**chosen),
         )
         self.manager.output_router = _router(deliver)
         self.manager.warmup()  # makes the processor; there is no graph to warm up

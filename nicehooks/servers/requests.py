@@ -204,7 +204,9 @@ class _Context:
         self.session = RequestSession(repr(given))
         self.session.called, self.session.counting = True, self.plan.counting
         self.session.at = Progress(0, 0)
-        self.rules = [(tap.module(), rule) for tap, rule, _ in self.plan.taps if isinstance(rule, SiteRule | RowsRule)]
+        self.rules: list[tuple[Any, Any]] = [
+            (tap.module(), rule) for tap, rule, _ in self.plan.taps if isinstance(rule, SiteRule | RowsRule)
+        ]
         for _, rule in self.rules:
             rule.session = self.session
             rule.given([action for _, action in actions])
@@ -222,9 +224,7 @@ class _Context:
         self.own._check(self.session, self.plan)
         for key, value in ({} if self.cache is None else self.cache).items():
             if any([isinstance(leaf, Hidden) for leaf in trees.leaves(value)]):
-                raise UnsupportedModule(
-                    SHARED.format(path=repr(key), why="its requests have no rows of their own there")
-                )
+                raise UnsupportedModule(SHARED.format(path=repr(key), why=NO_ROWS))
 
 
 def _refuse_if_shared(context: Any, rule: Any) -> None:
@@ -245,6 +245,8 @@ NO_GRADIENTS = (
     "  Run the request alone:\n"
     '    grad_at(model, "{name}", metric)(ids)'
 )
+OF_ALL = "it belongs to all requests in a batch"
+NO_ROWS = "the requests have no rows of their own there"
 SHARED = (
     "{path} cannot be served: {why}.\n"
     "  A request reaches outputs and inputs of modules, where it has rows of its own. For all else, run it alone:\n"
