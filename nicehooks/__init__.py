@@ -94,6 +94,7 @@ __all__ = [
     "run",
     "score_attribution",
     "select",
+    "serving",
     "sites",
     "splice",
     "steer",

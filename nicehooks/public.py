@@ -63,6 +63,7 @@ from nicehooks.harvesting.streaming import on_the_fly
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.pictures.attention import attention_view
 from nicehooks.ports.attention import fused_attention_as_steps
+from nicehooks.servers.serving import serving
 from nicehooks.values.regions import Heads, Rows
 from nicehooks.values.trees import KEEP
 

@@ -39,13 +39,13 @@ ORDER = [
     "harvesting",
     "autoencoders",
     "directions",
-    "serving",
+    "servers",
     "compat",
     "cli",
     "public",
     "doors",
 ]
-"""From the ground up. Experiments and serving have a place here before they have a room."""
+"""From the ground up."""
 
 
 def room_of(file: str) -> str:

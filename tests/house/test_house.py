@@ -77,6 +77,7 @@ def test_these_are_the_public_names() -> None:
         "run",
         "score_attribution",
         "select",
+        "serving",
         "sites",
         "splice",
         "steer",

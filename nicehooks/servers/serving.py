@@ -1,0 +1,221 @@
+"""`serving`: requests to one engine, each under interventions of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from nicehooks.core import sessions
+from nicehooks.core.binding import Bound, bind, taps_for, unbind
+from nicehooks.core.sessions import Session
+from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
+from nicehooks.servers.batches import Batch, BeginRule, CrowdRule, lay_out
+from nicehooks.servers.engine import PRIVATE, Engine, is_servable
+from nicehooks.servers.requests import ENDED, Handle, Request
+
+
+class Server:
+    """An engine that runs while it is entered; `submit` hands it requests, from any thread. See `serving`."""
+
+    def __init__(self, model: nn.Module, generation: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.model = model
+        self._generation = generation
+        self._settings = settings
+        self._engine: Engine | None = None
+        self._session = Session(repr(self), attached=True)
+        self._rules: dict[nn.Module, CrowdRule] = {}
+        self._bound: list[Bound] = []
+        self._requests: dict[str, Request] = {}
+        self._numbers = itertools.count()
+        self._batch: Batch | None = None
+        self._training: list[nn.Module] = []
+
+    def __repr__(self) -> str:
+        return f"serving({type(self.model).__name__})"
+
+    def __enter__(self) -> Server:
+        if self._engine is not None:
+            raise ContextMisuse("this server is running already: each serving(model) is entered once at a time.")
+        self._training = [module for module in self.model.modules() if module.training]
+        self._engine = Engine(self.model, dict(self._generation), self._settings, self._delivered)
+        self._session = Session(repr(self), attached=True)
+        sessions.number(self._session)
+        sessions.begin(self._session)
+        self._bind(self.model, BeginRule(self._begin))
+        self._engine.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Waits for the requests that are there; after an error, ends them."""
+        try:
+            self._running().stop(hard=kind is not None)  # the interventions of those that it waits for still act
+        finally:
+            self._engine = None
+            unbind(self._bound)
+            sessions.end(self._session)
+            self._bound, self._rules, self._batch = [], {}, None
+            for request in list(self._requests.values()):
+                request.settle(error=ENDED)
+            self._requests.clear()
+            for module in self._training:
+                module.training = True
+
+    def submit(self, ids: Any, under: Iterable[Any] = (), **generation: Any) -> Handle:
+        """Hands a request to the engine, and returns at once.
+
+        Args:
+            ids: the prompt: a list of tokens, or a tensor of shape `[pos]` or `[1, pos]`.
+            under: contexts (`capture`, `steer`, `patch`, …) that act on this request alone, in this order. They are not
+                entered: the same object may be given to many requests.
+            generation: what differs for this request: `max_new_tokens`, `eos_token_id`; with
+                `per_request_processors=True` in `serving`, what the engine's processors take (`temperature`, …).
+
+        Returns:
+            A `Handle`: `.result()`, or `await`, gives `.tokens` and `.activations`.
+
+        Raises:
+            SiteNotFound: a path selects nothing.
+            UnsupportedModule: a context is about gradients, weights or calls, which are not the request's own.
+            ContextMisuse: the server is not running, or the request is too long for it.
+        """
+        engine, contexts = self._running(), list(under)
+        if "streaming" in generation or "request_id" in generation:
+            raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
+        name = f"{PRIVATE if contexts else 'shared-'}{next(self._numbers)}"
+        request = Request(name, _as_tokens(ids), contexts, self.model)
+        _check_room(engine, request, engine.most_new_tokens(generation))
+        for module in request.rules:
+            if module not in self._rules:
+                self._rules[module] = self._new_rule(module)
+                self._bind(module, self._rules[module])
+        self._requests[name] = request
+        request.future.add_done_callback(lambda future: self._cancelled(name) if future.cancelled() else None)
+        engine.add(name, request.prompt, generation)
+        return Handle(request)
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise ContextMisuse(NOT_RUNNING)
+        return self._engine
+
+    def _new_rule(self, module: nn.Module) -> CrowdRule:
+        model: Any = self.model
+        is_head = module is model.get_output_embeddings()
+        return CrowdRule(lambda: self._batch, self._fail, is_head or module is model, is_head)
+
+    def _bind(self, module: nn.Module, rule: Any) -> None:
+        bound = taps_for([(module, rule)])
+        self._bound += bound
+        bind(bound, self._session)
+
+    # in the thread of the engine
+
+    def _begin(self, kwargs: dict[str, Any]) -> None:
+        """A forward begins: if it is the engine's, its rows are laid out."""
+        engine = self._engine
+        if engine is None or kwargs.get("cache") is not engine.cache:
+            return
+        self._batch = lay_out(engine.scheduled(), self._requests)
+
+    def _delivered(self, name: str, tokens: list[int], error: str | None) -> None:
+        request = self._requests.pop(name, None)
+        if request is not None:
+            failed = None if error is None else NiceHooksError(f"the engine has failed this request: {error}")
+            request.settle(tokens, failed)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        request.settle(error=error)
+        self._cancelled(request.name)
+
+    def _cancelled(self, name: str) -> None:
+        request, engine = self._requests.pop(name, None), self._engine
+        if request is not None:
+            request.over = True
+            if engine is not None:
+                engine.cancel(name)
+
+
+NOT_RUNNING = (
+    "this server is not running: it runs inside of its `with` block.\n"
+    "    with serving(model) as server:\n"
+    "        handle = server.submit(ids)"
+)
+
+
+def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **settings: Any) -> Server:
+    """Serves many requests at once, each under interventions of its own.
+
+    A thin layer on the continuous batching of `transformers` (`pip install nicehooks[hf]`): the engine packs the tokens
+    of all requests into one forward, and every context acts on the rows of its own request, at the positions and
+    `steps` that it would see if the request ran alone in a `with` block.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from nicehooks import capture, serving, steer
+    >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes))
+    >>> with serving(model) as server:
+    ...     up = steer(model, "model.layers.0", torch.ones(16))
+    ...     last = capture(model, "model.layers.1[:, -1]", keep="first")
+    ...     handle = server.submit([3, 1, 4], under=[up, last], max_new_tokens=2)
+    ...     other = server.submit([3, 1, 4], max_new_tokens=4)
+    >>> result = handle.result()
+    >>> len(result.tokens), result.activations["model.layers.1[:, -1]"].shape, len(other.result().tokens)
+    (2, torch.Size([1, 16]), 4)
+
+    Leaving the block waits for the requests that are there; an error in it ends them.
+
+    Args:
+        model: a language model of `transformers`.
+        generation: what holds for all requests, as `GenerationConfig` takes it (`{"max_new_tokens": 20}`), or a
+            `GenerationConfig` as `{"generation_config": …}`.
+        settings: as `ContinuousBatchingConfig` takes them: `num_blocks` × `page_size` tokens are kept, and
+            `max_batch_tokens` are run in a forward.
+
+    Raises:
+        UnsupportedModule: `model` has no such engine.
+    """
+    if not is_servable(model):
+        raise UnsupportedModule(
+            f"{type(model).__name__} is no generating model of transformers 5, which has the engine."
+        )
+    for name in settings:
+        if name in UNSERVED:
+            raise TypeError(f"serving(model, …) takes no {name}: the engine has to call Python in each forward.")
+    return Server(model, generation or {}, settings)
+
+
+UNSERVED = ("use_async_batching", "use_cuda_graph", "varlen_compile_config", "decode_compile_config")
+
+
+def _as_tokens(ids: Any) -> list[int]:
+    tokens = ids.detach().reshape(-1).tolist() if isinstance(ids, Tensor) and ids.numel() == ids.shape[-1] else ids
+    if isinstance(tokens, Tensor) or not all([isinstance(token, int) for token in tokens]):
+        raise TypeError("submit(ids) takes the tokens of one prompt: a list of ints, or a tensor [pos] or [1, pos]")
+    if not tokens:
+        raise ValueError("submit(ids) takes at least one token")
+    return list(tokens)
+
+
+def _check_room(engine: Engine, request: Request, most_new: int | None) -> None:
+    prompt = len(request.prompt)
+    if most_new is None:
+        raise TypeError(HOW_MANY)
+    if request.contexts and prompt > engine.longest_prompt:
+        raise ContextMisuse(TOO_LONG.format(prompt=prompt, most=engine.longest_prompt))
+    if prompt + most_new > engine.room:
+        raise ContextMisuse(NO_ROOM.format(prompt=prompt, new=most_new, room=engine.room))
+
+
+HOW_MANY = "how many tokens to generate at most? submit(ids, max_new_tokens=20)"
+TOO_LONG = (
+    "a prompt under a context is run in one forward, but this one has {prompt} tokens, and {most} fit into one.\n"
+    "    serving(model, max_batch_tokens={prompt})"
+)
+NO_ROOM = (
+    "{prompt} tokens and {new} new ones do not fit into the engine's memory, which is for {room}.\n"
+    "    serving(model, num_blocks=…, page_size=…)"
+)
