@@ -69,6 +69,7 @@ __all__ = [
     "fused_attention_as_steps",
     "grad_at",
     "head_results",
+    "load_default",
     "logit_lens",
     "patch",
     "patch_method_to_module",
@@ -84,6 +85,7 @@ __all__ = [
     "steer",
     "suspend",
     "to_paths",
+    "versions",
 ]
 
 __path__.append(os.path.join(os.path.dirname(__file__), "compat", "old_names"))  # see NOTE [Names in old pickles]

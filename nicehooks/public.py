@@ -42,6 +42,8 @@ from nicehooks.errors import (
     TreeMismatch,
     UnsupportedModule,
 )
+from nicehooks.installed import versions
+from nicehooks.models.shipped import load_default
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.ports.attention import fused_attention_as_steps
 from nicehooks.values.regions import Heads, Rows

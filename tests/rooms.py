@@ -23,6 +23,7 @@ DOORS = {"hookpoints", "hooktrees"}
 ORDER = [
     "errors",
     "extras",
+    "installed",
     "torch_private",
     "torch_private_tensors",
     "moved",
@@ -38,6 +39,7 @@ ORDER = [
     "pictures",
     "harvest",
     "serving",
+    "models",
     "compat",
     "cli",
     "public",

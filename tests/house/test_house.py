@@ -53,6 +53,7 @@ def test_these_are_the_public_names() -> None:
         "fused_attention_as_steps",
         "grad_at",
         "head_results",
+        "load_default",
         "logit_lens",
         "patch",
         "patch_method_to_module",
@@ -68,6 +69,7 @@ def test_these_are_the_public_names() -> None:
         "steer",
         "suspend",
         "to_paths",
+        "versions",
     ]
 
 
