@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import zlib
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -54,19 +55,17 @@ def load_default(device: str = "cpu", cache: bool | str | Path = True) -> tuple[
     check_device(device)
     file = default_model_file()
     if cache is False:
-        return _read(file.parent, file.name, device)
+        return _pretrained(file.parent, file.name, device)
     root = platformdirs.user_cache_path("nicehooks", appauthor=False) if cache is True else Path(cache)
     place = root / f"{DEFAULT_MODEL}-{_key(file)}"
-    return _read(place, None, device) if is_whole(place) else _read_and_keep(file, place, device)
-
-
-def _read_and_keep(file: Path, place: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = _read(file.parent, file.name, "cpu")
-    try:
-        keep(place, lambda new: (model.save_pretrained(new), tokenizer.save_pretrained(new)))
-    except OSError as error:
-        warnings.warn(NOT_KEPT.format(root=place.parent, error=error), NiceHooksWarning, stacklevel=3)
-    return _to(model, device), tokenizer
+    if not is_whole(place):
+        converted = _pretrained(file.parent, file.name, device)
+        try:
+            keep(place, lambda new: _write(*converted, new))
+        except OSError as error:
+            warnings.warn(NOT_KEPT.format(root=root, error=error), NiceHooksWarning, stacklevel=2)
+            return converted
+    return _pretrained(place, None, device)
 
 
 NOT_KEPT = """\
@@ -75,15 +74,26 @@ load_default: the converted model cannot be kept in {root}, so that it is conver
   load_default(cache=directory) keeps it in another directory, load_default(cache=False) does not try."""
 
 
-def _read(directory: Path, file: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(
+    directory: Path, file: str | None, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
-    return _to(AutoModelForCausalLM.from_pretrained(directory, gguf_file=file), device), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file)
+    return model.to(device).eval(), tokenizer
 
 
-def _to(model: Any, device: str) -> PreTrainedModel:
-    return model.to(device).eval()
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What `model.save_pretrained` would write, which refuses models that came from a GGUF file."""
+    from safetensors.torch import save_model
+
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain numbers now
+    for part in (config, model.generation_config, tokenizer):
+        part.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _key(file: Path) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import optree
 import pytest
@@ -35,8 +36,7 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_templates_of_reports_ask_for_them():
-    folder = nicehooks.__path__[0] + "/../.github/ISSUE_TEMPLATE/fault.yml"
-    text = open(folder).read()
-    (command,) = re.findall(r'python (-c "[^"]*")', text)
-    done = subprocess.run([sys.executable, "-c", command[4:-1]], capture_output=True, text=True, check=True)
+    root = Path(__file__).parent.parent.parent
+    (code,) = re.findall(r'python -c "([^"]*)"', (root / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{versions()}\n"
