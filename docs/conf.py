@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
 CONTENTS = {
-    "First steps": ["tutorial"],
-    "How to": ["cookbook/index", "examples/*"],
+    "First steps": ["tutorial", "tour"],
+    "How to": ["cookbook/index", "cookbook/*", "examples/*"],
     "Concepts": ["paths", "laws", "transforms", "anatomy", "errors"],
     "Moving over": ["from_*"],
     "Reference": ["api", "../benchmarks/README"],
@@ -81,29 +83,31 @@ def add_contents(app: Sphinx, document: str, source: list[str]) -> None:
             source[0] += f"\n\n```{{toctree}}\n{options}\n" + "\n".join(part) + "\n```\n"
 
 
+TITLES = {
+    "contexts": "Contexts and functions",
+    "caches": "What was captured",
+    "core": "Sites",
+    "paths": "Paths",
+    "values": "Values",
+    "ports": "Attention as steps",
+    "anatomies": "The parts of transformers",
+    "experiments": "Experiments",
+    "models": "A model to begin with",
+    "installed": "Versions",
+    "errors": "Errors and warnings",
+    "compat": "Hooks by path",
+}
+"""What the rooms are called on the page, in this order."""
+
+
 class PublicNames(SphinxDirective):
     """Every public name, under the room that it comes from."""
 
-    TITLES = {
-        "contexts": "Contexts and functions",
-        "caches": "What was captured",
-        "core": "Sites",
-        "paths": "Paths",
-        "values": "Values",
-        "ports": "Attention as steps",
-        "anatomies": "The parts of transformers",
-        "experiments": "Experiments",
-        "models": "A model to begin with",
-        "installed": "Versions",
-        "errors": "Errors and warnings",
-        "compat": "Hooks by path",
-    }
-
     def run(self) -> list[nodes.Node]:
-        rooms: dict[str, list[str]] = {title: [] for title in self.TITLES.values()}
+        rooms: dict[str, list[str]] = {title: [] for title in TITLES.values()}
         for name in nicehooks.__all__:
             room = room_of(getattr(nicehooks, name))
-            rooms.setdefault(self.TITLES.get(room, room.capitalize()), []).append(name)
+            rooms.setdefault(TITLES.get(room, room.capitalize()), []).append(name)
         lines: list[str] = []
         for title, names in rooms.items():
             lines += ["", title, "-" * len(title)] if names else []
@@ -130,17 +134,30 @@ def entry(name: str) -> list[str]:
     return [f".. autoclass:: nicehooks.{name}", *(["   :members:"] if not issubclass(thing, BaseException) else [])]
 
 
+def markdown_to_rest(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are written as Markdown: links, and code with a letter right behind it, as in `dict`s."""
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            line = re.sub(r"\[([^\]`]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", line)
+            pieces = re.split(r"(`[^`]*`)", line)
+            ends = [
+                "\\ " if piece[-1:] == "`" and rest[:1].isalpha() else "" for piece, rest in pairwise([*pieces, ""])
+            ]
+            lines[number] = "".join(map("".join, zip(pieces, ends, strict=True)))
+
+
 def redirect(app: Sphinx, error: Exception | None) -> None:
     """The site is entered at its root."""
     if error is None and app.builder.format == "html":
         to = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">'
-        (Path(app.outdir) / "index.html").write_text(f'{to}<title>nicehooks</title><a href="docs/index.html">nicehooks</a>')
+        (Path(app.outdir) / "index.html").write_text(
+            f'{to}<title>nicehooks</title><a href="docs/index.html">nicehooks</a>'
+        )
 
 
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
     app.add_directive("public-names", PublicNames)
     app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", markdown_to_rest)
     app.connect("build-finished", redirect)
-
-

