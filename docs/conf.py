@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from itertools import pairwise
@@ -42,7 +43,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "furo"
 html_title = f"nicehooks {version}"
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 
@@ -104,9 +105,10 @@ class PublicNames(SphinxDirective):
     """Every public name, under the room that it comes from."""
 
     def run(self) -> list[nodes.Node]:
+        room_of = rooms_of_names()
         rooms: dict[str, list[str]] = {title: [] for title in TITLES.values()}
         for name in nicehooks.__all__:
-            room = room_of(getattr(nicehooks, name))
+            room = room_of[name]
             rooms.setdefault(TITLES.get(room, room.capitalize()), []).append(name)
         lines: list[str] = []
         for title, names in rooms.items():
@@ -116,12 +118,11 @@ class PublicNames(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
-def room_of(thing: Any) -> str:
-    """The room whose file defines `thing`; a constant is a value."""
-    if not (inspect.isclass(thing) or inspect.isfunction(thing)):
-        return "values"
-    file = Path(inspect.getsourcefile(thing) or "").relative_to(ROOT / "nicehooks")
-    return file.with_suffix("").parts[0]
+def rooms_of_names() -> dict[str, str]:
+    """The room of each public name: where `nicehooks/public.py` takes it from."""
+    tree = ast.parse((ROOT / "nicehooks" / "public.py").read_text())
+    lines = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {each.name: f"{line.module}.".split(".")[1] for line in lines for each in line.names}
 
 
 def entry(name: str) -> list[str]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 LIST = "whole.json"
@@ -69,7 +70,8 @@ def _take_place(new: Path, folder: Path) -> None:
     """Renames `new` to `folder`, which one of several that do so at once succeeds in."""
     if folder.exists() and not is_whole(folder):
         broken = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
-        folder.rename(broken / "broken")
+        with suppress(FileNotFoundError):  # another has just done so
+            folder.rename(broken / "broken")
         shutil.rmtree(broken, ignore_errors=True)
     try:
         new.rename(folder)
@@ -81,8 +83,9 @@ def _take_place(new: Path, folder: Path) -> None:
 def _sweep_out(folder: Path) -> None:
     """Removes what killed processes have left unfinished."""
     for path in folder.parent.glob(f"{_prefix(folder)}*"):
-        if time.time() - path.stat().st_mtime > ABANDONED:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its owner has just finished with it
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _prefix(folder: Path) -> str:

