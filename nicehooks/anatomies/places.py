@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.paths.names import escape, unescape
 
-PartPlace = str | Lacks | Mapping[str, str | Lacks]
+PlaceOfPart = str | Lacks | Mapping[str, str | Lacks]
 """The whole path of a part, why there is none, or one of these per attention implementation."""
 
 
@@ -44,7 +44,7 @@ class PartPlaces:
     """
 
     block: str
-    parts: dict[str, PartPlace] = field(default_factory=dict[str, PartPlace])
+    parts: dict[str, PlaceOfPart] = field(default_factory=dict[str, PlaceOfPart])
     roles: dict[str, str] = field(default_factory=dict[str, str])
     heads: dict[str, int] = field(default_factory=dict[str, int])
     form: list[Step] = field(default_factory=list[Step])
@@ -53,7 +53,7 @@ class PartPlaces:
     compared: dict[str, str] = field(default_factory=dict[str, str])
     passed: dict[str, str] = field(default_factory=dict[str, str])
 
-    def put(self, part: str, place: PartPlace) -> None:
+    def put(self, part: str, place: PlaceOfPart) -> None:
         """A part is at `place`, unless it has been found before."""
         if part not in self.parts or (isinstance(self.parts[part], Lacks) and not isinstance(place, Lacks)):
             self.parts[part] = place
@@ -82,7 +82,7 @@ class PartPlaces:
         def moved(text: str) -> str:
             return new + text[len(old) :] if text.startswith(old) else text
 
-        def placed(place: PartPlace) -> PartPlace:
+        def placed(place: PlaceOfPart) -> PlaceOfPart:
             if isinstance(place, Mapping):
                 return {key: moved(one) if isinstance(one, str) else one for key, one in place.items()}
             return moved(place) if isinstance(place, str) else place

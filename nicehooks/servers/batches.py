@@ -14,7 +14,7 @@ from nicehooks.servers.requests import Request, Stretch
 from nicehooks.servers.rows import Change, Packed, put_back, taken_out
 
 
-class Batch(NamedTuple):
+class PackedBatch(NamedTuple):
     """The rows of one forward.
 
     Attributes:
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     thread: int
 
 
-def lay_out(scheduled: list[Any], requests: dict[str, Request]) -> Batch:
+def lay_out(scheduled: list[Any], requests: dict[str, Request]) -> PackedBatch:
     """The rows of a forward of what the engine has scheduled."""
     stretches: list[Stretch] = []
     row = logit = 0
@@ -39,7 +39,7 @@ def lay_out(scheduled: list[Any], requests: dict[str, Request]) -> Batch:
             stretches += request.stretches(start, count, row, logit if has_logit else None)
         row += count
         logit += has_logit
-    return Batch(stretches, Packed(row, len(scheduled)), threading.get_ident())
+    return PackedBatch(stretches, Packed(row, len(scheduled)), threading.get_ident())
 
 
 class Turn(NamedTuple):
@@ -76,7 +76,7 @@ class CrowdRule(Rule):
 
     __slots__ = ("batch", "fail", "head", "head_in", "users")
 
-    def __init__(self, batch: Callable[[], Batch | None], fail: Any, head: bool, head_in: bool) -> None:
+    def __init__(self, batch: Callable[[], PackedBatch | None], fail: Any, head: bool, head_in: bool) -> None:
         self.batch = batch
         self.fail = fail
         self.head = head
@@ -131,7 +131,7 @@ class CrowdRule(Rule):
         return True
 
 
-def _turns(batch: Batch, frame: Frame) -> Iterator[Turn]:
+def _turns(batch: PackedBatch, frame: Frame) -> Iterator[Turn]:
     module: nn.Module = frame.module
     for stretch in batch.stretches:
         rules = stretch.request.rules.get(module)

@@ -29,7 +29,7 @@ SMALL = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 512}
 """What a machine without an accelerator gets: the engine itself would take most of its memory."""
 
 
-class Engine:
+class RunningEngine:
     """The engine of one model, from its start to its end.
 
     Args:

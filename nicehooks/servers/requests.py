@@ -36,7 +36,7 @@ from nicehooks.core.rows import RowsRule
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.sessions import Progress, Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
-from nicehooks.servers.rows import Hidden, Span
+from nicehooks.servers.rows import Hidden, RowSpan
 from nicehooks.values import trees
 
 
@@ -58,7 +58,7 @@ class Stretch(NamedTuple):
     """
 
     request: Request
-    span: Span
+    span: RowSpan
     again: bool
     progresses: list[tuple[RequestSession, Progress]]
 
@@ -149,7 +149,7 @@ class Request:
         while position < end:
             stop = len(self.prompt) if position < len(self.prompt) else position + 1
             step = max(0, position - len(self.prompt) + 1)
-            span = Span(first_row + position - start, first_row + stop - start, logit if stop == end else None)
+            span = RowSpan(first_row + position - start, first_row + stop - start, logit if stop == end else None)
             found.append(Stretch(self, span, step < self.next_step, self._progresses(step)))
             self.next_step = max(self.next_step, step + 1)
             position = stop
@@ -225,7 +225,7 @@ class _Context:
         self.own._check(self.session, self.plan)
         for key, value in ({} if self.cache is None else self.cache).items():
             if any([isinstance(leaf, Hidden) for leaf in trees.leaves(value)]):
-                raise UnsupportedModule(SHARED.format(path=repr(key), why=NO_ROWS))
+                raise UnsupportedModule(SHARED.format(path=repr(key), why=NO_ROWS_OF_OWN))
 
 
 def _refuse_if_shared(context: Any, rule: Any) -> None:
@@ -247,7 +247,7 @@ NO_GRADIENTS = (
     '    grad_at(model, "{name}", metric)(ids)'
 )
 OF_ALL = "it belongs to all requests in a batch"
-NO_ROWS = "the requests have no rows of their own there"
+NO_ROWS_OF_OWN = "the requests have no rows of their own there"
 SHARED = (
     "{path} cannot be served: {why}.\n"
     "  A request reaches outputs and inputs of modules, where it has rows of its own. For all else, run it alone:\n"

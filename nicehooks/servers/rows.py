@@ -15,7 +15,7 @@ from torch import Tensor
 from nicehooks.values import trees
 
 
-class Span(NamedTuple):
+class RowSpan(NamedTuple):
     """The rows of one request: among the tokens, and among those that the head sees, if it has one there."""
 
     start: int
@@ -40,7 +40,7 @@ class Hidden:
 HIDDEN = Hidden()
 
 
-def place_of(tensor: Tensor, span: Span, sizes: Packed, head: bool) -> tuple[int, int, int] | None:
+def place_of(tensor: Tensor, span: RowSpan, sizes: Packed, head: bool) -> tuple[int, int, int] | None:
     """The dimension of the rows, the first row of `span` in it, and how many it has; None where it has none.
 
     Args:
@@ -56,7 +56,7 @@ def place_of(tensor: Tensor, span: Span, sizes: Packed, head: bool) -> tuple[int
     return None
 
 
-def taken_out(value: Any, span: Span, sizes: Packed, head: bool, copy: bool) -> Any:
+def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool) -> Any:
     """`value` with the rows of `span` alone; as a copy if it is kept: a view would hold all."""
 
     def rows(tensor: Tensor) -> Any:
@@ -72,7 +72,7 @@ def taken_out(value: Any, span: Span, sizes: Packed, head: bool, copy: bool) -> 
 class Change(NamedTuple):
     """The rows of one request, as they were taken out, and what takes their place."""
 
-    span: Span
+    span: RowSpan
     old: Any
     new: Any
 

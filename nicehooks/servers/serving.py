@@ -12,8 +12,8 @@ from nicehooks.core import sessions
 from nicehooks.core.binding import Bound, bind, taps_for, unbind
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
-from nicehooks.servers.batches import Batch, BeginRule, CrowdRule, lay_out
-from nicehooks.servers.engine import PRIVATE, Engine, is_servable
+from nicehooks.servers.batches import BeginRule, CrowdRule, PackedBatch, lay_out
+from nicehooks.servers.engine import PRIVATE, RunningEngine, is_servable
 from nicehooks.servers.requests import ENDED, Handle, Request
 
 
@@ -24,13 +24,13 @@ class Server:
         self.model = model
         self._generation = generation
         self._settings = settings
-        self._engine: Engine | None = None
+        self._engine: RunningEngine | None = None
         self._session = Session(repr(self), attached=True)
         self._rules: dict[nn.Module, CrowdRule] = {}
         self._bound: list[Bound] = []
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
-        self._batch: Batch | None = None
+        self._batch: PackedBatch | None = None
         self._training: list[nn.Module] = []
 
     def __repr__(self) -> str:
@@ -40,7 +40,7 @@ class Server:
         if self._engine is not None:
             raise ContextMisuse("this server is running already: each serving(model) is entered once at a time.")
         self._training = [module for module in self.model.modules() if module.training]
-        self._engine = Engine(self.model, dict(self._generation), self._settings, self._delivered)
+        self._engine = RunningEngine(self.model, dict(self._generation), self._settings, self._delivered)
         self._session = Session(repr(self), attached=True)
         sessions.number(self._session)
         sessions.begin(self._session)
@@ -96,7 +96,7 @@ class Server:
         engine.add(name, request.prompt, generation)
         return Handle(request)
 
-    def _running(self) -> Engine:
+    def _running(self) -> RunningEngine:
         if self._engine is None:
             raise ContextMisuse(NOT_RUNNING)
         return self._engine
@@ -200,7 +200,7 @@ def _as_tokens(ids: Any) -> list[int]:
     return list(tokens)
 
 
-def _check_room(engine: Engine, request: Request, most_new: int | None) -> None:
+def _check_room(engine: RunningEngine, request: Request, most_new: int | None) -> None:
     prompt = len(request.prompt)
     if most_new is None:
         raise TypeError(HOW_MANY)

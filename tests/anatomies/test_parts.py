@@ -158,7 +158,7 @@ def test_interventions_that_are_active_do_not_count() -> None:
 
 def test_a_model_that_takes_something_else_is_given_it() -> None:
     class Other(StreamModel):
-        def forward(self, ids: Tensor, scale: Any) -> Tensor:
+        def forward(self, ids: Tensor, scale: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(ids) * scale
 
     model = Other(nn.Identity())

@@ -15,6 +15,7 @@ from nicehooks import NiceHooksError
 from nicehooks.cli import loading
 from nicehooks.cli.loading import LoadError, load
 from nicehooks.extras import MissingExtra, needs
+from nicehooks.models import shipped as models_shipped
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_the_default_model_is_not_installed(files: list[str] | None, monkeypatch
                 raise PackageNotFoundError(name)
             self.files = files
 
-    monkeypatch.setattr(loading, "distribution", Wheel)
+    monkeypatch.setattr(models_shipped, "distribution", Wheel)
     with pytest.raises(MissingExtra) as error:
         load()
     assert message(error) == [

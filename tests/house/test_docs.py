@@ -63,7 +63,7 @@ def run_page(page: str, file: str) -> None:
 
 
 def page_param(page: Path) -> Any:
-    takes_long = re.search(r"nicehooks\.loading|from_pretrained|torch\.compile\(", page.read_text())
+    takes_long = re.search(r"load_default|from_pretrained|torch\.compile\(", page.read_text())
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if takes_long else [])
 
 

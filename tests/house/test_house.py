@@ -62,6 +62,7 @@ def test_these_are_the_public_names() -> None:
         "grad_at",
         "harvest",
         "head_results",
+        "load_default",
         "load_sae",
         "logit_lens",
         "mean_activations",
@@ -86,6 +87,7 @@ def test_these_are_the_public_names() -> None:
         "sweep",
         "to_paths",
         "transcoder",
+        "versions",
     ]
 
 

@@ -282,11 +282,12 @@ def test_leaving_waits_for_requests_and_their_contexts_act_until_then(model):
 
 
 def test_an_error_in_the_block_ends_the_requests(model):
+    handles: list[Any] = []
     with pytest.raises(KeyError), serving(model, **SMALL) as server:
-        handle = server.submit([1], max_new_tokens=400)
+        handles.append(server.submit([1], max_new_tokens=400))
         raise KeyError("in the block")
     with pytest.raises(Exception, match="the engine"):
-        handle.result(60)
+        handles[0].result(60)
     assert all(["forward" not in vars(module) for module in model.modules()])
 
 
