@@ -24,6 +24,7 @@ def columns_of(target: Tensor, given: Tensor, factors: tuple[float, ...] = (1.0,
         given: `[batch, pos, width]`.
         factors: what the columns may have been multiplied with.
     """
+    target, given = _wide(target), _wide(given)
     for factor in factors:
         found = _nearest_column(given[0, 0] * factor, target[0, 0])
         made = given[..., found] * factor
@@ -34,10 +35,16 @@ def columns_of(target: Tensor, given: Tensor, factors: tuple[float, ...] = (1.0,
 
 def leading_columns_of(target: Tensor, given: Tensor) -> Tensor | None:
     """The same of the first dimensions of each head alone: in latent attention, positions are in the others."""
+    target, given = _wide(target), _wide(given)
     found = _nearest_column(given[0, 0], target[0, 0])
     same = torch.isclose(given[..., found], target, rtol=1e-4, atol=1e-6 * float(target.abs().max())).all((0, 1, 2))
     count = int(same.long().cumprod(0).sum())
     return found[:, :count] if 1 < count < len(same) else None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In which numbers of half precision can be compared with those of single."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _nearest_column(row: Tensor, wanted: Tensor) -> Tensor:

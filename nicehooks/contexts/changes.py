@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import torch_private
 from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.subspaces import checked_basis, within
@@ -20,7 +19,7 @@ from nicehooks.core.register import Pairs
 from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
-from nicehooks.core.tap import has_rules, is_bound
+from nicehooks.core.tap import has_rules
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS, refused
@@ -256,10 +255,9 @@ def _taken(module: Callable[[Tensor], Any], value: Tensor) -> Any:
         raise refused(reason, f"the module does not take {trees.structure_of(value)}") from reason
 
 
-@torch_private.evaluated_while_tracing
 def _is_acted_in(module: nn.Module) -> bool:
-    """Whether an intervention is active somewhere in `module`."""
-    return any([is_bound(inner) for inner in module.modules()])
+    """Whether an intervention may be active somewhere in `module`: what Dynamo can guard without knowing the module."""
+    return any(["forward" in vars(inner) for inner in module.modules()])
 
 
 def error_of(module: Callable[[Tensor], Any], value: Tensor, wanted: Tensor, new: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_a_model_of_no_known_family_is_refused() -> None:
 def test_a_norm_of_an_unknown_kind_is_refused() -> None:
     model = MODELS["gpt2"][0]().eval()
     model.transformer.ln_f = Odd()
-    with pytest.raises(UnsupportedModule, match=r"'resid.ln_f.scale': Odd is no normalization whose steps are known"):
+    with pytest.raises(UnsupportedModule, match=r"'resid.ln_f.scale'"):
         tree_of(["resid.ln_f.scale"], lambda _: abs).on(model).__enter__()
     with tree_of(["resid.post_ln_f"], lambda _: lambda value: None).on(model):
         logits_of(model)

@@ -22,7 +22,10 @@ from nicehooks.hookpoints import HookCheckFailed, HookCheckWarning, auto_hook, c
 from nicehooks.hooktrees import AtLayers, HookCollection, Hooks, TransformerHooks
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = {page.stem.removeprefix("from_"): page.read_text() for page in sorted((ROOT / "docs").glob("from_*.md"))}
+SYSTEMS = ("auto_hookpoint", "nice_hooks", "transformer_debugger", "transformer_lens")
+"""The systems whose surfaces the library has."""
+
+PAGES = {system: (ROOT / "docs" / f"from_{system}.md").read_text() for system in SYSTEMS}
 
 # --- what has to be shown ---------------------------------------------------------------------------------------------
 

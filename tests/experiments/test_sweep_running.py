@@ -30,9 +30,9 @@ def gpt2():
 
 def test_progress_is_told(gpt2, capsys):
     told = []
-    sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=8, progress=lambda *at: told.append(at))
+    sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=8, engine="growing", progress=lambda *at: told.append(at))
     assert told == [(8, 21), (16, 21), (21, 21)]
-    sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=20, progress=True)
+    sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=20, engine="growing", progress=True)
     shown = capsys.readouterr().err
     assert "sweep: 20 of 21, " in shown and shown.endswith("/s\n")
 
@@ -44,11 +44,11 @@ def test_an_interrupt_returns_what_is_done_and_it_goes_on_from_there(gpt2):
         if done == 16:
             raise KeyboardInterrupt
 
-    part = sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=8, progress=interrupt)
+    part = sweep(gpt2, WHERE, 0.0, metric, tokens(0), chunk_size=8, engine="growing", progress=interrupt)
     assert part.values.isnan().sum() == 5
     assert part.notes == ("interrupted: 16 of 21 are done; sweep(…, resume=effects) goes on.",)
     told = []
-    rest = sweep(gpt2, WHERE, 0.0, metric, tokens(0), resume=part, progress=lambda *at: told.append(at))
+    rest = sweep(gpt2, WHERE, 0.0, metric, tokens(0), resume=part, engine="growing", progress=lambda *at: told.append(at))
     assert told == [(21, 21)]
     assert torch.allclose(rest.values, whole.values, atol=1e-5)
     with pytest.raises(NiceHooksError, match="another sweep"):

@@ -119,7 +119,7 @@ def test_every_file_of_python_that_a_page_names_is_there(page: Path) -> None:
 
 
 def is_there(name: str) -> bool:
-    return any(True for folder in ("nicehooks", "tests", "benchmarks") for _ in whole_paths(folder, name))
+    return any(True for folder in ("nicehooks", "tests", "benchmarks", "docs") for _ in whole_paths(folder, name))
 
 
 def whole_paths(folder: str, name: str) -> Iterator[Path]:

@@ -348,5 +348,6 @@ TABLES = {"_modules", "_parameters", "_buffers"}
 def test_private_attributes_of_others_are_read_in_that_file_alone(file: str) -> None:
     """Of tensors and modules, that is; what begins so in a named tuple is public."""
     public = {"_asdict", "_fields", "_make", "_replace"} | TABLES
+    public |= {"_true_initial_tokens"} if file == "servers.engine" else set()  # of the engine's own requests
     private = {node.attr for node in ast.walk(FILES[file]) if isinstance(node, ast.Attribute) and is_private(node.attr)}
     assert sorted(private - names_of_our_own() - public) == []
