@@ -245,6 +245,7 @@ def compiled(rng: random.Random) -> None:
     ]
     model = nn.Sequential(nn.Linear(4, 4), *layers)
     job = [(rng.choice(MAKERS[:4]), str(rng.randint(0, 4)), rng.uniform(0.5, 2)) for _ in range(rng.randint(1, 2))]
+    torch._dynamo.reset()  # each program is new code
     run = torch.compile(model, backend="eager", fullgraph=True)
     places = rng.sample(range(5), 2)
     with torch.no_grad():

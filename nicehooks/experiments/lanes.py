@@ -56,6 +56,8 @@ class Growing:
         """When, and at which end of which call, the lane of `item` is appended."""
         if item.call is None:
             raise Unfit(f"nothing calls the module of {str(item.cell.path)!r}")
+        if item.cell.path.call is not None and not item.cell.path.port.is_output:
+            raise Unfit(f"{str(item.cell.path)!r} is what one of several calls is given: its lanes are not told apart")
         call = item.call.around[min(self.level, len(item.call.around) - 1)]
         own = call is item.call and item.cell.path.port.is_output
         return (call.end, call, "after") if own else (call.begin, call, "before")
@@ -138,7 +140,7 @@ class Lanes:
                 return tensor
             first = tensor[:size]
             copies = (
-                first.expand(count, *tensor.shape[1:]) if size == 1 else first.repeat(count, *[1] * (tensor.ndim - 1))
+                first.repeat(count, *[1] * (tensor.ndim - 1)) if size > 1 else first.expand(count, *tensor.shape[1:])
             )
             new = torch.cat([tensor, copies])
             made.append(new)

@@ -130,8 +130,8 @@ def test_a_norm_of_an_unknown_kind_is_refused() -> None:
     model.transformer.ln_f = Odd()
     with pytest.raises(UnsupportedModule, match=r"'resid.ln_f.scale'"):
         tree_of(["resid.ln_f.scale"], lambda _: abs).on(model).__enter__()
-    with tree_of(["resid.post_ln_f"], lambda _: lambda value: None).on(model):
-        logits_of(model)
+    with pytest.raises(UnsupportedModule, match="has no final_norm: no norm reads what its last layer gives"):
+        tree_of(["resid.post_ln_f"], lambda _: lambda value: None).on(model).__enter__()
 
 
 def test_a_value_that_does_not_fit_is_named_with_its_place() -> None:

@@ -48,7 +48,9 @@ def test_an_interrupt_returns_what_is_done_and_it_goes_on_from_there(gpt2):
     assert part.values.isnan().sum() == 5
     assert part.notes == ("interrupted: 16 of 21 are done; sweep(…, resume=effects) goes on.",)
     told = []
-    rest = sweep(gpt2, WHERE, 0.0, metric, tokens(0), resume=part, engine="growing", progress=lambda *at: told.append(at))
+    rest = sweep(
+        gpt2, WHERE, 0.0, metric, tokens(0), resume=part, engine="growing", progress=lambda *at: told.append(at)
+    )
     assert told == [(21, 21)]
     assert torch.allclose(rest.values, whole.values, atol=1e-5)
     with pytest.raises(NiceHooksError, match="another sweep"):

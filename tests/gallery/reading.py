@@ -14,10 +14,10 @@ class ReadsHeads(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self.z = anatomy(inner).z[-1]
         self.direction = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
     def forward(self, ids: Tensor) -> Tensor:
-        z = anatomy(self.inner).z[-1]
-        with capture(self.inner, z) as seen:
+        with capture(self.inner, self.z) as seen:
             self.inner(ids)
-        return (seen[z][:, -1] * self.direction).sum((-1, -2))
+        return (seen[self.z][:, -1] * self.direction).sum((-1, -2))

@@ -83,6 +83,7 @@ each_page = pytest.mark.parametrize("page", [page_param(page) for page in PAGES]
 def test_the_examples_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one namespace; blocks with prompts show their output."""
     monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()  # how often code was compiled before is no matter of the page
     run_page(page.read_text(), str(page))
 
 

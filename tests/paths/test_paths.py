@@ -335,7 +335,10 @@ def test_each_row_of_the_table_reads_the_gradient_of_what_is_differentiated(path
 
 ORDER = "one of # @ [ / is expected here, in this order"
 INDEX = "an index is an integer, a slice, a quoted key, None, ..., * or a list of integers"
-PORT = "a port is expected after @: input, grad, input.grad, a parameter, the gradient of a call name().grad, or a call name()"
+PORT = (
+    "a port is expected after @: input, grad, input.grad, a parameter, the gradient of a call name().grad, "
+    "or a call name()"
+)
 
 ERRORS = [
     # the caret is under the place after the |
