@@ -139,9 +139,8 @@ class Lanes:
             if not tensor.ndim or tensor.shape[0] != self.now * size:
                 return tensor
             first = tensor[:size]
-            copies = (
-                first.repeat(count, *[1] * (tensor.ndim - 1)) if size > 1 else first.expand(count, *tensor.shape[1:])
-            )
+            shape = tensor.shape[1:]
+            copies = first.repeat(count, *[1] * len(shape)) if size > 1 else first.expand(count, *shape)
             new = torch.cat([tensor, copies])
             made.append(new)
             return new
@@ -282,9 +281,7 @@ class _Write(Action):
 def _rows_of_lanes(value: Any, base: Any, count: int) -> list[int]:
     """How many rows a lane has in each tensor of `value`, which is `base` in the base run."""
     pairs = list(zip(trees.leaves(value), trees.leaves(base), strict=False))
-    for one, other in pairs:
-        if not isinstance(one, Tensor) and not isinstance(other, Tensor):
-            continue
+    for one, other in [pair for pair in pairs if any([isinstance(leaf, Tensor) for leaf in pair])]:
         fits = isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim > 0
         if not fits or one.shape[0] != count * other.shape[0] or one.shape[1:] != other.shape[1:]:
             raise Unfit(f"{trees.structure_of(value)} does not have the rows of {count} lanes")
