@@ -212,9 +212,12 @@ def _given(name: str, scope: ast.AST, seen: frozenset[str]) -> list[str]:
     if name not in names or not isinstance(scope, ast.FunctionDef) or scope.name in seen:
         return []
     at = names.index(name) - (names[0] == "self")
-    return [
-        text for call, of in calls().get(scope.name, []) for text in _argument(call, of, name, at, seen | {scope.name})
-    ]
+    found: list[str] = []
+    for call, of in calls().get(scope.name, []):
+        # another file may have another private function of this name
+        if not scope.name.startswith("_") or scopes()[of] == scopes()[scope]:
+            found += _argument(call, of, name, at, seen | {scope.name})
+    return found
 
 
 def _argument(call: ast.Call, of: ast.AST, name: str, at: int, seen: frozenset[str]) -> list[str]:

@@ -53,13 +53,15 @@ class GraphWatch:
                 self.pending.append((key, value, leaf, torch_private_tensors.version_traced(leaf)))
 
     def settle(self) -> None:
-        """Leaves the numbers of writes so far."""
+        """Leaves the numbers of writes so far; those of a call before stay where this one has captured nothing."""
+        self.cache._graph_watch = None
+        if not self.pending:
+            return
         writes: dict[str, Any] = {}
         for key, value, tensor, version in self.pending:
             before = writes[key][1] if key in writes else 0
             writes[key] = (value, before + torch_private_tensors.version_traced(tensor) - version)
         self.cache._graph_writes = Link(self.cache._graph_writes, writes) if self.all_calls else writes
-        self.cache._graph_watch = None
 
 
 def calls_of(link: Link) -> Calls[Any]:

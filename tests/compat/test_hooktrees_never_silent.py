@@ -128,7 +128,9 @@ def test_a_model_of_no_known_family_is_refused() -> None:
 def test_a_norm_of_an_unknown_kind_is_refused() -> None:
     model = MODELS["gpt2"][0]().eval()
     model.transformer.ln_f = Odd()
-    with pytest.raises(UnsupportedModule, match=r"'resid.ln_f.scale'"):
+    with pytest.raises(
+        UnsupportedModule, match=r"'resid.ln_f.scale': GPT2LMHeadModel has no final_norm: a short forward showed none"
+    ):
         tree_of(["resid.ln_f.scale"], lambda _: abs).on(model).__enter__()
     with pytest.raises(UnsupportedModule, match="has no final_norm: no norm reads what its last layer gives"):
         tree_of(["resid.post_ln_f"], lambda _: lambda value: None).on(model).__enter__()

@@ -24,6 +24,7 @@ def test_every_message_is_found() -> None:
     found = messages.messages()
     for kind, text in (
         ("SiteNotFound", "… has no parameter or buffer …."),
+        ("PathError", "this bracket is never closed\n    …\n    …^"),
         ("ValueError", "keep=…: it is 'first', 'last' or 'all'"),
         ("SiteNotFound", "no module matches … in ….\n…"),
         ("SiteNotReached", "… was never reached in …: the model ran, but not once with ….\n  while … was active"),

@@ -131,7 +131,7 @@ def test_a_handle_acts_in_its_place_among_the_contexts_of_each_thread():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=slow)])
-@pytest.mark.parametrize("keep", ["last", pytest.param("all", marks=slow)])
+@pytest.mark.parametrize("keep", ["last", pytest.param("first", marks=slow), pytest.param("all", marks=slow)])
 def test_what_a_compiled_model_has_overwritten_is_not_given_out(backend, keep):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)).requires_grad_(False)
