@@ -28,6 +28,12 @@ def evaluated_while_tracing(function: Fn) -> Fn:
     return function
 
 
+def break_graph(why: str) -> None:
+    """Ends the graph that Dynamo makes, if it makes one; under `fullgraph=True` it raises, and says `why`."""
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=why)
+
+
 innermost_transform: Callable[[], Any] = functorch.peek_interpreter_stack
 """The innermost running `torch.func` transform, or None."""
 

@@ -359,7 +359,8 @@ def run_programs(count: int, seed: int, kind: str = "") -> None:
 
 def run_program(seed: int, number: int, kind: str = "") -> None:
     rng = random.Random(f"{seed} {number}")
-    chosen = kind or rng.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
+    drawn = rng.choices(list(KINDS), [share for _, share in KINDS.values()])[0]  # always, so that the rest is the same
+    chosen = kind or drawn
     program = ALONE[chosen] if chosen in ALONE else KINDS[chosen][0]
     try:
         program(rng)

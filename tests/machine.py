@@ -243,7 +243,8 @@ class Machine(RuleBasedStateMachine):
             expected = active.outcome_of_leaving()
         active.ended = True
         self.entered.remove(entry)
-        assert self.said(entry, thread, how) == expected
+        said = self.said(entry, thread, how)
+        assert said == expected, f"{said} said, {expected} expected"
         assert not entry.context.active
         on(thread, entry.context.remove)  # once ended, does nothing
         self.compare_cache(entry)

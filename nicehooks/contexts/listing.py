@@ -12,16 +12,16 @@ from torch import nn
 
 from nicehooks import torch_private
 from nicehooks.contexts.capturing import capture
-from nicehooks.core.calling import SCRIPTED, has_forward
+from nicehooks.core.calling import has_forward
 from nicehooks.core.census import Census
 from nicehooks.core.children import unwrap
+from nicehooks.core.explaining import explained
 from nicehooks.core.frames import Rule
 from nicehooks.core.register import Pairs, every_kind
 from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import is_acting
 from nicehooks.core.tap import Tap, tap_of
-from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
 from nicehooks.pictures.tables import table_html, tree_html
@@ -179,7 +179,7 @@ def sites(model: nn.Module, *args: Any, calls: bool = False, **kwargs: Any) -> S
 def _run(model: nn.Module, context: type[capture], *args: Any, **kwargs: Any) -> dict[str, list[str]]:
     """What each site returned, call by call, described."""
     if torch_private.is_scripted(unwrap(model)):
-        raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
+        raise explained("nearest.scripted", "", model)
     with torch.no_grad(), context(model, _runs_in_python, keep="all", map=trees.structure_of) as acts:
         model(*args, **kwargs)
     return dict(acts)

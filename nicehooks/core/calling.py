@@ -15,9 +15,3 @@ def has_forward(module: nn.Module) -> bool:
 def has_forward_by_type(module: nn.Module) -> bool:
     """Whether every module of this type can be called."""
     return torch_private.is_scripted(module) or type(module).forward is not torch_private.no_forward
-
-
-SCRIPTED = (
-    "{name!r} is a {kind}: TorchScript runs its forward outside of Python, where nothing can be captured or changed.\n"
-    "  Use the original nn.Module instead of the scripted one, or select only modules around it."
-)

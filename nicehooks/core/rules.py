@@ -194,6 +194,7 @@ class SiteRule(Rule):
 
     def at_edge(self, error: TreeMismatch, value: Any, key: str) -> TreeMismatch:
         """The bare fact, with the site and the line to write instead."""
+        torch_private.break_graph(str(error))  # what follows imports the room of teaching
         return explained("misfits.at_site", self, error, value, key)
 
 

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.calling import SCRIPTED
 from nicehooks.core.explaining import explained
 from nicehooks.core.register import kind_of
 from nicehooks.core.sites import Site
 from nicehooks.core.traces import Trace, has_port, is_remembering, remember, remembered
 from nicehooks.core.walking import Found, Walk
-from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 
 Where = Any
@@ -160,7 +158,7 @@ class _Finder:
     def _has_site(self, found: Found, path: ModulePath) -> bool:
         name, module = found.name, found.module
         if torch_private.is_scripted(module):
-            raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
+            raise explained("nearest.scripted", name, module)
         if not path.is_wild and kind_of(path.port).needs_forward:
             explained("own_calls.refuse_own_call", name, module)
         answer = has_port(module, path.port)

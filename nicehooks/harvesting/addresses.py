@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -76,7 +77,12 @@ class _Local:
     def names(self) -> dict[str, int]:
         if not self.folder.is_dir():
             return {}
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+        found: dict[str, int] = {}
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # another process has just published it, under its own name
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+        return found
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         try:

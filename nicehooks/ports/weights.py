@@ -49,12 +49,12 @@ class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
     companion = Tables
-    __slots__ = ("is_swapped", "places", "was_read")
+    __slots__ = ("is_swapped", "places", "was_missed", "was_read")
 
     def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
         super().__init__(site, action, when)
         self.is_swapped = False
-        self.was_read = False  # in the forward of a module that holds it
+        self.was_read = self.was_missed = False  # whether a module that holds it has run here, or only elsewhere
         self.places = [(weakref.ref(module), name) for module, name in places]
 
     def modules(self) -> list[nn.Module]:
@@ -63,7 +63,7 @@ class ParameterRule(SiteRule):
 
     def was_reached(self, session: Session) -> bool:
         """A module that holds it may have run in another thread, where nothing acted."""
-        return super().was_reached(session) and (self.was_read or not session.elsewhere)
+        return super().was_reached(session) and (self.was_read or not self.was_missed)
 
     def before(self, frame: Frame) -> None:
         if not Override.is_open(self) and (torch.compiler.is_compiling() or not self._comes_later(frame)):
@@ -116,7 +116,8 @@ class ParameterRule(SiteRule):
         return old if new is copy and torch.equal(copy, old) else new
 
     def after(self, frame: Frame) -> None:
-        pass
+        if not torch.compiler.is_compiling() and self.session.elsewhere:
+            self.was_missed = True
 
 
 RUNNING = ("running_mean", "running_var")

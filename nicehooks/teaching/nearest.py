@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nicehooks import torch_private
-from nicehooks.core.calling import SCRIPTED, has_forward
+from nicehooks.core.calling import has_forward
 from nicehooks.core.census import Census
 from nicehooks.core.children import unwrap
 from nicehooks.core.register import kind_of
@@ -40,11 +40,19 @@ LONGEST = 200
 def nothing_matches(model: nn.Module, path: ModulePath, named: list[tuple[str, nn.Module]], verb: str) -> Exception:
     """The error that says that `path` selects nothing, though it matches the names in `named`, and what does."""
     census = Census(model)
-    scripted = [(name, module) for name, module in census.names.items() if _leads_into(path, name, module)]
-    if scripted:
-        name, module = scripted[0]
-        return UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
-    return SiteNotFound(_why(census, path, named, verb))
+    inside = [(name, module) for name, module in census.names.items() if _leads_into(path, name, module)]
+    return scripted(*inside[0]) if inside else SiteNotFound(_why(census, path, named, verb))
+
+
+def scripted(name: str, module: nn.Module) -> Exception:
+    """The error that says that `module`, whose name is `name`, is TorchScript."""
+    return UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
+
+
+SCRIPTED = (
+    "{name!r} is a {kind}: TorchScript runs its forward outside of Python, where nothing can be captured or changed.\n"
+    "  Use the original nn.Module instead of the scripted one, or select only modules around it."
+)
 
 
 def _leads_into(path: ModulePath, name: str, module: nn.Module) -> bool:

@@ -141,7 +141,8 @@ def fits(shape: Iterable[int], target: Iterable[int]) -> bool:
     """Whether a tensor of `shape` broadcasts to `target` without changing it."""
     shape, target = tuple(shape), tuple(target)
     tail = target[len(target) - len(shape) :]
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+    # no `in`: Dynamo finds a size that it does not know in no tuple
+    return len(shape) <= len(target) and all([a == 1 or a == b for a, b in zip(shape, tail, strict=True)])
 
 
 def usable(value: Tensor) -> Tensor:

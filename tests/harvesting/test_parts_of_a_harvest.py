@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import harvest_streams
 import pytest
@@ -16,6 +18,7 @@ from harvest_streams import all_places, alone, check_rows, places_of, stream, te
 import nicehooks
 from nicehooks import ActivationStore, harvest
 from nicehooks.errors import FileFault
+from nicehooks.harvesting.addresses import address, put
 from nicehooks.harvesting.inputs import BatchFault
 
 SAMPLES = texts(50, seed=3)
@@ -82,6 +85,25 @@ def test_a_part_is_resumed_for_itself(tmp_path: Path) -> None:
         harvest(PrefixModel(), "layers.1", ends_early(), tmp_path, shard_rows=8, part=(1, 2))
     harvest(PrefixModel(), "layers.1", stream(SAMPLES), tmp_path, shard_rows=8, part=(0, 2))
     check_store(harvest(PrefixModel(), "layers.1", stream(SAMPLES), tmp_path, shard_rows=8, part=(1, 2), resume=True))
+
+
+def test_files_that_others_rename_meanwhile_are_no_fault(tmp_path: Path) -> None:
+    """A file may get its own name between the listing of the directory and the look at its size."""
+    there, over = address(tmp_path), Event()
+
+    def publishes() -> None:
+        while not over.is_set():
+            put(there, "manifest.json", [b"1"])
+
+    with ThreadPoolExecutor() as pool:
+        writing = [pool.submit(publishes) for _ in range(3)]
+        try:
+            for _ in range(3000):
+                assert set(there.names().values()) <= {0, 1}
+        finally:
+            over.set()
+        for each in writing:
+            each.result()
 
 
 def test_a_part_without_batches(tmp_path: Path) -> None:

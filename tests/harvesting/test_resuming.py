@@ -55,8 +55,8 @@ def test_killed_a_few_times(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_fifty_times_at_random_moments(tmp_path: Path) -> None:
-    kills, stores = killed(tmp_path / "stores", 50, seed=2)
-    assert kills == 50 and stores > 1
+    kills, _ = killed(tmp_path / "stores", 50, seed=2)
+    assert kills == 50
     check_killed(tmp_path / "stores", tmp_path / "whole")
 
 

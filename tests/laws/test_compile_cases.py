@@ -14,6 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from worlds import graphs, inputs, make, state
 
 from nicehooks import KEEP, ablate, capture, captured, edit, fused_attention_as_steps, patch, splice, steer, suspend
+from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
 
 V = torch.linspace(-1, 1, 6)
@@ -207,6 +208,35 @@ def test_other_batch_sizes():
             agree(out, model(x))
         agree(acts, expected)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_replacements_of_other_batch_sizes(dynamic):
+    """Sizes that are known beside such as are not: of a value, and of what it takes the place of."""
+    model, q = make("Mlp"), torch.linalg.qr(torch.randn(6, 2)).Q
+    run = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+
+    def around(size, stack):
+        new = torch.linspace(-1, 1, size * 6).reshape(size, 6)
+        with (
+            patch(model, {"blocks.0": new, "blocks.1[:, 0]": new[:, 0], "embed": V}),
+            patch(model, "blocks.2", new, subspace=q),
+            steer(model, "blocks.1", new),
+        ):
+            return stack()
+
+    for size in (5, 3, 8, 1):
+        x = torch.randn(size, 4)
+        agree(around(size, lambda x=x: run(x)), around(size, lambda x=x: model(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own, as it leaves the frame
+def test_a_value_that_does_not_fit_says_so_in_compiled_code_too():
+    model, x, new = make("Mlp"), torch.randn(3, 4), torch.randn(3, 7)
+    with pytest.raises(Exception, match=r"Tensor\[3, 7\].*does not broadcast"), patch(model, "blocks.0", new):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+    with pytest.raises(TreeMismatch, match=r"patch at 'blocks\.0': Tensor\[3, 7\]"), patch(model, "blocks.0", new):
+        torch.compile(model, backend="eager")(x)
 
 
 def test_a_stack_inside():

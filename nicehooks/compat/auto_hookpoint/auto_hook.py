@@ -23,7 +23,7 @@ from nicehooks.compat.auto_hookpoint.places_to_hook import points_of
 from nicehooks.compat.transformer_lens.hook_point import HookPoint
 from nicehooks.compat.transformer_lens.hooked_methods import HookedMethods
 from nicehooks.compat.transformer_lens.hooked_models import first_names
-from nicehooks.core.calling import SCRIPTED
+from nicehooks.core.explaining import explained
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,6 +56,7 @@ def auto_hook(model: Any) -> Any:
     ['hook_point', 'bias.hook_point', 'fc.hook_point']
     >>> model.run_with_hooks(x, fwd_hooks=[("fc.hook_point", lambda value, hook: value * 0)])[0].tolist()
     [1.0, 1.0, 1.0, 1.0]
+    from nicehooks.teaching.nearest import scripted
 
     The model keeps its type, attributes, `state_dict`, modules and parameters, and can be copied and pickled. It gets
     `hook_dict`, `mod_dict`, `run_with_hooks`, `run_with_cache`, `hooks`, `add_hook`, `reset_hooks` and all the other
@@ -246,7 +247,7 @@ def _equip(model: nn.Module) -> None:
     if is_hooked(model):
         return
     if torch_private.is_scripted(model):
-        raise UnsupportedModule(SCRIPTED.format(name="", kind=type(model).__name__))
+        raise explained("nearest.scripted", "", model)
     _refuse_taken([name for name in NAMES if hasattr(model, name)], type(model))
     view = AutoHooks(model)
     _points.pop(model, None)

@@ -22,8 +22,8 @@ from nicehooks.compat.transformer_lens.hooks import (
     hooks_on,
     remove_all,
 )
-from nicehooks.core.calling import SCRIPTED
 from nicehooks.core.census import Census
+from nicehooks.core.explaining import explained
 from nicehooks.core.selection import Site
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
@@ -72,7 +72,7 @@ class HookMethods:
         if name is None:
             raise SiteNotFound(f"the hook point {self.name!r} is no part of this {type(model).__name__} (any more).")
         if torch_private.is_scripted(module):
-            raise UnsupportedModule(SCRIPTED.format(name=name, kind=type(module).__name__))
+            raise explained("nearest.scripted", name, module)
         path = self._path(name, dir)
         if path is None:
             why = NO_CALL_GRADIENT if "(" in self._key else NO_PARAMETER_GRADIENT
