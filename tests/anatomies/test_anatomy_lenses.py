@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -409,7 +410,7 @@ def test_parts_of_two_runs_or_of_all_calls_are_refused() -> None:
 def test_what_the_norms_add_to_their_weights_is_found_and_not_said() -> None:
     """Gemma's gain is 1 + weight, Llama's the weight; nothing says which."""
     for family in ("gemma", "llama"):
-        model = body(family)
+        model = copy.deepcopy(body(family))
         nn.init.normal_(anatomy(model).module("final_norm").weight)
         logits, cache = run(model)
         terms = direct_logit_attribution(model, cache, 7)
@@ -417,7 +418,7 @@ def test_what_the_norms_add_to_their_weights_is_found_and_not_said() -> None:
 
 
 def test_a_norm_that_is_none_is_refused() -> None:
-    model = body("gemma")
+    model = copy.deepcopy(body("gemma"))
     norm = anatomy(model).module("final_norm")
     norm.forward = lambda x: x.tanh() * norm.weight
     with pytest.raises(UnsupportedModule, match=r"GemmaRMSNorm is no LayerNorm or RMSNorm with gain weight or 1 \+ w"):
