@@ -14,6 +14,7 @@ from nicehooks.caches.cache import ActivationCache
 from nicehooks.caches.spellings import Names
 from nicehooks.caches.watching import GraphWatch, versions_of
 from nicehooks.contexts.intervention import Intervention, Plan
+from nicehooks.contexts.keeping import Keeper, runs_again
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
 from nicehooks.core.frames import Frame, StopForward
 from nicehooks.core.register import Pairs
@@ -24,8 +25,7 @@ from nicehooks.core.steps import StepRule
 from nicehooks.core.tap import overwrite
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
-from nicehooks.torch_private import innermost_transform, transforms_running, version_counter
-from nicehooks.values import trees
+from nicehooks.torch_private import transforms_running, version_counter
 
 Keep = Literal["first", "last", "all"]
 
@@ -130,32 +130,17 @@ class capture(Intervention):
 class _Capture(Action):
     """Puts what comes by into a cache."""
 
-    __slots__ = (
-        "cache",
-        "clone",
-        "detach",
-        "expected",
-        "is_plain",
-        "keep",
-        "map",
-        "orders",
-        "seen",
-        "stop",
-        "takes_site",
-        "to",
-    )
+    __slots__ = ("cache", "expected", "is_plain", "keep", "keeper", "map", "orders", "seen", "stop", "takes_site")
     verb = "capture"
     changes = False
 
     def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
         self.keep = keep
-        self.detach = detach
-        self.clone = clone
-        self.to: tuple[Any, ...] = () if to is None else to if isinstance(to, tuple) else (to,)
+        self.keeper = Keeper(detach, clone, to)
         self.map = map_
         self.takes_site = map_ is not None and takes_site(map_)
         self.stop = stop
-        self.is_plain = keep == "last" and not (detach or clone or self.to or map_ or stop)
+        self.is_plain = keep == "last" and not (self.keeper.copies or map_ or stop)
         self.begin(0)
 
     def begin(self, expected: int) -> ActivationCache:
@@ -167,24 +152,14 @@ class _Capture(Action):
         return self.cache
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
-        if self._runs_again(key, site):
+        if not site.path.port.is_gradient and runs_again(self.cache, key):
             return value
-        if torch.compiler.is_dynamo_compiling():
-            lifted = trees.map_tensors(lambda tensor: torch_private_tensors.lift_traced(tensor, session.level), value)
-            self._keep(session, lifted, key, site)
-        elif innermost_transform() is None:
-            self._keep(session, value, key, site)
-        else:
-            lifted = trees.map_tensors(lambda tensor: torch_private_tensors.lift(tensor, session.level), value)
-            with torch_private_tensors.outside_transforms(session.level):
-                self._keep(session, lifted, key, site)
+        self.keeper.keep(value, session.level, lambda seen: self._put(session, seen, key, site))
         if self.stop:
             self._stop_when_complete(session, str(site))
         return value
 
-    def _keep(self, session: Session, seen: Any, key: str, site: Site) -> None:
-        if self.detach or self.clone or self.to:
-            seen = trees.map_tensors(self._copy, seen)
+    def _put(self, session: Session, seen: Any, key: str, site: Site) -> None:
         if self.map is not None:
             seen = call_user(self.map, self.takes_site, seen, key, site)
         if site.path.port.is_gradient:
@@ -201,17 +176,6 @@ class _Capture(Action):
         elif before is None or (order < before if self.keep == "first" else order >= before):
             self.orders[key] = order
             self.cache.record(key, value)
-
-    def _runs_again(self, key: str, site: Site) -> bool:
-        """Whether this is the second run of a checkpointed region, where everything was captured in the first."""
-        if torch.compiler.is_compiling() or site.path.port.is_gradient:
-            return False
-        return dict.__contains__(self.cache, key) and torch_private.in_backward()
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach() if self.detach else tensor
-        tensor = tensor.clone() if self.clone else tensor
-        return tensor.to(*self.to) if self.to else tensor
 
     def _stop_when_complete(self, session: Session, key: str) -> None:
         progress = session.progress()

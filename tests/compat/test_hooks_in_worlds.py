@@ -15,6 +15,7 @@ import torch._dynamo
 from gallery.toy import MLP, POST, Toy, Z, inputs, toy
 from point_hooks import double, look, records, zero
 from torch import nn
+from torch.func import grad
 from torch.utils.checkpoint import checkpoint
 from worlds import WORLDS, same
 
@@ -73,6 +74,18 @@ def test_a_cache_from_outside_of_vmap_has_the_full_batch(model):
         torch.vmap(model)(inputs())
     _, expected = model.run_with_cache(inputs(), names_filter=[MLP, Z], pos_slice=-1)
     assert all(torch.allclose(cache[name], expected[name], atol=1e-6) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"clone": True}, {"detach": True}, {"device": "cpu"}, {"clone": True, "pos_slice": -1}]
+)
+def test_copies_in_a_cache_from_outside_of_a_transform_outlive_it(model, options):
+    """As those of `capture`: the copy is made outside, where it is no wrapper of the transform."""
+    cache, fwd, _ = model.get_caching_hooks([MLP], **options)
+    with model.hooks(fwd_hooks=fwd):
+        grad(lambda x: model(x).sum())(inputs())
+    _, expected = model.run_with_cache(inputs(), names_filter=[MLP], **options)
+    assert torch.equal(cache[MLP] + 0, expected[MLP])
 
 
 def test_a_gradient_per_example(model):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private, torch_private_tensors
+from nicehooks import torch_private
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.keeping import Keeper, runs_again
 from nicehooks.core.selection import Site
 from nicehooks.errors import PathError, TreeMismatch
 from nicehooks.paths.grammar import ModulePath
@@ -75,11 +76,9 @@ class CachingHook:
     ) -> None:
         self.cache = cache
         self.suffix = suffix
-        self.device = device
+        self.keeper = Keeper(detach, clone, device)
         self.remove_batch_dim = remove_batch_dim
         self.positions = positions(pos_slice)
-        self.detach = detach
-        self.clone = clone
         self.level = torch_private.transform_level()
 
     def __repr__(self) -> str:
@@ -87,30 +86,25 @@ class CachingHook:
 
     def __call__(self, value: Any, hook: Any) -> None:
         key = f"{hook.name}{self.suffix}"
-        if not torch.compiler.is_compiling() and self._runs_again(key):
+        if not self.suffix and runs_again(self.cache, key):
             return
         dim = -3 if hook.name.endswith(ENDS_OF_HEADS) or SPLIT_INTO_HEADS.search(hook.name) else -2
-        kept = trees.map_tensors(lambda tensor: self._kept(tensor, dim, key), value)
+        chosen = trees.map_tensors(lambda tensor: self._chosen(tensor, dim, key), value)
+        self.keeper.keep(chosen, self.level, lambda kept: self._put(key, kept))
+
+    def _put(self, key: str, kept: Any) -> None:
         if isinstance(self.cache, ActivationCache):
             self.cache.record(key, kept)
         else:
             self.cache[key] = kept
 
-    def _runs_again(self, key: str) -> bool:
-        """Whether this is the second run of a checkpointed region, where everything was cached in the first."""
-        return not self.suffix and torch_private.in_backward() and dict.__contains__(self.cache, key)
-
-    def _kept(self, tensor: Tensor, dim: int, key: str) -> Tensor:
-        """What is kept of a tensor."""
+    def _chosen(self, tensor: Tensor, dim: int, key: str) -> Tensor:
+        """What is to be kept of a tensor."""
         if self.remove_batch_dim:
             tensor = _only_example(tensor, key)
-        if self.positions is not None and tensor.ndim >= -dim:
-            tensor = self.positions(tensor, dim)
-        if not torch.compiler.is_compiling() and torch_private.innermost_transform() is not None:
-            tensor = torch_private_tensors.lift(tensor, self.level)
-        tensor = tensor.detach() if self.detach else tensor
-        tensor = tensor.clone() if self.clone else tensor
-        return tensor if self.device is None else tensor.to(self.device)
+        if self.positions is None or tensor.ndim < -dim:
+            return tensor
+        return self.positions(tensor, dim)
 
 
 def _only_example(tensor: Tensor, key: str) -> Tensor:
