@@ -58,10 +58,17 @@ def address(where: Any) -> Address:
     return _Remote(str(where)) if "://" in str(where) else _Local(Path(where))
 
 
-def put(there: Address, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file, and shows it only when it is whole."""
+def put(there: Address, name: str, pieces: Iterable[bytes | memoryview], by: str = "") -> None:
+    """Writes a file, and shows it only when it is whole.
+
+    Args:
+        there: where.
+        name: of the file.
+        pieces: what is in it.
+        by: whose it is while it is unfinished: the first part of its name then.
+    """
     try:
-        there.publish(there.write(name, pieces), name)
+        there.publish(there.write(f"{by}{name}", pieces), name)
     except OSError as error:
         raise FileFault(f"{there.full(name)!r} cannot be written: {error}") from None
 

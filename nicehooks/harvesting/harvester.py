@@ -17,7 +17,7 @@ from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
 from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
 from nicehooks.harvesting.rows import Per, Reached, Recipe
 from nicehooks.harvesting.starting import THERE, Format, format_of, manifest_for
-from nicehooks.harvesting.writing import Writer, clean, record_of, shards_of
+from nicehooks.harvesting.writing import Writer, clean, record_of, remove_shards, shards_of
 
 
 def harvest(
@@ -111,10 +111,12 @@ class Job(NamedTuple):
     ) -> ActivationStore:
         """Writes this part."""
         begun = self._begun(resume)
+        if resume:
+            clean(self.there, self.part)
         if begun is not None and begun.complete:
             return ActivationStore(self.there)
         if begun is not None and done_name(self.part) in self.there.names():
-            put_together(self.there, begun)
+            put_together(self.there, begun, self.part)
             return ActivationStore(self.there)
         if begun is not None:  # before the model runs for long
             self._manifest(Format(begun.columns, begun.origin), shard_rows, begun)
@@ -144,11 +146,11 @@ class Job(NamedTuple):
         if begun is not None:
             begun.check_same(manifest, self.there.full("").rstrip("/"))
         else:
-            manifest.save(self.there)
+            manifest.save(self.there, self.part)
         return manifest
 
     def _writer(self, manifest: Manifest, shards: list[ShardRecord], after: Reached | None) -> Writer:
-        clean(self.there, self.part, len(shards))
+        remove_shards(self.there, self.part, len(shards))
         return Writer(self.there, manifest, self.part, shards, after)
 
     def _finished(self, writer: Writer | None) -> ActivationStore:

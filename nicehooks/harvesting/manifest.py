@@ -104,9 +104,9 @@ class Manifest:
         found["shards"] = [ShardRecord(**shard) for shard in found["shards"]]
         return Manifest(**found)
 
-    def save(self, there: Address) -> None:
-        """Writes it; whoever reads meanwhile sees the old one or the new one."""
-        put(there, NAME, [json.dumps(self.to_json(), indent=1).encode()])
+    def save(self, there: Address, part: int = 0) -> None:
+        """Writes it, for `part`; whoever reads meanwhile sees the old one or the new one."""
+        put(there, NAME, [json.dumps(self.to_json(), indent=1).encode()], by=f"{part:05}.")
 
     @staticmethod
     def load(there: Address) -> Manifest:

@@ -31,11 +31,11 @@ def finish_part(
     """Says that a part is done; where it is the last one, the store is complete."""
     said = {"shards": [asdict(shard) for shard in shards], "progress": asdict(progress) if progress else None}
     put(there, done_name(part), [json.dumps(said).encode()])
-    put_together(there, manifest)
+    put_together(there, manifest, part)
 
 
-def put_together(there: Address, manifest: Manifest) -> None:
-    """Writes the manifest of all parts, if they are done. Two that are done at the same time write the same."""
+def put_together(there: Address, manifest: Manifest, by: int) -> None:
+    """Writes the manifest of all parts, for the part `by`, if they are done; two who are so at once write the same."""
     names = there.names()
     if not all(done_name(part) in names for part in range(manifest.parts)):
         return
@@ -43,4 +43,4 @@ def put_together(there: Address, manifest: Manifest) -> None:
     every = [ShardRecord(**shard) for each in parts for shard in each["shards"]]
     ends: list[Any] = [each["progress"] or {"batches": 0, "digest": ""} for each in parts]
     data = [end["digest"] for end in ends]
-    manifest.finished(every, sum(end["batches"] for end in ends), data).save(there)
+    manifest.finished(every, sum(end["batches"] for end in ends), data).save(there, by)

@@ -176,12 +176,18 @@ def header_of(there: Address, file: str, size: int) -> Any:
     return read_head(there.read(file, 0, found), size, there.full(file)) if isinstance(found, int) else found
 
 
-def clean(there: Address, part: int, good: int) -> None:
-    """Takes away what a killed writer of this part left behind the shards that count."""
+def clean(there: Address, part: int) -> None:
+    """Takes away what a killed writer of this part has not finished."""
+    for name in there.names():
+        if name.endswith(UNFINISHED) and name.startswith((f"{part:05}-", f"{part:05}.")):
+            there.remove(name)
+
+
+def remove_shards(there: Address, part: int, good: int) -> None:
+    """Takes away what a writer of this part left behind the shards that count."""
     kept = {shard_name(part, number) for number in range(good)}
     for name in there.names():
-        ours = re.match(rf"{part:05}-\d+\.safetensors", name)
-        if ours and (name.endswith(UNFINISHED) or name not in kept):
+        if re.match(rf"{part:05}-\d+\.safetensors", name) and name not in kept:
             there.remove(name)
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 from rooms import FILES, HOUSE, imports_of
@@ -324,6 +325,7 @@ def test_these_files_do_touch_them() -> None:
     assert {"torch._C._functorch", "torch.utils._pytree."} <= private
 
 
+@cache
 def names_of_our_own() -> set[str]:
     """Every name that a file of the house gives to something."""
     own: set[str] = set()

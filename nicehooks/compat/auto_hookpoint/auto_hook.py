@@ -56,7 +56,6 @@ def auto_hook(model: Any) -> Any:
     ['hook_point', 'bias.hook_point', 'fc.hook_point']
     >>> model.run_with_hooks(x, fwd_hooks=[("fc.hook_point", lambda value, hook: value * 0)])[0].tolist()
     [1.0, 1.0, 1.0, 1.0]
-    from nicehooks.teaching.nearest import scripted
 
     The model keeps its type, attributes, `state_dict`, modules and parameters, and can be copied and pickled. It gets
     `hook_dict`, `mod_dict`, `run_with_hooks`, `run_with_cache`, `hooks`, `add_hook`, `reset_hooks` and all the other
