@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -28,3 +29,9 @@ def fresh_dynamo():
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by then is not looked through again and again for garbage."""
+    gc.collect()
+    gc.freeze()
