@@ -58,6 +58,9 @@ class Browser:
     def find(self, selector: str, number: int = 0) -> Any:
         return self.driver.find_elements("css selector", selector)[number]
 
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
     def hover(self, element: Any) -> None:
         webdriver.ActionChains(self.driver, duration=0).move_to_element(element).perform()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.edge_effects import Edges
 from nicehooks.experiments.wiring import Wiring
+from nicehooks.pictures.graphs import graph_view
+from nicehooks.pictures.pages import Page
 
 
 class Edge(NamedTuple):
@@ -63,6 +66,36 @@ class Circuit:
         kinds = {one.name: one.kind if one.kind in ("q", "k", "v") else "" for one in self.wiring.receivers}
         every = [(edge.sender, node, edge.effect, kinds[edge.receiver]) for edge in self.edges for node in edge.into]
         return [edge for edge in every if edge[1] in self.nodes]
+
+    def to_html(self, file: str | Path, title: str = "circuit") -> Path:
+        """Writes the graph as an interactive page that needs nothing beside itself, and returns its path.
+
+        Layers stand one above the other, the embeddings at the bottom; an edge is as thick as its effect, and a table
+        lists them all.
+
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from nicehooks import edges
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50)).eval()
+        >>> found = edges(model, 0.0, lambda output: output.logits[:, -1, 8], torch.tensor([[3, 1, 4]]))
+        >>> import os, tempfile
+        >>> circuit(found, top=5).to_html(os.path.join(tempfile.mkdtemp(), "circuit.html")).name
+        'circuit.html'
+
+        Args:
+            file: where it goes.
+            title: what stands above it.
+
+        Raises:
+            PlotError: the file cannot be written.
+        """
+        return self._page(title).to_html(file)
+
+    def _page(self, title: str) -> Page:
+        return graph_view(self.nodes, self.drawn(), title)
+
+    def _repr_html_(self) -> str:
+        return self._page("circuit")._repr_html_()
 
     def __len__(self) -> int:
         return len(self.edges)
