@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -218,3 +219,21 @@ def test_what_is_refused() -> None:
         attribute(model, "1[:, *]", seen(model, clean, "0"), torch.sum, corrupted)
     with pytest.raises(UnsupportedModule, match="no anatomy"):
         attribute(model, "1", 0.0, torch.sum, corrupted, method="atp*")
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated", "atp*"])
+def test_masked_scores_do_not_move(method: str) -> None:
+    """They are -inf in both runs, and -inf - -inf is no number. Of a small step, the slope is the effect."""
+    model, (clean, corrupted) = copy.deepcopy(body("gpt2")).double(), prompts()
+    scores = anatomy(model).scores
+    others, base = [seen(model, ids, *scores) for ids in (clean, corrupted)]
+    assert base[scores[0]].isinf().any()
+    step = base.map(lambda value: value)
+    for part in scores:
+        moved = base[part] + 1e-4 * (others[part] - base[part])
+        step[str(part)] = torch.where(base[part].isinf(), base[part], moved)
+    effects = attribute(model, [f"{part}[:, *]" for part in scores], step, metric, corrupted, method=method)
+    loop = exact(model, list(effects.sites), {site: step[site] for site in effects.sites}, corrupted).reshape(3, 4, 3)
+    assert effects.examples.isfinite().all() and loop.abs().min() > 0
+    if method != "atp*":  # which takes means over layers left out
+        assert torch.allclose(effects.examples, loop, rtol=1e-2, atol=1e-3 * loop.abs().max().item())
