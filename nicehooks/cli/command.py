@@ -1,4 +1,4 @@
-"""The command `nicehooks`: activation patching and the tree of sites for any causal language model, and a demo.
+"""The command `nicehooks`: activation patching, circuits, and the tree of sites of a language model, and a demo.
 
 Torch takes seconds to import, and is not needed to say what the command can do: the jobs are imported when one runs.
 """
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     missing = [f"--{name}" for name in PAIR if getattr(options, name, "") is None]
     if missing and not options.prompts:
-        parser.error(f"patch needs {', '.join(missing)}; or --prompts FILE")
+        parser.error(f"{options.job.removesuffix('_job')} needs {', '.join(missing)}; or --prompts FILE")
     os.environ |= {name: "1" for name in NO_BARS if name not in os.environ}
     try:
         check_model(options.model)
@@ -60,19 +60,27 @@ def _parser() -> argparse.ArgumentParser:
     grid = argparse.ArgumentParser(add_help=False)
     grid.add_argument("--out", metavar="FILE", nargs="+", default=["grid.png"], help=OUT_HELP)
     grid.add_argument("--sites", metavar="WHERE", default="resid", help=SITES_HELP)
+    grid.add_argument("--method", choices=METHODS, default="exact", help=METHOD_HELP)
     grid.add_argument("--layers", metavar="LIST", type=_list_of, help="only these, as in 0,5,20..29 (default: all)")
     grid.add_argument("--positions", metavar="LIST", type=_list_of, help="only these, as in 0,9..13 (default: all)")
+
+    pairs = argparse.ArgumentParser(add_help=False)
+    pairs.add_argument("--clean", metavar="TEXT", help="a prompt")
+    pairs.add_argument("--corrupted", metavar="TEXT", help="one like it, with another right answer")
+    pairs.add_argument("--answer", metavar="TOKEN", help="what continues the clean prompt: ' Mary'")
+    pairs.add_argument("--wrong", metavar="TOKEN", help="what continues the corrupted prompt: ' John'")
+    pairs.add_argument("--prompts", metavar="FILE", help="a CSV file with these four as columns, a line for each pair")
 
     parser = argparse.ArgumentParser(prog="nicehooks", description="See and change the values inside a language model.")
     parser.add_argument("--version", action="version", version=f"nicehooks {__version__}")
     jobs = parser.add_subparsers(required=True, metavar="JOB")
-    patch = jobs.add_parser("patch", parents=[model, grid], help="which layers and positions carry an answer")
-    patch.add_argument("--clean", metavar="TEXT", help="a prompt")
-    patch.add_argument("--corrupted", metavar="TEXT", help="one like it, with another right answer")
-    patch.add_argument("--answer", metavar="TOKEN", help="what continues the clean prompt: ' Mary'")
-    patch.add_argument("--wrong", metavar="TOKEN", help="what continues the corrupted prompt: ' John'")
-    patch.add_argument("--prompts", metavar="FILE", help="a CSV file with these four as columns, a line for each pair")
+    patch = jobs.add_parser("patch", parents=[model, pairs, grid], help="which layers and positions carry an answer")
     patch.set_defaults(job="patch_job")
+    circuit = jobs.add_parser("circuit", parents=[model, pairs], help="which parts carry it through which others")
+    circuit.add_argument("--top", metavar="N", type=_from_one, default=50, help="edges of the circuit (default: 50)")
+    circuit.add_argument("--method", choices=METHODS_OF_CIRCUITS, default="eap-ig", help=METHOD_OF_CIRCUITS_HELP)
+    circuit.add_argument("--out", metavar="FILE", default="circuit.html", help="the graph (default: circuit.html)")
+    circuit.set_defaults(job="circuit_job")
     tree = jobs.add_parser("sites", parents=[model], help="the tree of everything that can be captured or changed")
     tree.add_argument("paths", metavar="PATH", nargs="*", help="only these: paths, or parts of the anatomy such as z")
     tree.add_argument("--prompt", metavar="TEXT", default=CLEAN, help="what the model reads to find the shapes")
@@ -101,6 +109,13 @@ SITES_HELP = "a part of the anatomy (attn_out, mlp_out, z, …) or a path with *
 
 OUT_HELP = "the grid as a heat map (.png, .pdf, …), an interactive page (.html), a table (.csv) (default: grid.png)"
 
+METHODS = ["exact", "gradient", "integrated", "atp*"]
+
+METHOD_HELP = "make each patch (exact, the default), or estimate all from gradients: one, along a line, or by AtP*"
+
+METHODS_OF_CIRCUITS = ["eap", "eap-ig", "exact"]
+
+METHOD_OF_CIRCUITS_HELP = "edges from one gradient, from several (eap-ig, the default), or a run for each (exact: long)"
 
 STORED_AS = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 

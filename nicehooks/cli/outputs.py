@@ -23,6 +23,17 @@ def check_output(file: str) -> None:
         check_file(file)
 
 
+def check_page(file: str) -> None:
+    """Asks whether a page can be written to `file`.
+
+    Raises:
+        PlotError: there is no such directory, or the name is not that of a page.
+    """
+    if Path(file).suffix != ".html":
+        raise PlotError(f"cannot write {file!r}: this is a page, whose name should end in .html.")
+    check_folder(Path(file).expanduser())
+
+
 def write_output(effects: Effects, file: str, title: str) -> str:
     """Writes `effects` to `file`, and says so in a sentence.
 

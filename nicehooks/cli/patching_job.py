@@ -1,4 +1,4 @@
-"""Which sites carry an answer: the values of one run patched into another, site by site, with `sweep`."""
+"""Which sites carry an answer: values of one run patched into another, site by site, or what gradients say of that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks import capture, sweep
+from nicehooks import attribute, capture, sweep
 from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.anatomies.residual import residual_stream
 from nicehooks.cli.prompts import PromptPairs
@@ -22,6 +22,9 @@ Show = Callable[[int, int], None]
 
 HEADS = {"q": 2, "k": 2, "v": 2, "z": 2, "scores": 1, "pattern": 1}
 """The parts that are looked at head by head, with the dimension of their heads; others position by position."""
+
+EXACT = "exact"
+"""The method that makes each patch; all others are estimates, by `attribute`."""
 
 
 class NothingToPatch(NiceHooksError, ValueError):
@@ -36,11 +39,12 @@ def patched(
     positions: Sequence[int] | None = None,
     show: Show | bool = False,
     engine: str = "auto",
+    method: str = EXACT,
 ) -> Effects:
     """Patches the clean run into the corrupted run at each site, alone, and measures the logit difference.
 
     This is activation patching (Meng et al. 2022, https://arxiv.org/abs/2202.05262; Wang et al. 2022,
-    https://arxiv.org/abs/2211.00593).
+    https://arxiv.org/abs/2211.00593), or an estimate of it.
 
     Args:
         model: a causal language model.
@@ -49,23 +53,25 @@ def patched(
             `"attn_out"`, …), by heads where it has heads, else by positions; or a path (`"h.*[:, *]"`).
         layers: which layers of a part; all of them where it is left out. Negative numbers count from the end.
         positions: which positions of a part; all of them where it is left out.
-        show: is told how far it is.
+        show: is told how far it is, where each patch is made.
         engine: of `sweep`.
+        method: `"exact"`, each patch is made; or one of `attribute`, which makes none: `"gradient"`, `"integrated"`,
+            `"atp*"`.
 
     Returns:
         In parts of the logit difference between the runs: 0 is the corrupted run, 1 is the clean run.
 
     Raises:
         NothingToPatch: the logit difference of both prompts is the same, or a layer or position does not exist.
+        UnsupportedModule: AtP* is asked for of a model that `anatomy` does not know.
     """
-    clean, corrupted = differences(model, pairs)
-    if not (clean - corrupted).abs() > 0:  # NaN too
-        raise NothingToPatch(f"both prompts have the logit difference {corrupted:.2f}: there is no effect to look for.")
+    clean, corrupted = unlike(*differences(model, pairs))
     where, axes = sites_of(model, pairs, what, layers, positions)
     with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
         model(**pairs.clean)
-    given: dict[str, Any] = {"engine": engine, "progress": show, **pairs.corrupted}
-    effects = sweep(model, where, values, pairs.logit_difference, **given)
+    given: dict[str, Any] = {"engine": engine, "progress": show} if method == EXACT else {"method": method}
+    run: Any = sweep if method == EXACT else attribute
+    effects: Effects = run(model, where, values, pairs.logit_difference, **given, **pairs.corrupted)
     return labelled(effects.normalized(clean, corrupted), axes)
 
 
@@ -74,6 +80,17 @@ def differences(model: nn.Module, pairs: PromptPairs) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         clean, corrupted = [pairs.logit_difference(model(**inputs)) for inputs in (pairs.clean, pairs.corrupted)]
     return clean.mean(), corrupted.mean()
+
+
+def unlike(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, if they differ.
+
+    Raises:
+        NothingToPatch: they do not.
+    """
+    if not (clean - corrupted).abs() > 0:  # NaN too
+        raise NothingToPatch(f"both prompts have the logit difference {corrupted:.2f}: there is no effect to look for.")
+    return clean, corrupted
 
 
 # --- where ------------------------------------------------------------------------------------------------------------
@@ -131,14 +148,19 @@ def labelled(effects: Effects, axes: list[Axis]) -> Effects:
     """`effects` along `axes`; where these have only the layers, the heads are what `effects` has last."""
     if not axes:
         return effects
-    axes = axes if len(axes) == 2 else [*axes, effects.axes[-1]]
+    axes = axes if len(axes) == 2 else [*axes, Axis("head", effects.axes[-1].labels)]
     shape = [len(axis.labels) for axis in axes]
     examples = None if effects.examples is None else effects.examples.reshape(*shape, -1)
     return Effects(effects.values.reshape(shape), axes, effects.baseline, effects.sites, examples, effects.notes)
 
 
-def findings(effects: Effects) -> str:
-    """What a grid of two axes shows, in two sentences; of another, its largest effect."""
+def findings(effects: Effects, restores: str = "restores") -> str:
+    """What a grid of two axes shows, in two sentences; of another, its largest effect.
+
+    Args:
+        effects: the grid, in parts of the logit difference.
+        restores: what a patch does; "would restore" where none was made.
+    """
     if effects.values.dim() != 2:
         return _largest_alone(effects)
     (row_name, rows), (column_name, columns) = effects.axes
@@ -154,20 +176,20 @@ def findings(effects: Effects) -> str:
         part = rows[start:stop]
         span = f"at {row_name} {part[0]}" if len(part) == 1 else f"from {row_name} {part[0]} to {row_name} {part[-1]}"
         most = effects.values[start:stop, column].max().item()
-        effect = f"the effect is largest at {place(column)}: one patch restores up to {most:.0%}."
+        effect = f"the effect is largest at {place(column)}: one patch {restores} up to {most:.0%}."
         return f"{span.capitalize()}, {effect}"
 
     first = len(list(takewhile(lambda column: column == strongest[0], strongest)))
     last = len(list(takewhile(lambda column: column == strongest[-1], reversed(strongest))))
     if first == len(strongest):
-        return f"{run(0, first, strongest[0])} {_runner_up(effects, strongest[0])}"
+        return f"{run(0, first, strongest[0])} {_runner_up(effects, strongest[0], restores)}"
     return f"{run(0, first, strongest[0])} {run(-last, None, strongest[-1])}"
 
 
-def _runner_up(effects: Effects, column: int) -> str:
+def _runner_up(effects: Effects, column: int, restores: str) -> str:
     others = torch.cat([effects.values[:, :column], effects.values[:, column + 1 :]], dim=1)
     most = f"more than {others.max().item():.0%}" if others.numel() else "anything, as none was tried"
-    return f"No other {effects.axes[1].name} restores {most}."
+    return f"No other {effects.axes[1].name} {restores} {most}."
 
 
 def _no_large_one(effects: Effects) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery.language import save_tiny, shipped
+from gallery.language import shipped
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
@@ -27,17 +27,6 @@ from nicehooks.pictures import heat_map
 
 CLEAN, CORRUPTED = "When Mary and John went, John gave to", "When Mary and John went, Mary gave to"
 WORDS = ["--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", " Mary", "--wrong", " John"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
