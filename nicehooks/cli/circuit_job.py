@@ -22,7 +22,7 @@ from nicehooks.experiments.wiring import Wiring
 SHOWN = 15
 """How many edges are printed; the page has all of them."""
 
-RANDOM = 3
+RANDOM_CIRCUITS = 3
 """How many random circuits of the same size stand beside."""
 
 
@@ -39,7 +39,7 @@ def circuit_job(options: argparse.Namespace) -> None:
     found, alone = found_in(model, wiring, pairs, options.top, options.method)
     say_doubts(clean, corrupted)
     print_differences(rows, clean, corrupted)
-    _report(found, alone, count, options)
+    _print_circuit(found, alone, count, options)
 
 
 def found_in(
@@ -50,10 +50,10 @@ def found_in(
         model(**pairs.corrupted)
     metric, inputs = pairs.logit_difference, dict[str, Any](pairs.clean)
     found = circuit(edges(model, values, metric, method=method, **inputs), top=top)
-    return found, faithfulness(model, found, values, metric, random=RANDOM, **inputs)
+    return found, faithfulness(model, found, values, metric, random=RANDOM_CIRCUITS, **inputs)
 
 
-def _report(found: Circuit, alone: Faithfulness, count: int, options: argparse.Namespace) -> None:
+def _print_circuit(found: Circuit, alone: Faithfulness, count: int, options: argparse.Namespace) -> None:
     print(f"\nThe circuit has {len(found)} of {count:,} edges, between {len(found.nodes)} parts.")
     print(f"Method {options.method}: the effects of edges are {found.scores.notes[0] if found.scores else ''}.")
     print("\nChange of the logit difference where an edge carries what the corrupted run has there:")

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     grid = argparse.ArgumentParser(add_help=False)
     grid.add_argument("--out", metavar="FILE", nargs="+", default=["grid.png"], help=OUT_HELP)
     grid.add_argument("--sites", metavar="WHERE", default="resid", help=SITES_HELP)
-    grid.add_argument("--method", choices=METHODS, default="exact", help=METHOD_HELP)
+    grid.add_argument("--method", choices=METHODS_OF_PATCHES, default="exact", help=METHOD_HELP)
     grid.add_argument("--layers", metavar="LIST", type=_list_of, help="only these, as in 0,5,20..29 (default: all)")
     grid.add_argument("--positions", metavar="LIST", type=_list_of, help="only these, as in 0,9..13 (default: all)")
 
@@ -109,7 +109,7 @@ SITES_HELP = "a part of the anatomy (attn_out, mlp_out, z, …) or a path with *
 
 OUT_HELP = "the grid as a heat map (.png, .pdf, …), an interactive page (.html), a table (.csv) (default: grid.png)"
 
-METHODS = ["exact", "gradient", "integrated", "atp*"]
+METHODS_OF_PATCHES = ["exact", "gradient", "integrated", "atp*"]
 
 METHOD_HELP = "make each patch (exact, the default), or estimate all from gradients: one, along a line, or by AtP*"
 

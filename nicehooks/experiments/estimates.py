@@ -65,7 +65,7 @@ class Experiment:
         base = self.base_at(cell)
         new = trees.assign(base, self.value_at(cell))
         moved = iter([leaf for leaf in trees.leaves(new) if isinstance(leaf, Tensor)])
-        return trees.map_tensors(lambda old: _difference(next(moved), old), base)
+        return trees.map_tensors(lambda old: _moved_by(next(moved), old), base)
 
     def run(self, changes: Mapping[str, Any]) -> Tensor:
         """The metric of a run with these values patched in."""
@@ -77,7 +77,7 @@ class Experiment:
         return checked_metric(self.metric(output)).sum()
 
 
-def _difference(new: Tensor, old: Tensor) -> Tensor:
+def _moved_by(new: Tensor, old: Tensor) -> Tensor:
     """`new - old`, and 0 where both are the same: of masked scores both are -inf, whose difference is NaN."""
     return (new - old).masked_fill(new == old, 0)
 

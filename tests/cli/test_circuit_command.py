@@ -37,7 +37,7 @@ def numbers_in(file: Path) -> list[float]:
 
 
 def test_the_command_has_the_methods_of_the_library():
-    assert [EXACT, *ESTIMATES] == command.METHODS
+    assert [EXACT, *ESTIMATES] == command.METHODS_OF_PATCHES
     assert list(METHODS_OF_EDGES) == command.METHODS_OF_CIRCUITS
 
 
