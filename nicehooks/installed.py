@@ -6,6 +6,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 PACKAGES = ("nicehooks", "torch", "optree", "transformers", "safetensors", "numpy")
 
 
@@ -25,4 +27,6 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    if "torch" in found:
+        found["torch"] = torch.__version__  # which build it is, and that is not always in its metadata
     return found

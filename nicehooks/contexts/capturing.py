@@ -143,6 +143,15 @@ class _Capture(Action):
         self.is_plain = keep == "last" and not (self.keeper.copies or map_ or stop)
         self.begin(0)
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        """Also of an older pickle, which has the options of a keeper and no keeper."""
+        slots = dict(state[1])
+        old = {name: slots.pop(name) for name in ("detach", "clone", "to") if name in slots}
+        if old:
+            self.keeper = Keeper(**old)
+        for name, value in slots.items():
+            setattr(self, name, value)
+
     def begin(self, expected: int) -> ActivationCache:
         """A new cache, for `expected` sites."""
         self.expected = expected
