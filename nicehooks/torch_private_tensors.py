@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Generator
@@ -406,3 +407,23 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _says_no(values: object) -> bool:
     return False
+
+
+def in_compiled_graph() -> bool:
+    """Whether the torch function around this line is called by a graph that Dynamo has made (torch 2.13).
+
+    With `backend="eager"` such a graph is Python that calls torch functions, under the modes of the code that it was
+    made of; what these did is in the graph already.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename in _FUNCTION_FILES:
+        frame = frame.f_back
+    if frame is None or frame.f_back is None or not frame.f_code.co_filename.startswith("<eval_with_key>"):
+        return False
+    return frame.f_back.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+
+
+_FUNCTION_FILES = {inspect.getfile(part) for part in (torch.nn.functional, torch.functional, torch.overrides, Tensor)}
+"""Where torch's own functions are written that call another one."""

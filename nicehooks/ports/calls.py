@@ -37,7 +37,7 @@ from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
 from nicehooks.ports.signatures import parameters_in_call
 from nicehooks.torch_private import evaluated_while_tracing
-from nicehooks.torch_private_tensors import opened
+from nicehooks.torch_private_tensors import in_compiled_graph, opened
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, is_same
 
@@ -268,7 +268,7 @@ class _Mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is fused_attention and as_steps_wanted():
             func = self._in_steps()
-        if self.watcher.wants(name, (func, args, kwargs)):
+        if self.watcher.wants(name, (func, args, kwargs)) and not in_compiled_graph():
             return self.watcher.call(name, func, args, kwargs)
         if func is attention_of_several_heads and self.watcher.is_here():
             with self:  # its lines are calls in the module's own forward, too: it is all that the forward consists of

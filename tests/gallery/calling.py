@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nicehooks import captured
@@ -182,3 +183,12 @@ class Trip(nn.Module):
         if Trip.armed:
             raise Boom
         return x * 1
+
+
+class BreaksInTheMiddle(nn.Module):
+    """Calls functions, then what ends the graph of a compiler, then functions again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = nn.functional.softmax(x, -1) + x.tanh()
+        torch._dynamo.graph_break()
+        return early.tanh()

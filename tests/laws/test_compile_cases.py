@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from gallery.attention import Fused, ScoresAttention
+from gallery.calling import BreaksInTheMiddle
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from worlds import graphs, inputs, make, state
@@ -259,6 +260,23 @@ def test_a_stack_inside():
     around = entered(lambda: ablate(model, "head"), compiled(run))
     torch._dynamo.utils.counters.clear()
     check(around, entered(lambda: ablate(model, "head"), run), model)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_functions_before_and_behind_a_break_of_the_graph(backend):
+    """The graph of a part holds what was done to a function's result; run as Python, it calls that function again."""
+    model = BreaksInTheMiddle()
+    run = torch.compile(model, backend=backend)
+
+    def around(f):
+        with (
+            edit(model, "@tanh()", lambda value: value * 2),
+            capture(model, "@softmax()", "@tanh()", keep="all") as acts,
+        ):
+            return f(inputs()), acts["@softmax()"], acts["@tanh()"]
+
+    for _ in range(2):
+        agree(around(run), around(model))
 
 
 def test_suspended_inside():
