@@ -6,9 +6,11 @@ import base64
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
@@ -67,6 +69,19 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Keys by their names, `"ARROW_DOWN"`, at whatever has the focus."""
         webdriver.ActionChains(self.driver, duration=0).send_keys(*[getattr(Keys, key) for key in keys]).perform()
+
+    def check_in_both_schemes(self, file: Path) -> None:
+        """That the page stands alone, fits, and is light or dark as its reader wishes, at a desk and on a phone."""
+        for width, scheme, bright in [(DESK, "light", True), (PHONE, "dark", False), (PHONE, "light", True)]:
+            self.open(file, width, scheme)
+            assert self.ask("document.documentElement.scrollWidth") <= width
+            assert self.loaded() == []
+            assert self.texts("b") == []  # no token is markup
+            picture = Image.open(BytesIO(self.screenshot(file.with_name(f"{width}-{scheme}.png")))).convert("L")
+            assert picture.width == width or picture.width == width - 15  # the scroll bar
+            assert (picture.getpixel((2, 2)) > 200) is bright  # type: ignore[operator]  # of one band it is a number
+            low, high = picture.getextrema()
+            assert high - low > 150  # type: ignore[operator]  # words stand out from the ground
 
     def screenshot(self, file: Path) -> bytes:
         """All of the page, as wide as the window."""

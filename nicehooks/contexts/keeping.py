@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ class Keeper:
         return tensor.to(*self.to) if self.to else tensor
 
 
-def runs_again(kept: Mapping[str, Any], key: str) -> bool:
+def runs_again(kept: dict[str, Any], key: str) -> bool:
     """Whether what comes by is the second run of a checkpointed region, whose first is in `kept`; for no gradient."""
     if torch.compiler.is_compiling():
         return False
-    return dict.__contains__(kept, key) and torch_private.in_backward()  # pyright: ignore[reportArgumentType]
+    return dict.__contains__(kept, key) and torch_private.in_backward()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery.language import save_tiny
 
 from nicehooks import ActivationStore, capture
 from nicehooks.cli import command
@@ -15,16 +14,10 @@ from nicehooks.cli.loading import load
 TEXT = "When Mary and John went, John gave to Mary" + " and John gave to Mary" * 7
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.txt").write_text(TEXT)
-    return tmp_path
+def here(here: Path) -> Path:
+    (here / "my.txt").write_text(TEXT)
+    return here
 
 
 def run(tiny: str, *words: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gallery.language import save_tiny, shipped
+from gallery.language import shipped
 from transformers import GPT2LMHeadModel
 
 from nicehooks import NiceHooksError
@@ -16,11 +16,6 @@ from nicehooks.cli import loading
 from nicehooks.cli.loading import LoadError, load
 from nicehooks.extras import MissingExtra, needs
 from nicehooks.models import shipped as models_shipped
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.slow
