@@ -111,8 +111,7 @@ class Job(NamedTuple):
     ) -> ActivationStore:
         """Writes this part."""
         begun = self._begun(resume)
-        if resume:
-            clean(self.there, self.part)
+        clean(self.there, self.part)
         if begun is not None and begun.complete:
             return ActivationStore(self.there)
         if begun is not None and done_name(self.part) in self.there.names():

@@ -85,6 +85,17 @@ def test_an_error_in_the_stream_leaves_what_was_there(count: int, tmp_path: Path
     assert files_in(tmp_path / "store") == files_in(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_was_killed_before_its_first_file_leaves_nothing(resume: bool, tmp_path: Path) -> None:
+    store, whole = tmp_path / "store", tmp_path / "whole"
+    store.mkdir()
+    for name in ("00000-00000000.safetensors", "00000.manifest.json", "00000.done.json"):
+        (store / f"{name}.0123abcd.unfinished").touch()
+    harvest(PrefixModel(), WHERE, stream(SAMPLES), store, shard_rows=8, resume=resume)
+    harvest(PrefixModel(), WHERE, stream(SAMPLES), whole, shard_rows=8)
+    assert files_in(store) == files_in(whole)
+
+
 def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     batches = stream(SAMPLES)
     with pytest.raises(Stopped):
