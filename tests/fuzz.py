@@ -283,13 +283,14 @@ def read(acts: Any, key: str) -> str:
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at one line of the library, counted from the beginning."""
+    """Raises KeyboardInterrupt at one line of the library, or of the part of it that is `within`, counted from 1."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, within: str = "/nicehooks/") -> None:
         self.left = at
+        self.within = within
 
     def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        if "/nicehooks/" not in frame.f_code.co_filename:
+        if self.within not in frame.f_code.co_filename:
             return None
         if event == "line":
             self.left -= 1
@@ -302,10 +303,14 @@ class Interrupt:
 def interrupted(rng: random.Random) -> None:
     """Entering, running and leaving, interrupted; `remove()` then leaves the model as it was, and no lock held."""
     model = chain()
-    clean, before = model(X), state(model)
     job = a_job(rng)
     contexts = [maker(model, path, number) for maker, path, number in job]
-    sys.settrace(Interrupt(rng.randint(1, 900)))
+    interrupted_once(model, contexts, Interrupt(rng.randint(1, 900)))
+
+
+def interrupted_once(model: nn.Module, contexts: list[Any], interrupt: Interrupt) -> None:
+    clean, before = model(X), state(model)
+    sys.settrace(interrupt)
     try:
         for context in contexts:
             context.__enter__()

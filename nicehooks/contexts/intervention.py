@@ -148,7 +148,7 @@ class Intervention:
             self._start(session, plan, actions)
             return self._entered(session)
         except BaseException:
-            self._stop()
+            self._stop(broken_off=True)
             raise
 
     def _start(self, session: Session, plan: Plan, actions: Actions | None) -> None:
@@ -177,7 +177,7 @@ class Intervention:
         bind_traced(self._plan.pairs, self.first)
         return self._session
 
-    def _stop(self) -> None:
+    def _stop(self, broken_off: bool = False) -> None:
         """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
         if torch.compiler.is_dynamo_compiling():
             if self._session is not None and self._plan is not None:
@@ -189,10 +189,10 @@ class Intervention:
         if session is None or plan is None:
             return
         try:
-            unbind(plan.taps)
+            unbind(plan.taps, broken_off)
         except BaseException:  # interrupted half-way: what is unbound stays so
             free_left_over()
-            unbind(plan.taps)
+            unbind(plan.taps, broken_off=True)
             raise
         finally:
             sessions.end(session)

@@ -82,8 +82,11 @@ def _put_in(module: nn.Module, tap: Tap) -> None:
     names.update(tap.entries)
 
 
-def unbind(taps: list[Bound]) -> None:
-    """Takes each rule away again, where it still is; the last one to go puts the module's own forward back."""
+def unbind(taps: list[Bound], broken_off: bool = False) -> None:
+    """Takes each rule away again, where it still is; the last one to go puts the module's own forward back.
+
+    Where they came or went and were `broken_off`, nobody knows how far: a tap that has no rules left is not used again.
+    """
     with Exclusive(tracing=True):
         for tap, rule, _ in taps:
             module: Any = tap.module()
@@ -95,7 +98,7 @@ def unbind(taps: list[Bound]) -> None:
                     names.pop(name, None)
                 tap.only = tap.bound = None
                 tap.rules = ()
-            elif rule in tap.rules or (not tap.rules and names.get("forward") is tap.forward):
+            elif rule in tap.rules or (not tap.rules and (broken_off or names.get("forward") is tap.forward)):
                 _unbind_slowly(tap, module, rule)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import fuzz
 import pytest
+
+from nicehooks import ablate, capture, patch
 
 FUZZ = Path(fuzz.__file__)
 
@@ -37,6 +41,20 @@ def in_a_process_of_its_own(*words: str) -> str:
 def test_interrupts_at_any_line() -> None:
     said = in_a_process_of_its_own("300", "--kind", "interrupts")
     assert re.fullmatch(r"seed \d+\nall agree\n", said)
+
+
+@pytest.mark.parametrize("with_its_own_forward", [False, True])
+def test_an_interrupt_at_any_line_of_coming_and_going_leaves_nothing(with_its_own_forward: bool) -> None:
+    for line in itertools.count(1):
+        model = fuzz.chain()
+        if with_its_own_forward:
+            model[1].forward = partial(type(model[1]).forward, model[1])
+        interrupt = fuzz.Interrupt(line, within="/core/binding.py")
+        contexts = [ablate(model, "1"), capture(model, "1"), patch(model, "1", 2.0)]
+        fuzz.interrupted_once(model, contexts, interrupt)
+        if interrupt.left > 0:
+            break
+    assert line > 100
 
 
 @pytest.mark.slow
