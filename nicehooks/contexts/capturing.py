@@ -52,7 +52,8 @@ class capture(Intervention):
         clone: copies each value, so that in-place layers cannot overwrite it.
         to: a device or dtype, or a tuple of arguments for `Tensor.to`.
         map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
-        stop: ends the forward as soon as every site has been seen; the call of the model then returns None.
+        stop: ends the forward as soon as every site has been seen; the call of the model then returns None. Where
+            the model itself is not called, as under a wrapper, it ends nothing.
         steps: the steps to look at (calls of the model since entry): an int, a slice, a list, or a predicate.
         calls: the calls to look at (calls of the module within one step), likewise.
 
@@ -189,8 +190,8 @@ class _Capture(Action):
     def _stop_when_complete(self, session: Session, key: str) -> None:
         progress = session.progress()
         progress.seen.add(key)
-        if len(progress.seen) == self.expected and progress.depth > 0:
-            raise StopForward(session)
+        if len(progress.seen) == self.expected and progress.depth > 0 and progress.part is None:
+            raise StopForward(session)  # only the root model catches it
 
 
 class _StepOfCapture(StepRule):

@@ -386,11 +386,12 @@ class patch(Intervention):
 class _Patch(Action):
     """Puts a value in the place of another, as a copy: a later in-place layer must not reach the user's own tensor."""
 
-    __slots__ = ("subspace", "value")
+    __slots__ = ("number", "subspace", "value")
     verb = "patch"
 
     def __init__(self, value: Any, subspace: Tensor | None = None) -> None:
         self.subspace = subspace
+        self.number = value
         # Dynamo compiles anew for each int, but not for each float.
         self.value = float(value) if type(value) is int and abs(value) < 2**53 else value
 
@@ -407,6 +408,8 @@ class _Patch(Action):
 
     def placed(self, old: Any) -> Any:
         """The value, as it fits `old`, before it is copied."""
+        if isinstance(old, int | float | complex):
+            return self.number  # an int stays one
         new = trees.assign(old, self.value)
         return new if self.subspace is None or trees.is_same(new, old) else within(self.subspace, old, new)
 

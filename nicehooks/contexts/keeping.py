@@ -11,6 +11,7 @@ from torch import Tensor
 from nicehooks import torch_private, torch_private_tensors
 from nicehooks.torch_private import innermost_transform
 from nicehooks.values import trees
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 
 
 class Keeper:
@@ -47,7 +48,11 @@ class Keeper:
     def _copy(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach() if self.detach else tensor
         tensor = tensor.clone() if self.clone else tensor
-        return tensor.to(*self.to) if self.to else tensor
+        try:
+            return tensor.to(*self.to) if self.to else tensor
+        except TORCH_ERRORS as error:
+            asked = ", ".join(map(str, self.to))
+            raise refused(error, f"{trees.structure_of(tensor)} does not go to {asked}") from None
 
 
 def runs_again(kept: dict[str, Any], key: str) -> bool:

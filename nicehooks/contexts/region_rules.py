@@ -20,7 +20,7 @@ from nicehooks.core.frames import Frame
 from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Site
 from nicehooks.core.when import When
-from nicehooks.errors import TreeMismatch
+from nicehooks.values.refusals import TORCH_ERRORS
 
 Shape = tuple[bool, ...]
 """Of a subscript: which of its items are indices; the others are whole dimensions."""
@@ -73,7 +73,7 @@ class RegionRule(OutputRule):
         """A copy of `value` with every region written; None where that is not plain."""
         if torch.compiler.is_compiling() or type(value) is not Tensor:
             return None
-        if torch_private.innermost_transform() is not None:
+        if torch_private.innermost_transform() is not None or value.is_nested:  # which has no sizes
             return None
         shape = _subscript_items(self)
         dims = [dim for dim, item in enumerate(shape) if type(item) is int]
@@ -81,11 +81,11 @@ class RegionRule(OutputRule):
             return None
         try:
             new = [_instead(rule, value) for rule in self.together]
-        except TreeMismatch:
+            index = [torch.tensor(along, device=value.device) for along in zip(*places, strict=True)]
+            written = value.clone()
+            written[(*(slice(None),) * dims[0], *index)] = torch.stack(new, dims[0])
+        except TORCH_ERRORS:
             return None  # the rule whose value it is says so better
-        index = [torch.tensor(along, device=value.device) for along in zip(*places, strict=True)]
-        written = value.clone()
-        written[(*(slice(None),) * dims[0], *index)] = torch.stack(new, dims[0])
         self._note(written)
         return written
 

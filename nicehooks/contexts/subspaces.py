@@ -15,6 +15,7 @@ from torch import Tensor
 from nicehooks import torch_private
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
+from nicehooks.values.refusals import TORCH_ERRORS, refused
 
 
 def checked_basis(basis: Any) -> Tensor | None:
@@ -53,8 +54,13 @@ def _next_tensor(leaves: Iterator[Any]) -> Tensor:
 
 
 def _moved_within(basis: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    if old is new:
-        return old
+    try:
+        return old if old is new else _moved(basis, old, new)
+    except TORCH_ERRORS as error:
+        raise refused(error, f"{trees.structure_of(old)} takes no change within a subspace") from None
+
+
+def _moved(basis: Tensor, old: Tensor, new: Tensor) -> Tensor:
     if not old.ndim or old.shape[-1] != basis.shape[0] or not old.is_floating_point():
         raise TreeMismatch(
             f"a subspace of {basis.shape[0]} dimensions is none of {trees.structure_of(old)}: its last dimension is to "

@@ -36,10 +36,23 @@ class PartStepRule(Rule):
     def before(self, frame: Frame) -> None:
         self.session.called = True
         progress = self.session.progress()
-        if progress.rooted or (not torch.compiler.is_compiling() and torch_private.in_backward()):
+        if not torch.compiler.is_compiling() and torch_private.in_backward():
+            return
+        if progress.rooted:
+            self._beside_root(progress, frame)
             return
         if progress.depth == 0:
             self._begin(progress)
+        frame.enter(Deeper(progress))
+
+    def _beside_root(self, progress: Progress, frame: Frame) -> None:
+        """A call alone belongs to the step before it; several of what the root model calls too may be steps of it."""
+        if progress.depth > 0:
+            progress.within[self.name] = True
+            return
+        if progress.part == self.name and self.name in progress.within and self.session.no_step is not None:
+            raise UnsupportedModule(STEPS_OF_BOTH.format(label=self.session.label, name=self.name))
+        progress.part = self.name
         frame.enter(Deeper(progress))
 
     def _begin(self, progress: Progress) -> None:
@@ -59,6 +72,14 @@ NO_STEPS = (
     "{label} counts steps, but the model itself is never called, and what is called in it are several modules: "
     "{part!r} and {name!r} are in no common one that runs.\n"
     "  A step is a call of the model: give the module that is called once in each.\n"
+    '    steer(model.get_submodule("{name}"), …, steps=…)'
+)
+
+STEPS_OF_BOTH = (
+    "{label} counts steps by the calls of the model, which has been called; now {name!r} in it is called again and "
+    "again without it, as under a wrapper whose generate calls the model in it: nothing says which steps these are.\n"
+    "  Enter the context anew before them, count anew, or give the module whose calls are the steps.\n"
+    "    with steer(model, …, steps=…) as context: …; context.restart()\n"
     '    steer(model.get_submodule("{name}"), …, steps=…)'
 )
 

@@ -39,13 +39,15 @@ class Progress:
         step: the count of the step, where an intervention asks for it.
         depth: how many modules are being called that may be the outermost one.
         rooted: whether the root model has been called.
-        part: the name of the outermost module that is called, as long as the root model has not been.
+        part: the name of the outermost module that is called, as long as the root model has not been; then that of the
+            one that was called beside it.
+        within: the names of the modules that were called in the root model.
         calls: the count of the calls of each rule's module, by the index of the rule.
         seen: the sites that a capture which stops early has seen.
         rows: the leading dimensions of what the module around a site was called with last, for the step `/rows`.
     """
 
-    __slots__ = ("calls", "depth", "no_step", "part", "rooted", "rows", "seen", "step", "thread")
+    __slots__ = ("calls", "depth", "no_step", "part", "rooted", "rows", "seen", "step", "thread", "within")
 
     def __init__(self, thread: int, no_step: Any) -> None:
         self.thread = thread
@@ -59,6 +61,7 @@ class Progress:
         self.depth = 0
         self.rooted = False
         self.part: str | None = None
+        self.within: dict[str, bool] = {}
         self.calls: dict[int, Any] = {}
         self.seen: set[str] = set()
 

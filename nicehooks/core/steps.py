@@ -26,9 +26,9 @@ class StepRule(Rule):
             return
         progress = self.session.progress()
         if progress.depth == 0:
-            if progress.part is not None:  # a part that ran alone before belonged to the first step
+            if not progress.rooted and progress.part is not None:  # a part that ran alone before: of the first step
                 progress.start()
-            progress.rooted = True
+            progress.rooted, progress.part = True, None
             progress.next_step()
         frame.enter(Deeper(progress))
 

@@ -69,7 +69,7 @@ def _why(census: Census, path: ModulePath, named: list[tuple[str, nn.Module]], v
         kind = type(module).__name__
         instead = replace(path, name=f"{name}.*" if name else "*")
         return f"{name!r} is a {kind}, which is never called itself.\n  its children: {str(instead)!r}"
-    lines = _part_of_anatomy(path, verb) or list(_nearest(census, path, verb))
+    lines = _part_of_anatomy(path, verb) or _port_as_name(census, path, verb) or list(_nearest(census, path, verb))
     return "\n".join([f"no module matches {str(path)!r} in {type(census.root).__name__}.", *lines])
 
 
@@ -110,6 +110,30 @@ def _part_of_anatomy(path: ModulePath, verb: str) -> list[str]:
         f"  {part} is a part of a transformer, which anatomy(model) finds:",
         *_lines(f'{verb}(model, "{path}"{more})', f"{verb}(model, {right}{more})"),
     ]
+
+
+# --- ports that were written as names ---------------------------------------------------------------------------------
+
+AS_ATTRIBUTES = {"output": "", "input": "@input[0]", "inputs": "@input", "grad": "@grad"}
+"""How values of a module are called where they are attributes of it, and what they are here."""
+
+
+def _port_as_name(census: Census, path: ModulePath, verb: str) -> list[str]:
+    """The lines of a message for `layer.weight`, a parameter by the name that it has in a state_dict, and its kin."""
+    owner, _, last = path.plain_name.rpartition(".")
+    module = census.names.get(owner)
+    if module is None or not path.port.is_output or path.is_wild or path.call is not None:
+        return []
+    own = last in module._parameters or last in module._buffers
+    spelled = f"\\{last}" if last in AS_ATTRIBUTES else last  # with a backslash it is no other port
+    port = f"@{spelled}" if own else AS_ATTRIBUTES.get(last) if owner and has_forward(module) else None
+    if port is None or (own and not last.isidentifier()):
+        return []
+    more = ", …" if verb in TAKES_MORE else ""
+    right = f"{path.name.rpartition('.')[0]}{port}{path.subscripts}"
+    what, whose = "a parameter or buffer" if own else "a value", repr(owner) if owner else "the model"
+    lines = _lines(f'{verb}(model, "{path}"{more})', f'{verb}(model, "{right}"{more})')
+    return [f"  {last} is {what} of {whose}, and no module in it:", *lines]
 
 
 # --- the nearest names ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optree
@@ -35,6 +35,29 @@ def _open_packed_sequence(tree: Any) -> Node:
 def _open_structseq(tree: Any) -> Node:
     names = list(optree.structseq_fields(type(tree)))
     return Node(list(tree), list(range(len(tree))), names, lambda new: type(tree)(list(new)))
+
+
+def _open_list(tree: Any) -> Node:
+    def rebuild(children: Iterable[Any]) -> Any:
+        new = like(tree, list)
+        new.extend(children)
+        return new
+
+    return _open_plain(tree, rebuild)
+
+
+def _open_tuple(tree: Any) -> Node:
+    def rebuild(children: Iterable[Any]) -> Any:
+        new: Any = tuple.__new__(type(tree), children)
+        vars(new).update(vars(tree))
+        return new
+
+    return _open_plain(tree, rebuild)
+
+
+def _open_plain(tree: Any, rebuild: Callable[[Iterable[Any]], Any]) -> Node:
+    positions = list(range(len(tree)))
+    return Node(list(tree), positions, positions, rebuild)
 
 
 def _open_counted_mapping(tree: Any) -> Node:
@@ -94,6 +117,25 @@ def _is_registered(kind: type) -> bool:
     return torch_private_tensors.torch_node(kind) is not None
 
 
+def _is_list(kind: type) -> bool:
+    return _is_plain_sequence(kind, list)
+
+
+def _is_tuple(kind: type) -> bool:
+    return _is_plain_sequence(kind, tuple)
+
+
+def _is_plain_sequence(kind: type, base: type) -> bool:
+    """Whether a `kind` is a `base` that gives and takes its items as any does."""
+    if not issubclass(kind, base) or hasattr(kind, "__slots__") or dataclasses.is_dataclass(kind):
+        return False
+    return all([getattr(kind, name, None) is getattr(base, name, None) for name in ITEMS])
+
+
+ITEMS = ("__iter__", "__getitem__", "__len__", "extend")
+"""What a list, or a tuple, may do in a way of its own."""
+
+
 def _is_packed(kind: type) -> bool:
     return kind is PackedSequence
 
@@ -104,5 +146,7 @@ add_sort("structseq", optree.is_structseq_class, _open_structseq)
 add_sort("counted mapping", _is_counted, _open_counted_mapping)
 add_sort("other mapping", _is_mapping, open_mapping)
 add_sort("registered with torch", _is_registered, _open_registered_with_torch, is_built_here=False)
+add_sort("other list", _is_list, _open_list)
+add_sort("other tuple", _is_tuple, _open_tuple)
 add_sort("dataclass", dataclasses.is_dataclass, _open_dataclass)
 add_sort("perhaps known to optree", lambda kind: True, _open_known_to_optree, is_built_here=False)

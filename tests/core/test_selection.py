@@ -348,6 +348,20 @@ def test_a_list_can_be_asked_for_a_parameter_though_it_is_never_called() -> None
     assert texts(model, "weights@1") == ["weights@1"]
 
 
+def test_a_line_that_is_called_correct_selects_what_was_meant() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.ModuleList([nn.Identity()]))
+    model.register_parameter("input", nn.Parameter(torch.zeros(2)))
+    names = ("0.running_mean", "0.output[0]", "0.inputs", "0.grad", "input")
+    for wrong, right in zip(names, ("0@running_mean", "0[0]", "0@input", "0@grad", "@\\input"), strict=True):
+        with pytest.raises(SiteNotFound) as caught:
+            select(model, wrong)
+        assert f'select(model, "{right}")' in str(caught.value) and texts(model, right) == [right]
+    for wrong in ("output", "1.output", "0.weight@grad", "0.weight#1"):  # of what is never called, and of nothing
+        with pytest.raises(SiteNotFound) as caught:
+            select(model, wrong)
+        assert "correct" not in str(caught.value)
+
+
 # --- nothing matches --------------------------------------------------------------------------------------------------
 
 NOTHING: dict[str, tuple[nn.Module, Any, str]] = {
@@ -384,6 +398,24 @@ no module matches 'h.3.attn@input[0]' in GPT.
   nearest names: transformer.h.0.attn … transformer.h.11.attn
     select(model, "h.3.attn@input[0]")              # incorrect
     select(model, "transformer.h.3.attn@input[0]")  # correct""",
+    ),
+    "a parameter by its name in a state_dict": (
+        MODEL,
+        "transformer.h.3.attn.c_proj.weight[0]",
+        """\
+no module matches 'transformer.h.3.attn.c_proj.weight[0]' in GPT.
+  weight is a parameter or buffer of 'transformer.h.3.attn.c_proj', and no module in it:
+    select(model, "transformer.h.3.attn.c_proj.weight[0]")  # incorrect
+    select(model, "transformer.h.3.attn.c_proj@weight[0]")  # correct""",
+    ),
+    "an input as an attribute": (
+        MODEL,
+        "transformer.h.3.input[:, -1]",
+        """\
+no module matches 'transformer.h.3.input[:, -1]' in GPT.
+  input is a value of 'transformer.h.3', and no module in it:
+    select(model, "transformer.h.3.input[:, -1]")     # incorrect
+    select(model, "transformer.h.3@input[0][:, -1]")  # correct""",
     ),
     "a misspelt child": (
         MODEL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gallery.steps import Deep, EncoderDecoder, Twice, Wrapper
+from gallery.steps import Both, Deep, EncoderDecoder, Twice, Wrapper
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -56,6 +56,41 @@ def test_the_root_counts_as_soon_as_it_runs():
     model = Twice()
     with ablate(model, "layer", value=5.0, steps=1):
         assert [model.layer(X).item(), model(X).item(), model(X).item(), model.layer(X).item()] == [0, 0, 10, 5]
+
+
+@pytest.mark.parametrize("steps", [0, [1, 2], slice(1, None)])
+def test_calls_under_a_wrapper_whose_forward_has_run_are_no_silent_steps_of_it(steps):
+    """Each of them would belong to the step of the forward: steps=0 would act at all of them."""
+    model = Both(Twice())
+    with pytest.raises(UnsupportedModule, match=r"'inner' in it is called again(.*\n)*.*context\.restart\(\)"):
+        with edit(model, "inner.layer", plus, steps=steps):
+            model(X)
+            model.generate(X)
+    with edit(model, "inner.layer", plus, steps=0) as context:
+        assert model(X).item() == 2
+        context.restart()
+        assert [out.item() for out in model.generate(X)] == [2, 0, 0]
+        context.restart()
+        assert [model(X).item(), model.inner(X).item(), model(X).item(), model.inner(X).item()] == [2, 2, 0, 0]
+
+
+def test_what_the_model_does_not_call_itself_belongs_to_the_step_before_it():
+    model = Both(Twice())
+    model.head = nn.Identity()
+    with edit(model, "head", plus, steps=1), capture(model, "head#0", keep="all") as acts:
+        found = [model.head(model(X)).item() for _ in range(3)] + [model.head(X).item() for _ in range(2)]
+    assert found == [0, 1, 0, 0, 0] and len(acts.calls("head#0")) == 3
+
+
+@pytest.mark.parametrize(("path", "options"), [("inner.layer", {"steps": 1}), ("inner.layer#0", {})])
+def test_a_capture_that_stops_the_model_stops_nothing_where_the_model_does_not_run(path, options):
+    """There nobody would catch what ends the forward."""
+    model = Both(Twice())
+    with capture(model, path, stop=True, **options) as acts:
+        assert [out.item() for out in model.generate(X)] == [0, 0, 0]
+    assert list(acts) == [path]
+    with capture(model, path, stop=True) as acts:
+        assert model(X) is None and model.inner(X).item() == 0
 
 
 def test_two_parts_side_by_side_are_no_steps():

@@ -54,3 +54,10 @@ class Deep(EncoderDecoder):
 
     def generate(self, x, steps=3):
         return self.base.generate(x, steps)
+
+
+class Both(Wrapper):
+    """A wrapper whose own forward runs, too."""
+
+    def forward(self, x):
+        return self.inner(x)

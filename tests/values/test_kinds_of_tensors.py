@@ -174,6 +174,36 @@ def test_what_does_not_fit_is_refused_with_the_site(case: str) -> None:
     assert said in str(caught.value)
 
 
+HALF = torch.eye(4)[:, :2]
+UNFIT: dict[str, tuple[str, Callable[[nn.Module], Any], str]] = {
+    "a subspace of a sparse one": ("sparse", lambda m: ablate(m, "0", subspace=HALF), "within a subspace"),
+    "a subspace of a compressed one": ("compressed rows", lambda m: ablate(m, "0", subspace=HALF), "within a subspace"),
+    "a subspace of a nested one": ("nested", lambda m: patch(m, "0", 1.0, subspace=HALF), "within a subspace"),
+    "parts of a sparse one": ("sparse", lambda m: patch(m, {"0[0]": 1.0, "0[1]": 2.0}), "[0] of Sparse"),
+    "parts of a nested one": ("nested", lambda m: patch(m, {"0[0]": 1.0, "0[1]": 2.0}), "[0] of Nested"),
+    "another dtype of a compressed one": ("compressed rows", lambda m: capture(m, "0", to="nowhere"), "go to nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_torch_does_not_do_with_a_kind_of_tensor_is_said_with_the_site(case: str) -> None:
+    kind, make, said = UNFIT[case]
+    with pytest.raises(TreeMismatch, match=r" at '0") as caught, make(model := making(KINDS[kind])):
+        model(X)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, True, 2.5, 1j])
+def test_a_number_that_is_no_tensor_stays_of_its_type(value: Any) -> None:
+    """Patching with the captured value changes nothing."""
+    model = making(lambda x: (x, value))
+    with capture(model, "0[1]") as acts:
+        model(X)
+    with patch(model, acts):
+        out = model(X)
+    assert out[1] == value and type(out[1]) is type(value)
+
+
 @pytest.mark.parametrize("number", [300, float("inf"), float("nan"), 10**30])
 def test_a_number_that_the_dtype_cannot_hold_is_refused(number: float) -> None:
     with (

@@ -13,13 +13,13 @@ import optree
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
-from gallery.returning import Constant
+from gallery.returning import Constant, Gives
 from gallery.values import Frozen, Output, Pair, Record, tensor_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nicehooks import KEEP, TreeMismatch, capture, edit
+from nicehooks import KEEP, StaleActivation, TreeMismatch, capture, edit
 from nicehooks.values.trees import Heads, assign, get, leaves, map_tensors, rewrite, structure_of
 
 # --- tensors and subscripts -------------------------------------------------------------------------------------------
@@ -405,6 +405,55 @@ def test_a_rebuilt_dict_has_all_that_it_had(how: str) -> None:
     default = REBUILDS[how](defaultdict(list, b=torch.zeros(1), a=None), "b")
     assert (default.default_factory, list(default)) == (list, ["b", "a"])
     assert list(REBUILDS[how]({"b": torch.zeros(1), "a": None}, "b")) == ["b", "a"]
+
+
+class Listed(list):
+    """A list with an attribute, and a constructor of its own."""
+
+    def __init__(self, first: Any, *, note: str) -> None:
+        super().__init__([first, None])
+        self.note = note
+
+
+class Tupled(tuple):
+    """The same as a tuple."""
+
+    def __new__(cls, first: Any, *, note: str) -> Tupled:
+        return super().__new__(cls, (first, None))
+
+    def __init__(self, first: Any, *, note: str) -> None:
+        self.note = note
+
+
+@pytest.mark.parametrize("how", REBUILDS)
+@pytest.mark.parametrize("kind", [Listed, Tupled])
+def test_a_list_or_tuple_of_another_type_is_taken_apart_and_rebuilt_with_all_that_it_had(kind: Any, how: str) -> None:
+    given = kind(torch.zeros(1), note="mine")
+    result = REBUILDS[how](given, 0)
+    assert (type(result), vars(result), result[0].item(), result[1]) == (kind, {"note": "mine"}, 1.0, None)
+    assert given[0].item() == 0.0
+
+
+class Reversed(list):
+    """A list that gives its items in another order: nobody knows what is in it."""
+
+    def __iter__(self) -> Any:
+        return reversed(range(len(self)))
+
+
+def test_a_list_that_gives_its_items_in_its_own_way_is_a_leaf() -> None:
+    (leaf,) = leaves(tree := Reversed([1, 2]))
+    assert leaf is tree
+
+
+@pytest.mark.parametrize("kind", [Listed, Tupled])
+def test_what_is_in_a_list_or_tuple_of_another_type_is_watched_and_cloned(kind: Any) -> None:
+    model = nn.Sequential(Gives(lambda x: kind(x * 2, note="")), Gives(lambda found: found[0].zero_()))
+    with capture(model, "0") as acts, capture(model, "0", clone=True) as copies:
+        model(torch.ones(1))
+    assert copies["0"][0].item() == copies["0[0]"].item() == 2.0
+    with pytest.raises(StaleActivation, match="'0' was overwritten"):
+        acts["0"]
 
 
 class TorchBox:
