@@ -8,6 +8,7 @@ the plain one. Interrupted programs (`--kind interrupts`) want a process of thei
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import random
 import secrets
@@ -262,7 +263,14 @@ def compiled(rng: random.Random) -> None:
 
 
 def work_around(job: list[Any], model: nn.Module, run: Callable[[Tensor], Tensor]) -> Tensor:
-    contexts = [maker(model, path, number) for maker, path, number in job]
+    return work_under(made_for(model, job), run)
+
+
+def made_for(model: nn.Module, job: list[Any]) -> list[Any]:
+    return [maker(model, path, number) for maker, path, number in job]
+
+
+def work_under(contexts: list[Any], run: Callable[[Tensor], Tensor]) -> Tensor:
     for context in contexts:
         context.__enter__()
     out = run(X.clone())
@@ -302,14 +310,15 @@ class Interrupt:
 
 def interrupted(rng: random.Random) -> None:
     """Entering, running and leaving, interrupted; `remove()` then leaves the model as it was, and no lock held."""
-    model = chain()
     job = a_job(rng)
-    contexts = [maker(model, path, number) for maker, path, number in job]
-    interrupted_once(model, contexts, Interrupt(rng.randint(1, 900)))
+    interrupted_once(chain(), lambda model: made_for(model, job), Interrupt(rng.randint(1, 900)))
 
 
-def interrupted_once(model: nn.Module, contexts: list[Any], interrupt: Interrupt) -> None:
+def interrupted_once(model: nn.Module, make: Callable[[nn.Module], list[Any]], interrupt: Interrupt) -> None:
     clean, before = model(X), state(model)
+    other = copy.deepcopy(model)
+    under = work_under(make(other), other)
+    contexts = make(model)
     sys.settrace(interrupt)
     try:
         for context in contexts:
@@ -327,15 +336,16 @@ def interrupted_once(model: nn.Module, contexts: list[Any], interrupt: Interrupt
             context.remove()
     model.zero_grad(set_to_none=True)
     assert state(model) == before and not describe(model), "the model is tapped still"
+    assert torch.equal(work_under(contexts, model), under), "a context that was interrupted does not serve again"
     found: list[Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(other(model)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(after_an_ablation(model)), daemon=True)
     thread.start()
     thread.join(timeout=20)
     assert found, "another thread waits for a lock"
     assert torch.equal(found[0], clean) and torch.equal(model(X), clean)
 
 
-def other(model: nn.Module) -> Tensor:
+def after_an_ablation(model: nn.Module) -> Tensor:
     with ablate(model, "1"):
         model(X)
     return model(X)

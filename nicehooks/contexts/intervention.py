@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,16 +93,7 @@ class Intervention:
         return self._begin(attached=False)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        session, plan = self._session, self._plan
-        self._stop()
-        if session is None or plan is None:
-            return
-        try:
-            if kind is None:
-                self._check(session, plan)
-        finally:
-            self._left(session)
-            self._leave_plan(plan)
+        self._end(self._check if kind is None else None)
 
     def attach(self) -> Any:
         """Makes the intervention persistent and process-wide; once attached, does nothing. Returns the handle."""
@@ -112,15 +103,7 @@ class Intervention:
 
     def remove(self) -> None:
         """Ends the intervention, attached or entered; once ended, does nothing."""
-        session, plan = self._session, self._plan
-        self._stop()
-        if session is None or plan is None:
-            return
-        try:
-            for missed in self._unreached(session, plan) if session.called else ():
-                warn_caller(self._not_reached(session, missed), NotReachedWarning)
-        finally:
-            self._left(session)
+        self._end(self._warn)
 
     def restart(self) -> None:
         """Counts steps from 0 again, as if it were entered anew: before the second of two generations, say."""
@@ -149,6 +132,7 @@ class Intervention:
             return self._entered(session)
         except BaseException:
             self._stop(broken_off=True)
+            self._plan = None
             raise
 
     def _start(self, session: Session, plan: Plan, actions: Actions | None) -> None:
@@ -177,6 +161,18 @@ class Intervention:
         bind_traced(self._plan.pairs, self.first)
         return self._session
 
+    def _end(self, check: Callable[[Session, Plan], None] | None) -> None:
+        session, plan = self._session, self._plan
+        self._stop()
+        if session is None or plan is None:
+            return
+        try:
+            if check is not None:
+                check(session, plan)
+        finally:
+            self._left(session)
+            self._leave_plan(plan)
+
     def _stop(self, broken_off: bool = False) -> None:
         """Undoes whatever `_start` did, also when it is interrupted itself; what is undone already stays so."""
         if torch.compiler.is_dynamo_compiling():
@@ -193,6 +189,7 @@ class Intervention:
         except BaseException:  # interrupted half-way: what is unbound stays so
             free_left_over()
             unbind(plan.taps, broken_off=True)
+            self._plan = None
             raise
         finally:
             sessions.end(session)
@@ -288,6 +285,10 @@ class Intervention:
         # inside of the region itself, backward enters the context again
         if outlived and session.checkpointed > torch_private.checkpoint_depth():
             warn_caller(explained("misuse.checkpointed", self), CheckpointWarning)
+
+    def _warn(self, session: Session, plan: Plan) -> None:
+        for missed in self._unreached(session, plan) if session.called else ():
+            warn_caller(self._not_reached(session, missed), NotReachedWarning)
 
     def _unreached(self, session: Session, plan: Plan) -> Iterator[SiteRule]:
         """One rule of each group that was not reached as it should have been."""

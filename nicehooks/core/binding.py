@@ -53,16 +53,12 @@ def _bind_slowly(tap: Tap, module: Any, rule: Rule, first: bool) -> None:
     tap.only = None
     if not tap.rules:
         _put_in(module, tap)
-    at = _behind_suspends(tap.rules) if first else len(tap.rules)
+    at = max([at for at, other in enumerate(tap.rules, 1) if other.suspends or not first], default=0)
     behind = len(tap.attached) if rule.session.attached else len(tap.rules)
     tap.mixed = tap.mixed or at < len(tap.rules) or behind < len(tap.rules)
     tap.rules = (*tap.rules[:at], rule, *tap.rules[at:])
     tap.attached = tuple([other for other in tap.rules if other.session.attached])
     tap.simple = tap.simple and rule.simple
-
-
-def _behind_suspends(rules: tuple[Rule, ...]) -> int:
-    return max([at + 1 for at, rule in enumerate(rules) if rule.suspends], default=0)
 
 
 def _put_in(module: nn.Module, tap: Tap) -> None:
@@ -112,7 +108,8 @@ def _unbind_slowly(tap: Tap, module: Any, rule: Rule) -> None:
         return
     tap.simple = tap.previous is None and all([r.simple for r in tap.rules])
     (last, *others) = tap.rules
-    if tap.is_clean and not others and last.plain and not last.session.attached:
+    had_none = tap.previous is None and all([copying.previous is None for copying in tap.copying])
+    if had_none and not others and last.plain and not last.session.attached:
         tap.bound = MethodType(tap.function, module)
         tap.only = last
 

@@ -184,8 +184,7 @@ class SiteRule(Rule):
         if value is None and self.wild and self.action.changes and not told:
             return value  # a wildcard passes over modules that return nothing
         sliced = bool(self.chain) and isinstance(self.chain[-1], slice | tuple)
-        empty = sliced and isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.numel() == 0
-        if not empty:
+        if not (sliced and isinstance(value, Tensor) and value.numel() == 0):
             self.session.reached[self.key] = True
             sessions.note_export(self.session, self.key)
         if told:

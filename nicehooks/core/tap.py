@@ -109,11 +109,6 @@ class Tap:
             self.parameters = parameters_of(signature_of(self.function))
         self.bound = None if self.bound is None else MethodType(self.function, module)
 
-    @property
-    def is_clean(self) -> bool:
-        """Whether the instance had none of the entries before."""
-        return self.previous is None and all([copying.previous is None for copying in self.copying])
-
 
 def _unbound(kind: type) -> Callable[..., Any]:
     """`kind.forward` as a function of the module and the arguments, also if it is no ordinary method."""

@@ -83,11 +83,7 @@ def has_port(module: nn.Module, port: Port) -> bool:
 
 
 def _weakly(module: nn.Module | None) -> Reference:
-    return _nothing if module is None else weakref.ref(module)
-
-
-def _nothing() -> None:
-    return None
+    return (lambda: None) if module is None else weakref.ref(module)
 
 
 class _Memory:

@@ -100,7 +100,27 @@ def _read_unchecked(tensor: Tensor, step: Any) -> Tensor:
         raise TreeMismatch(f"{show_step(step)} is a key, but the value is {structure_of(tensor)}")
     if any(isinstance(item, slice) and item.step is not None and item.step < 1 for item in items):
         raise TreeMismatch(f"{show_step(step)} steps backwards, which PyTorch does not do")
+    if torch.compiler.is_compiling() and not _is_within(tensor, step):
+        raise IndexError
     return tensor[step]
+
+
+def _is_within(tensor: Tensor, step: Any) -> bool:
+    """Whether every index is within its dimension; torch itself says so, but not to code that is being traced."""
+    items = [item for item in _by_dimension(tensor, step) if item is not None]
+    sized = zip(tensor.shape, items, strict=False)
+    indices = [(size, at) for size, item in sized for at in (item if isinstance(item, list) else [item])]
+    return len(items) <= tensor.ndim and all([-size <= at < size for size, at in indices if isinstance(at, int)])
+
+
+def _by_dimension(tensor: Tensor, step: Any) -> list[Any]:
+    """The items of a subscript, with whole dimensions for its `...`."""
+    items = list(step) if isinstance(step, tuple) else [step]
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        fill = tensor.ndim - sum(item is not None and item is not Ellipsis for item in items)
+        items[at : at + 1] = [slice(None)] * fill
+    return items
 
 
 def _split(tensor: Tensor, count: int) -> Tensor:
@@ -131,8 +151,7 @@ def _with_complex(base: Tensor, step: Any, new: Tensor) -> Tensor:
     """`replaced`, in the real numbers that `base` consists of: they are one more dimension, behind all others."""
     if isinstance(step, Heads | Rows):
         return _replaced(base, step, new)
-    items = [*step] if isinstance(step, tuple) else [step]
-    whole = (*items, slice(None)) if Ellipsis in items else (*items, Ellipsis)
+    whole = tuple(_by_dimension(base, step))
     return torch.view_as_complex(_replaced(_as_real(base), whole, _as_real(new)).contiguous())
 
 
@@ -145,13 +164,9 @@ def _replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
         return new.flatten(-2)
     if isinstance(step, Rows):
         return new.reshape(base.shape)
-    items = list(step) if isinstance(step, tuple) else [step]
+    items = _by_dimension(base, step)
     if any(isinstance(item, list) for item in items):
         return _with_scattered(base, step, new)
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        fill = base.ndim - sum(item is not None and item is not Ellipsis for item in items)
-        items[at : at + 1] = [slice(None)] * fill
     return _with_region(base, items, new, 0)
 
 

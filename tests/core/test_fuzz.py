@@ -9,9 +9,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fuzz
 import pytest
+from torch import nn
 
 from nicehooks import ablate, capture, patch
 
@@ -43,6 +45,10 @@ def test_interrupts_at_any_line() -> None:
     assert re.fullmatch(r"seed \d+\nall agree\n", said)
 
 
+def stacked(model: nn.Module) -> list[Any]:
+    return [ablate(model, "1"), capture(model, "1"), patch(model, "1", 2.0)]
+
+
 @pytest.mark.parametrize("with_its_own_forward", [False, True])
 def test_an_interrupt_at_any_line_of_coming_and_going_leaves_nothing(with_its_own_forward: bool) -> None:
     for line in itertools.count(1):
@@ -50,8 +56,7 @@ def test_an_interrupt_at_any_line_of_coming_and_going_leaves_nothing(with_its_ow
         if with_its_own_forward:
             model[1].forward = partial(type(model[1]).forward, model[1])
         interrupt = fuzz.Interrupt(line, within="/core/binding.py")
-        contexts = [ablate(model, "1"), capture(model, "1"), patch(model, "1", 2.0)]
-        fuzz.interrupted_once(model, contexts, interrupt)
+        fuzz.interrupted_once(model, stacked, interrupt)
         if interrupt.left > 0:
             break
     assert line > 100

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import nn
 from worlds import graphs, inputs, make, same, state
 
-from nicehooks import ablate, capture, edit, patch, splice, steer, suspend
+from nicehooks import SiteNotReached, TreeMismatch, ablate, capture, edit, patch, splice, steer, suspend
 
 V = torch.linspace(-1, 1, 6)
 
@@ -193,3 +193,25 @@ def test_what_cannot_be_traced_is_torchs_own_error():
     with pytest.raises(torch._dynamo.exc.Unsupported), edit(model, "embed", lambda value: print(input()) or value):
         run(inputs())
     assert run(inputs()).shape == (5, 2)
+
+
+@pytest.mark.parametrize("path", ["[:, 9]", "[..., -3]", "[[0, 9]]", "[:, :, 0]"])
+def test_a_region_that_is_not_there_is_refused_as_in_eager_mode(path):
+    model = nn.Tanh()
+    for run in (torch.compile(model, backend="eager"), model):
+        with pytest.raises(TreeMismatch) as caught, capture(model, path):
+            run(torch.zeros(3, 2))
+        assert str(caught.value) == f"capture at {path!r}: {path} is out of range for Tensor[3, 2] float32."
+
+
+def test_a_region_that_is_empty_is_not_reached_and_one_that_is_there_is():
+    model = make("Mlp")
+    run = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for count in (3, 5, 2, 4, 6):
+        try:
+            with patch(model, "embed[3:]", 0.0):
+                run(inputs()[:1].expand(count, -1))
+        except SiteNotReached:
+            assert count <= 3
+        else:
+            assert count > 3
