@@ -24,10 +24,12 @@ from nicehooks.compat.nice_hooks.registering import (
 )
 from nicehooks.compat.nice_hooks.running import ActivationCacheLike, expand_module_path, run
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import ablate, edit, patch, splice, steer, suspend
+from nicehooks.contexts.changes import ablate, edit, splice, steer
 from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.functions import captured, functional
 from nicehooks.contexts.listing import ActiveRecord, ActiveTable, SiteRecord, SiteTable, describe, sites
+from nicehooks.contexts.patching import patch
+from nicehooks.contexts.suspending import suspend
 from nicehooks.core.methods import patch_method_to_module
 from nicehooks.core.selection import Site, select
 from nicehooks.directions.contrasts import steering_vector

@@ -17,7 +17,7 @@ from nicehooks.anatomies.recording import called_with
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.core.selection import select
 from nicehooks.errors import NiceHooksError, SiteNotReached
 from nicehooks.paths.names import escape

@@ -21,7 +21,7 @@ from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
 from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
 from nicehooks.anatomies.tables import FAMILIES, Family
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 

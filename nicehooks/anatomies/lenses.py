@@ -12,7 +12,7 @@ from nicehooks.anatomies.finding import Anatomy, find_anatomy
 from nicehooks.anatomies.linear import last_linear_part, logit_direction, results_of_heads, unembedded
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
 from nicehooks.values.trees import structure_of
 

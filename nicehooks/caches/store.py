@@ -59,11 +59,11 @@ class Store(dict[str, Any]):
         return self._read(path, *found)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        found = self._find(key)
-        return default if found is None else self._read(key, *found)
+        return self[key] if key in self else default
 
     def __contains__(self, key: object) -> bool:
-        return self._find(key) is not None
+        found = self._find(key)
+        return found is not None and self._has(*found)
 
     def _find(self, key: Any) -> tuple[str, Chain] | None:
         """The key of the value that has the value at `key` in it, and the way from there."""
@@ -100,6 +100,16 @@ class Store(dict[str, Any]):
             return Calls(trees.get(item, chain) for item in value) if type(value) is Calls else trees.get(value, chain)
         except TreeMismatch as error:
             raise TreeMismatch(f"{str(path)!r} in this cache: {error}.") from None
+
+    def _has(self, whole: str, chain: Chain) -> bool:
+        """Whether the value at the key `whole`, overwritten or not, has a part at `chain`."""
+        value = dict.__getitem__(self, whole)
+        try:
+            for item in calls_of(value) if type(value) is Link else value if type(value) is Calls else [value]:
+                trees.get(item, chain)
+        except TreeMismatch:
+            return False
+        return True
 
     def _fresh(self, key: str) -> Any:
         value = dict.__getitem__(self, key)

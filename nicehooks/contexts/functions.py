@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import patch
+from nicehooks.contexts.patching import patch
 from nicehooks.core.census import Census
 from nicehooks.core.children import unwrap
 from nicehooks.core.selection import Where

@@ -50,7 +50,7 @@ class Keeper:
         tensor = tensor.clone() if self.clone else tensor
         try:
             return tensor.to(*self.to) if self.to else tensor
-        except TORCH_ERRORS as error:
+        except (*TORCH_ERRORS, AssertionError) as error:  # the latter from a torch without CUDA
             asked = ", ".join(map(str, self.to))
             raise refused(error, f"{trees.structure_of(tensor)} does not go to {asked}") from None
 

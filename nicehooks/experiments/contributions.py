@@ -12,7 +12,7 @@ from nicehooks.anatomies.linear import results_of_heads
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.errors import NotCaptured
 from nicehooks.experiments.wiring import Wiring
 from nicehooks.values import trees

@@ -27,8 +27,9 @@ from torch import Tensor
 from nicehooks.anatomies.anatomy import Anatomy, Part, anatomy
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import edit, patch
+from nicehooks.contexts.changes import edit
 from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_order, sum_per_example
 from nicehooks.experiments.grids import Cell
 from nicehooks.values import trees

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import patch
 from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.patching import patch
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.contributions import base_of, values_for, written, written_parts
 from nicehooks.experiments.effects import Axis, Effects

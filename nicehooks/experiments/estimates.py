@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import patch
 from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.patching import patch
 from nicehooks.core.selection import Where
 from nicehooks.errors import NotCaptured, TreeMismatch
 from nicehooks.experiments.effects import Effects

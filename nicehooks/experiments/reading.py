@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nicehooks.anatomies.parts import Part
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.wiring import Wiring
 from nicehooks.values import trees

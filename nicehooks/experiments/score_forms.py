@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import patch, suspend
+from nicehooks.contexts.patching import patch
+from nicehooks.contexts.suspending import suspend
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.experiments.wiring import Wiring
 from nicehooks.paths.names import escape

@@ -13,7 +13,7 @@ from nicehooks.anatomies.anatomy import Anatomy
 from nicehooks.anatomies.linear import LinearPart, linear_part, results_of_heads
 from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
-from nicehooks.contexts.changes import suspend
+from nicehooks.contexts.suspending import suspend
 from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.score_forms import ScoreForm, score_form

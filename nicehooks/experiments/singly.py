@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.contexts.changes import edit, patch
+from nicehooks.contexts.changes import edit
+from nicehooks.contexts.patching import patch
 from nicehooks.core.frames import Frame
 from nicehooks.core.selection import Group, Site
 from nicehooks.experiments.items import Base, GridItem, Unfit

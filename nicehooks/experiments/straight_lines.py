@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks.contexts.changes import patch
 from nicehooks.contexts.differentiating import grad_at
+from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_order
 from nicehooks.experiments.grids import Cell
 from nicehooks.values import trees

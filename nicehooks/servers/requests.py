@@ -29,8 +29,9 @@ from torch import nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import edit, patch
+from nicehooks.contexts.changes import edit
 from nicehooks.contexts.intervention import Intervention
+from nicehooks.contexts.patching import patch
 from nicehooks.contexts.plans import Plan
 from nicehooks.core.rows import RowsRule
 from nicehooks.core.rules import SiteRule

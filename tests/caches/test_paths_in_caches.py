@@ -211,3 +211,11 @@ def test_caches_that_are_no_batches_of_one_run_are_refused(caches: Any, message:
     with pytest.raises(NiceHooksError) as caught:
         ActivationCache.cat(caches)
     assert str(caught.value).startswith(message)
+
+
+def test_a_part_is_in_a_cache_where_it_can_be_read() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    with capture(model, "*", keep="all") as acts:
+        model(torch.ones(4, 2)), model(torch.ones(5, 2))
+    assert [text in acts for text in ("1[3]", "1[4]", "1[:, -3]", "1[:, 3]", "1['x']")] == [1, 0, 1, 0, 0]
+    assert acts.get("1[4]") is None and [call.shape[0] for call in acts.get("1[:, 2]")] == [4, 5]

@@ -9,8 +9,8 @@ from gallery.swept import Tagger
 from sweep_by_hand import far_from_loop, made
 from torch import nn
 
-from nicehooks import capture, mean_activations, sweep
-from nicehooks.errors import NiceHooksError, TreeMismatch
+from nicehooks import ActivationCache, ablate, capture, mean_activations, patch, select, sweep
+from nicehooks.errors import NiceHooksError, NotCaptured, TreeMismatch
 
 
 def test_batches_of_different_sizes_count_by_their_examples():
@@ -63,3 +63,22 @@ def test_trees_have_means_and_what_is_no_number_has_none():
         mean_activations(model, "embed@input[0]", [ids])
     with pytest.raises(NiceHooksError, match="there are no batches"):
         mean_activations(model, "lstm", [])
+
+
+def test_ablation_takes_the_means_of_each_site_and_of_a_part_of_it():
+    model = ARCHITECTURES["gpt2"].build()
+    means = mean_activations(model, "transformer.h.*", [tokens(0), tokens(1)])
+    for where in ("transformer.h.{1,2}", "transformer.h.1[:, -1]"):
+        with ablate(model, where, value=means), torch.no_grad():
+            ablated = model(tokens(5)).logits
+        with patch(model, {site: means[site] for site in select(model, where)}), torch.no_grad():
+            assert torch.equal(ablated, model(tokens(5)).logits)
+
+
+def test_what_is_no_mean_of_a_site_is_refused_before_anything_runs():
+    model, means = ARCHITECTURES["gpt2"].build(), ActivationCache({"transformer.h.1": torch.zeros(1)})
+    with pytest.raises(NotCaptured, match=r"'transformer\.h\.0' is not in this cache"):
+        ablate(model, "transformer.h.*", value=means)
+    for value in ("mean", torch.mean):
+        with pytest.raises(TypeError, match=r"value=mean_activations\(model, where, batches\)"):
+            ablate(model, "transformer.h.*", value=value)

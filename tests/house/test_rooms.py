@@ -100,7 +100,7 @@ def test_a_test_of_the_kind_is_found(line: str) -> None:
 LONG = {
     "caches.cache": "one class, whose methods are its public face",
     "contexts.capturing": "the shortest way from an output to a cache stands beside the long one",
-    "contexts.changes": "six verbs with their docstrings; the code is 128 lines",
+    "contexts.changes": "edit and the verbs that are made of it, with their docstrings",
     "contexts.intervention": "the life of a context is told in one place",
     "core.selection": "names, sites and the messages that say the nearest names",
     "core.sessions": "who is active, in eager and in traced code, which must agree line by line",

@@ -21,7 +21,7 @@ from nicehooks.compat.nice_hooks.backward_hooks import FullBackwardHook, FullBac
 from nicehooks.compat.nice_hooks.forward_hooks import ForwardHook, ForwardPreHook, HookAction
 from nicehooks.compat.nice_hooks.registering import Hooked
 from nicehooks.contexts.capturing import capture
-from nicehooks.contexts.changes import patch
+from nicehooks.contexts.patching import patch
 from nicehooks.contexts.user_functions import show_where
 from nicehooks.core.children import unwrap
 from nicehooks.core.selection import Where, select

@@ -302,14 +302,14 @@ class LensHooks(Intervention):
                 handles.append(self)
         return self
 
-    def _stop(self) -> None:
+    def _stop(self, broken_off: bool = False) -> None:
         """See NOTE [Who holds an attached hook]."""
         entries = vars(unwrap(self.model))
         with Exclusive():
             handles = [handle for handle in entries.pop(HANDLES, ()) if handle is not self]
             if handles:
                 entries[HANDLES] = handles
-        super()._stop()
+        super()._stop(broken_off)
 
     def drop(self, hook: Hook) -> None:
         """Removes one hook; with the last one, the intervention is over."""
