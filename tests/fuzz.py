@@ -364,12 +364,12 @@ ALONE = {"interrupts": interrupted, "compiled": compiled}
 
 def run_programs(count: int, seed: int, kind: str = "") -> None:
     """Runs `count` programs; the error of one says how to run it again."""
-    gc.freeze()  # what was there before is not looked through again and again
+    gc.collect()
+    gc.freeze()  # what was there before is not looked through again and again: for good, as in conftest.py
     for number in range(count):
         run_program(seed, number, kind)
         if number % 100 == 99:
             gc.collect()
-    gc.unfreeze()
 
 
 def run_program(seed: int, number: int, kind: str = "") -> None:

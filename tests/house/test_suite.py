@@ -86,3 +86,14 @@ def test_every_toy_model_is_used() -> None:
 def test_no_file_is_too_long() -> None:
     long = {file: len(text.splitlines()) for file, text in SOURCES.items()}
     assert {file: lines for file, lines in long.items() if lines > (300 if file in GALLERY else 700)} == {}
+
+
+def test_what_is_frozen_stays_so() -> None:
+    """`gc.unfreeze` is of all that was ever frozen: later tests that collect garbage would each look through it all."""
+    calls = {(file, ast.unparse(node)) for file, tree in FILES.items() for node in ast.walk(tree) if _is_of_gc(node)}
+    assert [file for file, call in calls if call == "gc.unfreeze"] == []
+    assert ("conftest.py", "gc.freeze") in calls
+
+
+def _is_of_gc(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "gc"
