@@ -42,18 +42,17 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_ranks_of_torchrun_write_one_store(ranks: int, tmp_path: Path) -> None:
+def test_the_ranks_of_torchrun_write_one_store(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     root = Path(nicehooks.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{Path(harvest_streams.__file__).parent}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     done = subprocess.run([*command, str(program), str(tmp_path / "store")], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     store = ActivationStore(tmp_path / "store")
-    assert store.manifest.complete and store.manifest.parts == ranks and store.manifest.batches == 13
-    assert len(store.manifest.data) == ranks
+    assert store.manifest.complete and store.manifest.parts == 3 and store.manifest.batches == 13
+    assert len(store.manifest.data) == 3
     check_store(store)
 
 

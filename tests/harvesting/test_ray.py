@@ -46,8 +46,8 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def with_ray(model: Any, batches: Any, store: Path, **more: Any) -> ActivationStore:
-    return harvest(model, KEYS, batches, store, engine="ray", workers=2, num_cpus=0.5, **more)
+def with_ray(model: Any, batches: Any, store: Path, workers: int = 2, **more: Any) -> ActivationStore:
+    return harvest(model, KEYS, batches, store, engine="ray", workers=workers, num_cpus=0.5, **more)
 
 
 def check_store(store: ActivationStore) -> None:
@@ -71,7 +71,7 @@ def test_batches_give_the_rows_of_one_process(tmp_path: Path) -> None:
 
 def test_a_dataset_of_texts_of_any_length_and_a_function_that_makes_the_model(tmp_path: Path) -> None:
     data = ray.data.from_items([{"input_ids": text} for text in SAMPLES])
-    check_store(with_ray(PrefixModel, data, tmp_path, batch_size=5, shard_batches=2))
+    check_store(with_ray(PrefixModel, data, tmp_path, workers=1, batch_size=5, shard_batches=2))
 
 
 def dying(mark: Path) -> Callable[[], nn.Module]:
@@ -102,17 +102,17 @@ def test_the_death_of_a_worker_loses_and_doubles_nothing(tmp_path: Path) -> None
 
 
 def test_resuming_leaves_out_what_is_there(tmp_path: Path) -> None:
-    first = with_ray(PrefixModel(), stream(SAMPLES[:24]), tmp_path, shard_batches=2)
+    first = with_ray(PrefixModel(), stream(SAMPLES[:24]), tmp_path, workers=1, shard_batches=2)
     names = {shard.file for shard in first.manifest.shards}
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(FileFault, match="which was begun"):
         with_ray(PrefixModel(), stream(SAMPLES), tmp_path)
-    store = with_ray(PrefixModel(), stream(SAMPLES), tmp_path, resume=True, shard_batches=2)
+    store = with_ray(PrefixModel(), stream(SAMPLES), tmp_path, workers=1, resume=True, shard_batches=2)
     assert names < {shard.file for shard in store.manifest.shards}
     check_store(store)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(StoreMismatch, match="the weights of the model differs"):
-        with_ray(PrefixModel(seed=1), stream(texts(80, seed=3)), tmp_path, resume=True)
+        with_ray(PrefixModel(seed=1), stream(texts(80, seed=3)), tmp_path, workers=1, resume=True)
 
 
 def test_an_error_of_a_worker_is_raised_as_itself(tmp_path: Path) -> None:
