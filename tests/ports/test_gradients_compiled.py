@@ -18,14 +18,6 @@ from nicehooks.ports import compiled_gradients
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.slow]
 
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
 def compiled(model, backend="aot_eager"):
     return torch.compile(model, fullgraph=True, backend=backend)
 
@@ -36,7 +28,8 @@ def backward(run, x, *contexts):
     with ExitStack() as stack:
         seen = [stack.enter_context(context) for context in contexts]
         run(x).sin().sum().backward()
-    return x.grad, {key: value for cache in seen if isinstance(cache, dict) for key, value in cache.items()}
+    caches = [cache for cache in seen if isinstance(cache, dict)]
+    return x.grad, {(number, key): value for number, cache in enumerate(caches) for key, value in cache.items()}
 
 
 def agree(found, expected):
@@ -47,7 +40,7 @@ def agree(found, expected):
 
 CASES = {
     "capture": lambda m: [capture(m, "blocks.*@grad", "head@input.grad[0]", "embed@grad[:, 0]")],
-    "ablate": lambda m: [ablate(m, "blocks.1@grad")],
+    "ablate": lambda m: [ablate(m, "blocks.2@grad")],
     "edit a part": lambda m: [edit(m, "blocks.1@grad[:, 0]", lambda gradient: gradient * 2)],
     "in order": lambda m: [
         capture(m, "blocks.1@grad"),
@@ -63,21 +56,31 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor itself uses what torch has deprecated
-@pytest.mark.parametrize("case", CASES)
-def test_as_in_eager_code_and_compiled_once(case, backend):
+def check(backend, cases):
+    """Each case three times, as in eager code and with one graph; then none."""
     model = make("Mlp")
     run, before = compiled(model, backend), state(model)
     holders = set(compiled_gradients._sessions)
-    for shift in range(3):
-        x = inputs() + shift
-        agree(backward(run, x, *CASES[case](model)), backward(model, x, *CASES[case](model)))
-        assert graphs() == 1
-        assert state(model) == before
+    for number, case in enumerate(cases):
+        for shift in range(3):
+            x = inputs() + shift
+            agree(backward(run, x, *case(model)), backward(model, x, *case(model)))
+            assert graphs() == number + 1
+            assert state(model) == before
     agree(backward(run, inputs()), backward(model, inputs()))
-    assert graphs() == 2
+    assert graphs() == len(cases) + 1
     gc.collect()
     assert set(compiled_gradients._sessions) <= holders
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_as_in_eager_code_and_compiled_once(backend):
+    check(backend, list(CASES.values()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # inductor itself uses what torch has deprecated
+def test_all_at_once_with_the_default_backend():
+    check("inductor", [lambda m: [context for case in CASES.values() for context in case(m)]])
 
 
 def test_frozen_parameters_and_inputs_without_gradients():
