@@ -13,7 +13,7 @@ from nicehooks.contexts.plans import PLANS, Plan, RuleGroup
 from nicehooks.core import sessions
 from nicehooks.core.binding import bind, unbind
 from nicehooks.core.children import unwrap
-from nicehooks.core.exclusive import Exclusive, free_left_over
+from nicehooks.core.exclusive import free_left_over
 from nicehooks.core.explaining import explained
 from nicehooks.core.register import Pairs, kind_of, rules_around
 from nicehooks.core.rules import Action, SiteRule
@@ -21,6 +21,7 @@ from nicehooks.core.selection import Group, Site, Where, select_groups
 from nicehooks.core.sessions import Progress, Session
 from nicehooks.core.steps import StepRule
 from nicehooks.core.traced import bind_traced, groups_of, unbind_traced
+from nicehooks.core.traces import is_remembering
 from nicehooks.core.when import When
 from nicehooks.errors import (
     CheckpointWarning,
@@ -120,14 +121,12 @@ class Intervention:
             return self._entered(self._start_traced())
         free_left_over()
         actions = self._actions() if self.keeps_plans else None
-        plan = self._plan_of_last_entry() or self._make_plan(actions)
+        plan = self._plan_of_last_entry() or self._plan_for(actions)
         session = Session(plan.label, attached)
-        with Exclusive():
-            if self._session is not None:
-                raise ContextMisuse(explained("misuse.active_already", self.verb))
-            self._plan, self._session = plan, session
-            self._has_given = False
+        if vars(self).setdefault("_entered_by", session) is not session:  # in one step: another thread may be here too
+            raise ContextMisuse(explained("misuse.active_already", self.verb))
         try:
+            self._session, self._plan, self._has_given = session, plan, False
             self._start(session, plan, actions)
             return self._entered(session)
         except BaseException:
@@ -146,8 +145,7 @@ class Intervention:
                 rule.session = session
             companion.begin(session)
         sessions.begin(session)
-        given = None if actions is None else [action for _, action in actions]
-        bind(plan.taps, session, given, self.first)
+        bind(plan.taps, session, actions and [action for _, action in actions], self.first)
 
     def _start_traced(self) -> Session:
         self._plan = self._make_plan()
@@ -183,6 +181,7 @@ class Intervention:
         free_left_over()
         session, plan = self._session, self._plan
         if session is None or plan is None:
+            vars(self).pop("_entered_by", None)
             return
         try:
             unbind(plan.taps, broken_off)
@@ -196,18 +195,19 @@ class Intervention:
             for companion in plan.companions:
                 companion.end(session)
             self._session = None
+            vars(self).pop("_entered_by", None)
 
     # plans
 
     def _depends_on(self) -> Any:
         """What a plan depends on besides the model and the paths."""
-        return type(self), self.first
+        return type(self), self.verb, self.first
 
     def _key_of_plan(self, actions: Actions) -> Any:
         """Under which its plan is kept; None where it cannot be used again."""
-        if not self.keeps_plans or torch.compiler.is_compiling() or self.steps is not None or self.calls is not None:
+        if not self.keeps_plans or self.steps is not None or self.calls is not None or not is_remembering():
             return None
-        wheres = tuple([_as_key(where) for where, _ in actions])
+        wheres = tuple([_as_key(where, self.model) for where, _ in actions])
         return None if None in wheres else (self._depends_on(), wheres)
 
     def _leave_plan(self, plan: Plan) -> None:
@@ -222,14 +222,14 @@ class Intervention:
             return None
         return self._plan if not self._has_given or PLANS.take_back(self.model, self._plan) else None
 
+    def _plan_for(self, actions: Actions | None) -> Plan:
+        """The plan that another context of its kind has left, or a new one."""
+        key = None if actions is None else self._key_of_plan(actions)
+        return (key and PLANS.take(self.model, key)) or self._make_plan(actions)
+
     def _make_plan(self, actions: Actions | None = None) -> Plan:
         actions = self._actions() if actions is None else actions
         selected = [self._selected(where) for where, _ in actions]
-        key = self._key_of_plan(actions)
-        kept = None if key is None else PLANS.take(self.model, key, selected)
-        return self._new_plan(actions, selected, key) if kept is None else kept._replace(label=repr(self))
-
-    def _new_plan(self, actions: Actions, selected: list[list[Group]], key: Any) -> Plan:
         groups: list[RuleGroup] = []
         pairs: Pairs = [(unwrap(self.model), self._step_rule())]
         sites: list[Site] = []
@@ -257,7 +257,7 @@ class Intervention:
         pairs[1:1] = rules_around(sites, unwrap(self.model), any([rule.when.counts for rule in rules]))
         for index, rule in enumerate(rules):
             rule.index = index
-        keys = frozenset([rule.key for rule in rules])
+        keys, key = frozenset([rule.key for rule in rules]), self._key_of_plan(actions)
         return Plan.of(repr(self), pairs, selected, groups, self._counts(rules), keys, key)
 
     def _selected(self, where: Where) -> list[Group]:
@@ -301,11 +301,11 @@ class Intervention:
         return explained("not_reached.not_reached", self, session, rule)
 
 
-def _as_key(where: Where) -> Any:
-    """What tells one `where` from another, if it is text: paths, and lists of them."""
+def _as_key(where: Where, model: nn.Module) -> Any:
+    """What tells one `where` from another, if it is paths, sites of the `model`, and lists of them."""
     if isinstance(where, str):
         return where
     if isinstance(where, tuple | list):
-        texts = tuple([_as_key(item) for item in where])
-        return None if None in texts else texts
-    return where if isinstance(where, Site) else None
+        keys = tuple([_as_key(item, model) for item in where])
+        return None if None in keys else keys
+    return where if isinstance(where, Site) and where.belongs_to(model) else None

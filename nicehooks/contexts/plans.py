@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from nicehooks.core.binding import Bound, taps_for
 from nicehooks.core.register import Companion, Pairs
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.selection import Group, Where
+from nicehooks.core.traces import Trace
 
 
 class RuleGroup(NamedTuple):
@@ -31,7 +31,8 @@ class Plan(NamedTuple):
         pairs: the rules, each with the module whose tap it belongs to; only in code that is being traced.
         taps: the same with the taps, which know their modules weakly; only in eager code.
         tapped: the rules by the `id` of the module; only in eager code.
-        selected: what each `where` has selected.
+        size: how many actions it is for.
+        traces: what the selections have looked at.
         groups: the rules of the sites of each item of a `where`.
         companions: what these need for as long as a session lasts.
         counting: whether steps, calls, or the depth in the root model matter.
@@ -44,7 +45,8 @@ class Plan(NamedTuple):
     pairs: Pairs
     taps: list[Bound]
     tapped: dict[int, tuple[Any, ...]]
-    selected: list[list[Group]]
+    size: int
+    traces: list[Trace]
     groups: list[RuleGroup]
     companions: list[Companion]
     counting: bool
@@ -72,7 +74,9 @@ class Plan(NamedTuple):
             tapped[id(module)] = (*tapped.get(id(module), ()), rule)
         pairs = pairs if traced else []
         key = key if all([rule.reusable for rule in rules]) else None
-        return Plan(label, pairs, taps, tapped, selected or [], groups or [], companions, counting, keys, key)
+        traces = list(dict.fromkeys([group.trace for chosen in selected or [] for group in chosen]))
+        size = len(selected or [])
+        return Plan(label, pairs, taps, tapped, size, traces, groups or [], companions, counting, keys, key)
 
 
 class Plans:
@@ -91,12 +95,12 @@ class Plans:
     def __init__(self) -> None:
         self.of_model: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[Plan]]] = weakref.WeakKeyDictionary()
 
-    def take(self, model: nn.Module, key: Any, selected: list[list[Group]]) -> Plan | None:
-        """A plan for what is selected now, if there is one."""
+    def take(self, model: nn.Module, key: Any) -> Plan | None:
+        """A plan whose sites would be selected again, if there is one."""
         kept = self.of_model.get(model, {}).get(key)
         while kept:
             plan = kept.pop()
-            if _are_same(plan.selected, selected) and all([tap.alive for tap, _, _ in plan.taps]):
+            if all([trace.holds() for trace in plan.traces]) and all([tap.alive for tap, _, _ in plan.taps]):
                 return plan
         return None
 
@@ -109,17 +113,12 @@ class Plans:
 
     def give(self, model: nn.Module, plan: Plan) -> None:
         """Keeps `plan`, without the values that its actions hold."""
-        nothing: list[Any] = [None] * len(plan.selected)
+        nothing: list[Any] = [None] * plan.size
         for _, rule, _ in plan.taps:
             rule.given(nothing)
         kept = self.of_model.setdefault(model, {}).setdefault(plan.key, [])
         if len(kept) < self.MOST:
             kept.append(plan)
-
-
-def _are_same(selected: list[list[Group]], others: list[list[Group]]) -> bool:
-    """Whether both are the very same selections, which are remembered for as long as they hold."""
-    return all([len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(selected, others, strict=True)])
 
 
 PLANS = Plans()

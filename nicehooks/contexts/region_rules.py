@@ -20,6 +20,8 @@ from nicehooks.core.frames import Frame
 from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Site
 from nicehooks.core.when import When
+from nicehooks.torch_private import transforms_running
+from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS
 
 Shape = tuple[bool, ...]
@@ -62,12 +64,31 @@ class RegionRule(OutputRule):
             frame.value = self._all(frame, frame.value)
 
     def _all(self, frame: Frame | None, value: Any) -> Any:
-        written = self._written(value) if len(self.together) > 1 else None
+        written = self._written(value) if len(self.together) > 1 else self._written_alone(value)
         if written is not None:
             return written
         for rule in self.together:
             value = rule.through(frame, value)
         return value
+
+    def _written_alone(self, value: Any) -> Tensor | None:
+        """A copy of `value` with this region written, the shortest way; None where that is not plain."""
+        action: Any = self.action
+        new = action.value
+        if torch.compiler.is_dynamo_compiling() or not (type(new) is type(value) is Tensor) or transforms_running():
+            return None
+        if new.dtype is not value.dtype or new.device != value.device or action.subspace is not None:
+            return None
+        try:
+            written = value.clone()
+            region = written[self.chain[0]]
+            if not trees.fits(new.shape, region.shape) or region.numel() == 0:
+                return None
+            region.copy_(new)
+        except TORCH_ERRORS:
+            return None  # sparse, nested, quantised, out of range: the longer way knows or says so
+        self._note(written)
+        return written
 
     def _written(self, value: Any) -> Tensor | None:
         """A copy of `value` with every region written; None where that is not plain."""

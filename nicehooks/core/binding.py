@@ -84,16 +84,16 @@ def unbind(taps: list[Bound], broken_off: bool = False) -> None:
     Where they came or went and were `broken_off`, nobody knows how far: a tap that has no rules left is not used again.
     """
     with Exclusive(tracing=True):
-        for tap, rule, _ in taps:
+        for tap, rule, alone in taps:
             module: Any = tap.module()
             if module is None:
                 continue
             names = module.__dict__
-            if tap.only is rule and names.get("forward") is tap.forward:
+            if tap.rules is alone and names.get("forward") is tap.forward:  # bound where nothing was
                 for name in reversed(tap.entries):
                     names.pop(name, None)
                 tap.only = tap.bound = None
-                tap.rules = ()
+                tap.rules = tap.attached = ()
             elif rule in tap.rules or (not tap.rules and (broken_off or names.get("forward") is tap.forward)):
                 _unbind_slowly(tap, module, rule)
 

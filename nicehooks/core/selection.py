@@ -12,7 +12,7 @@ from nicehooks import torch_private
 from nicehooks.core.explaining import explained
 from nicehooks.core.register import kind_of
 from nicehooks.core.sites import Site
-from nicehooks.core.traces import Trace, has_port, is_remembering, remember, remembered
+from nicehooks.core.traces import NOTHING_LOOKED_AT, Trace, has_port, is_remembering, remember, remembered
 from nicehooks.core.walking import Found, Walk
 from nicehooks.paths.grammar import ModulePath
 
@@ -22,11 +22,12 @@ Where = Any
 
 
 class Group(NamedTuple):
-    """The sites that one item of a `where` selects, and whether it was a wildcard."""
+    """The sites that one item of a `where` selects, whether it was a wildcard, and what selecting has looked at."""
 
     where: Where
     sites: list[Site]
     wild: bool
+    trace: Trace = NOTHING_LOOKED_AT
 
 
 def select(model: nn.Module, *where: Where) -> list[Site]:
@@ -73,7 +74,7 @@ def select_groups(model: nn.Module, where: Where, verb: str = "select") -> list[
     if kept is not None:
         return kept
     finder = _Finder(model, verb, Trace())
-    groups = [Group(item, *finder.find(item)) for item in items]
+    groups = [Group(item, *finder.find(item), finder.trace) for item in items]
     if key is not None:
         remember(model, key, groups, finder.trace)
     return groups

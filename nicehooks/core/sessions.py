@@ -185,7 +185,8 @@ def begin(session: Session) -> None:
     """From here on `session` acts in this thread or task; one that is attached acts wherever its rules are."""
     if session.attached:
         return
-    _forget_ended()
+    if HERE.entered or _active.get():
+        _forget_ended()
     session.acts_in = _active.get() | {session}
     HERE.entered = (*HERE.entered, session)
     _active.set(session.acts_in)
@@ -203,11 +204,8 @@ def end(session: Session) -> None:
 
 def _forget_ended() -> None:
     """Lets go of the sessions that were entered in this thread and are over, in whichever thread they were left."""
-    active = _active.get()
-    if any([session.ended for session in active]):
-        _active.set(frozenset([session for session in active if not session.ended]))
-    if any([session.ended for session in HERE.entered]):
-        HERE.entered = tuple([session for session in HERE.entered if not session.ended])
+    _active.set(frozenset([session for session in _active.get() if not session.ended]))
+    HERE.entered = tuple([session for session in HERE.entered if not session.ended])
 
 
 def new_round(session: Session) -> None:

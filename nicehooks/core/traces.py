@@ -12,7 +12,7 @@ is selected while methods are modules or while code is being traced.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Trace:
     """What a selection has looked at."""
 
     def __init__(self) -> None:
-        self._looked: list[tuple[Reference, Reference, tuple[str, ...], list[Reference], bool]] = []
+        self._looked: list[tuple[Reference, Reference, tuple[str, ...], Sequence[Reference | None], bool]] = []
         self._ports: list[tuple[Reference, Port, bool]] = []
 
     def __len__(self) -> int:
@@ -47,7 +47,8 @@ class Trace:
         self._note(module, tuple(module._modules), whole=True)
 
     def _note(self, module: nn.Module, keys: tuple[str, ...], whole: bool) -> None:
-        children = [_weakly(module._modules.get(key)) for key in keys]
+        found = [module._modules.get(key) for key in keys]
+        children = [child if child is None else weakref.ref(child) for child in found]
         self._looked.append((weakref.ref(module), weakref.ref(type(module)), keys, children, whole))
 
     def asked(self, module: nn.Module, port: Port, answer: bool) -> None:
@@ -67,9 +68,12 @@ class Trace:
             if whole and tuple(table) != keys:
                 return False
             for key, child in zip(keys, children, strict=True):
-                if table.get(key) is not child():
+                if table.get(key) is not (child and child()):
                     return False
         return all([_has_still(reference(), port, answer) for reference, port, answer in self._ports])
+
+
+NOTHING_LOOKED_AT = Trace()
 
 
 def _has_still(module: nn.Module | None, port: Port, answer: bool) -> bool:
@@ -80,10 +84,6 @@ def has_port(module: nn.Module, port: Port) -> bool:
     """Whether a site of `port` can be on `module`."""
     kind = kind_of(port)
     return (has_forward(module) or not kind.needs_forward) and kind.is_on(module, port)
-
-
-def _weakly(module: nn.Module | None) -> Reference:
-    return (lambda: None) if module is None else weakref.ref(module)
 
 
 class _Memory:

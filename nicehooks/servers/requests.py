@@ -201,7 +201,7 @@ class _Context:
         self.own._plan = self.own._session = None
         self.own._action = copy.copy(getattr(given, "_action", None))  # a capture's holds the cache of one request
         actions = self.own._actions()
-        self.plan: Plan = self.own._make_plan(actions)
+        self.plan: Plan = self.own._plan_for(actions)
         self.own._plan = self.plan
         self.session = RequestSession(repr(given))
         self.session.called, self.session.counting = True, self.plan.counting
