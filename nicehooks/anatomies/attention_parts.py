@@ -10,8 +10,9 @@ from torch import Tensor
 from nicehooks.anatomies.columns import columns_of, columns_path, leading_columns_of, without_repeats
 from nicehooks.anatomies.cores import Core
 from nicehooks.anatomies.mlp_parts import is_projection
+from nicehooks.anatomies.noted_values import Value, key_of
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall, Value, key_of
+from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall
 from nicehooks.anatomies.streams import Flow, is_norm
 from nicehooks.anatomies.tables import Lacks
 

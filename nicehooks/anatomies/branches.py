@@ -11,8 +11,9 @@ from nicehooks.anatomies.attention_parts import attention_parts
 from nicehooks.anatomies.cores import Core, cores_of
 from nicehooks.anatomies.expert_parts import expert_parts
 from nicehooks.anatomies.mlp_parts import mlp_parts
+from nicehooks.anatomies.noted_values import Key, Value
 from nicehooks.anatomies.places import PartPlaces, Step
-from nicehooks.anatomies.recording import Key, NotedCall, Record, Value
+from nicehooks.anatomies.recording import NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
 from nicehooks.anatomies.streams import Flow, StreamStep, Term
 from nicehooks.anatomies.tables import PARALLEL, Lacks

@@ -14,12 +14,13 @@ from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import called_with
+from nicehooks.anatomies.single_sites import sites_at
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.suspending import suspend
-from nicehooks.core.selection import select
-from nicehooks.errors import NiceHooksError, SiteNotReached
+from nicehooks.core.sites import Site
+from nicehooks.errors import SiteNotReached
 from nicehooks.paths.names import escape
 from nicehooks.values.trees import structure_of
 
@@ -36,7 +37,7 @@ def check_parts(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout
     """
     now = layout.attention
     wanted = {path: part for part, path in _paths(layout, now)}
-    acts, output = _captured(model, names[run], _selectable(model, list(wanted)), inputs)
+    acts, output = _captured(model, names[run], sites_at(model, wanted), inputs)
     seen = Seen(acts, names, now)
     for index, places in enumerate(layout.layers):
         _refuse_unseen(seen, places)
@@ -63,23 +64,11 @@ def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
     yield from ((part, path) for part, path in layout.singles.items() if isinstance(path, str))
 
 
-def _selectable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    def is_there(path: str) -> bool:
-        with suppress(NiceHooksError):
-            return bool(select(model, path))
-        return False
-
-    with suppress(NiceHooksError):
-        select(model, list(paths))
-        return list(paths)
-    return list(filter(is_there, paths))
-
-
-def _captured(model: nn.Module, run: nn.Module, paths: list[str], inputs: Any) -> tuple[ActivationCache, Any]:
+def _captured(model: nn.Module, run: nn.Module, sites: list[Site], inputs: Any) -> tuple[ActivationCache, Any]:
     output: Any = None
     found: list[ActivationCache] = []
     with suppress(SiteNotReached), quiet(model), suspend(model):
-        with capture(model, paths, clone=True) as acts:  # a clone, because a model may write into what it gives
+        with capture(model, sites, clone=True) as acts:  # a clone, because a model may write into what it gives
             found.append(acts)
             output = called_with(run, inputs)
     return found[0], output

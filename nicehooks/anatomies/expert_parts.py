@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nicehooks.anatomies.noted_values import Value
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import NotedCall, Value
+from nicehooks.anatomies.recording import NotedCall
 from nicehooks.anatomies.streams import Flow, Term
 
 EXPERT_PARTS = ("router", "router_weights", "router_experts", "experts", "shared_experts")

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from nicehooks.anatomies.columns import columns_of, columns_path
+from nicehooks.anatomies.noted_values import Value
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import ACTIVATIONS, NotedCall, Value
+from nicehooks.anatomies.recording import ACTIVATIONS, NotedCall
 from nicehooks.anatomies.streams import Flow, Term, is_norm
 from nicehooks.anatomies.tables import Lacks
 
