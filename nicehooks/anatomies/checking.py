@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.anatomies.checks_of_attention import check_attention
+from nicehooks.anatomies.expert_parts import TOLD, each_choice
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
 from nicehooks.anatomies.places import PartPlaces
@@ -179,13 +180,31 @@ def _check_mlp(seen: Seen, places: PartPlaces) -> None:
 
 
 def _check_experts(seen: Seen, places: PartPlaces) -> None:
-    """The routed experts, and those that all tokens go through, make up the MLP."""
+    """The routed experts, and those that all tokens go through, make up the MLP; each alone, added up, the experts."""
     experts, shared, out = (seen.part(places, part) for part in ("experts", "shared_experts", "mlp_out"))
     if experts is None or out is None:
         return
     text = "experts = mlp_out" if shared is None else "experts + shared_experts = mlp_out"
     if off_by(experts if shared is None else experts + shared, out) is None:
         places.passed.update(dict.fromkeys([part for part in ("experts", "shared_experts") if places.has(part)], text))
+    told = [seen.part(places, part) for part in TOLD]
+    if "experts" in places.roles and all(one is not None for one in told):
+        _check_each_expert(seen, places, [one for one in told if one is not None], experts)
+
+
+def _check_each_expert(seen: Seen, places: PartPlaces, told: list[Tensor], experts: Tensor) -> None:
+    paths = [str(places.path(part, seen.now)) for part in TOLD]
+    try:
+        with torch.no_grad():
+            wrong = off_by(each_choice(seen.names[places.roles["experts"]], paths, told).sum(2), experts)
+    except Exception as error:  # whatever a module raises that takes something else
+        wrong = f"{type(error).__name__}, when it is told of one choice alone"
+    if wrong is None:
+        places.passed.update(dict.fromkeys(TOLD, "each expert alone, added up = experts"))
+    else:
+        places.refuse(
+            "experts_in", FAILED.format(reason=f"each expert alone, added up, is off from experts by {wrong}")
+        )
 
 
 def _check_ends(seen: Seen, layout: Layout, output: Any) -> None:
