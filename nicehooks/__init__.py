@@ -73,6 +73,7 @@ __all__ = [
     "edges",
     "edit",
     "expand_module_path",
+    "expert_results",
     "faithfulness",
     "functional",
     "fused_attention_as_steps",

@@ -7,6 +7,7 @@ here, too, whatever file it is in.
 # ruff: noqa: F401  # they are here to be handed out
 from nicehooks import moved
 from nicehooks.anatomies.anatomy import anatomy, register_anatomy
+from nicehooks.anatomies.experts import expert_results
 from nicehooks.anatomies.lenses import direct_logit_attribution, head_results, logit_lens
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.autoencoders.autoencoder import Autoencoder

@@ -6,7 +6,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -391,6 +391,11 @@ def is_backward_compiled() -> bool:
     """Whether Dynamo compiles the backward of what it compiles, too (torch 2.4 … 2.13)."""
     config = sys.modules.get("torch._dynamo.config")
     return bool(getattr(config, "compiled_autograd", False))
+
+
+def unseen() -> AbstractContextManager[None]:
+    """Inside it no mode and no subclass is shown the torch functions that are called (2.4 … 2.13)."""
+    return torch._C.DisableTorchFunction()  # pyright: ignore[reportPrivateUsage]
 
 
 @lru_cache(maxsize=8)

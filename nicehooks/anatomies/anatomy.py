@@ -65,7 +65,9 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
       projection reads, `[batch, pos, d_mlp]`.
 
     - `mixer_out`: what mixes positions otherwise than by attention adds to the stream (Mamba, RWKV, linear attention).
-    - `router`, `router_weights`, `router_experts`, `experts`, `shared_experts` of a mixture of experts.
+    - of a mixture of experts: `router`, its logits; `experts_in`, `router_experts` and `router_weights`, what the
+      experts read, which are chosen, and with what weights; `experts` and `shared_experts`, what they give. What each
+      expert gives alone, `expert_results` computes.
 
     `.head(i)` of `q`, `k`, `v`, `scores`, `pattern` and `z` is one head, `.each_head` one site per head, `.grad` the
     gradients, `.at[:, -1]` the same subscript in every layer; `parts["z", 5]` is `parts.z[5]`. Single paths

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from nicehooks.anatomies.columns import columns_of, columns_path, leading_columns_of, without_repeats
 from nicehooks.anatomies.cores import Core
-from nicehooks.anatomies.mlp_parts import is_projection
+from nicehooks.anatomies.mlp_parts import is_packed, is_projection
+from nicehooks.anatomies.noted_values import Value, key_of
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall, Value, key_of
+from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall
 from nicehooks.anatomies.streams import Flow, is_norm
 from nicehooks.anatomies.tables import Lacks
 
@@ -104,7 +105,8 @@ def _to_heads(value: Value, heads: int, z: Tensor) -> str | None:
 
 
 def _has_matrix(call: NotedCall) -> bool:
-    return call.module is not None and any(one.ndim > 1 for one in call.module.parameters())
+    module = call.module
+    return module is not None and (is_packed(module) or any(one.ndim > 1 for one in module.parameters()))
 
 
 class _Projection:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from nicehooks.anatomies.attention_parts import attention_parts
 from nicehooks.anatomies.cores import Core, cores_of
 from nicehooks.anatomies.expert_parts import expert_parts
-from nicehooks.anatomies.mlp_parts import mlp_parts
+from nicehooks.anatomies.mlp_parts import is_packed, mlp_parts
+from nicehooks.anatomies.noted_values import Key, Value
 from nicehooks.anatomies.places import PartPlaces, Step
-from nicehooks.anatomies.recording import Key, NotedCall, Record, Value
+from nicehooks.anatomies.recording import NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
 from nicehooks.anatomies.streams import Flow, StreamStep, Term
 from nicehooks.anatomies.tables import PARALLEL, Lacks
@@ -200,7 +201,9 @@ def _mixes(call: NotedCall) -> bool:
     a, b = (one for one in outputs if one is not None)
     if a.shape[:2] != stream.shape[:2]:
         return False
-    return not torch.allclose(a[:, 1:], b[:, 1:], rtol=1e-4, atol=1e-6 * float(a.abs().max()))
+    # numbers that are quantised as they come by share a scale over all positions: it moved 0.06 in a tiny Llama's MLP
+    least = 0.15 if any(is_packed(module) for module in call.module.modules()) else 1e-6
+    return not torch.allclose(a[:, 1:], b[:, 1:], rtol=1e-4, atol=least * float(a.abs().max()))
 
 
 def _as_changed(value: Tensor) -> Tensor:

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.anatomies.checks_of_attention import check_attention
+from nicehooks.anatomies.expert_parts import TOLD, each_choice
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import called_with
+from nicehooks.anatomies.single_sites import sites_at
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.suspending import suspend
-from nicehooks.core.selection import select
-from nicehooks.errors import NiceHooksError, SiteNotReached
+from nicehooks.core.sites import Site
+from nicehooks.errors import SiteNotReached
 from nicehooks.paths.names import escape
 from nicehooks.values.trees import structure_of
 
@@ -36,7 +38,7 @@ def check_parts(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout
     """
     now = layout.attention
     wanted = {path: part for part, path in _paths(layout, now)}
-    acts, output = _captured(model, names[run], _selectable(model, list(wanted)), inputs)
+    acts, output = _captured(model, names[run], sites_at(model, wanted), inputs)
     seen = Seen(acts, names, now)
     for index, places in enumerate(layout.layers):
         _refuse_unseen(seen, places)
@@ -63,23 +65,11 @@ def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
     yield from ((part, path) for part, path in layout.singles.items() if isinstance(path, str))
 
 
-def _selectable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    def is_there(path: str) -> bool:
-        with suppress(NiceHooksError):
-            return bool(select(model, path))
-        return False
-
-    with suppress(NiceHooksError):
-        select(model, list(paths))
-        return list(paths)
-    return list(filter(is_there, paths))
-
-
-def _captured(model: nn.Module, run: nn.Module, paths: list[str], inputs: Any) -> tuple[ActivationCache, Any]:
+def _captured(model: nn.Module, run: nn.Module, sites: list[Site], inputs: Any) -> tuple[ActivationCache, Any]:
     output: Any = None
     found: list[ActivationCache] = []
     with suppress(SiteNotReached), quiet(model), suspend(model):
-        with capture(model, paths, clone=True) as acts:  # a clone, because a model may write into what it gives
+        with capture(model, sites, clone=True) as acts:  # a clone, because a model may write into what it gives
             found.append(acts)
             output = called_with(run, inputs)
     return found[0], output
@@ -190,13 +180,31 @@ def _check_mlp(seen: Seen, places: PartPlaces) -> None:
 
 
 def _check_experts(seen: Seen, places: PartPlaces) -> None:
-    """The routed experts, and those that all tokens go through, make up the MLP."""
+    """The routed experts, and those that all tokens go through, make up the MLP; each alone, added up, the experts."""
     experts, shared, out = (seen.part(places, part) for part in ("experts", "shared_experts", "mlp_out"))
     if experts is None or out is None:
         return
     text = "experts = mlp_out" if shared is None else "experts + shared_experts = mlp_out"
     if off_by(experts if shared is None else experts + shared, out) is None:
         places.passed.update(dict.fromkeys([part for part in ("experts", "shared_experts") if places.has(part)], text))
+    told = [seen.part(places, part) for part in TOLD]
+    if "experts" in places.roles and all(one is not None for one in told):
+        _check_each_expert(seen, places, [one for one in told if one is not None], experts)
+
+
+def _check_each_expert(seen: Seen, places: PartPlaces, told: list[Tensor], experts: Tensor) -> None:
+    paths = [str(places.path(part, seen.now)) for part in TOLD]
+    try:
+        with torch.no_grad():
+            wrong = off_by(each_choice(seen.names[places.roles["experts"]], paths, told).sum(2), experts)
+    except Exception as error:  # whatever a module raises that takes something else
+        wrong = f"{type(error).__name__}, when it is told of one choice alone"
+    if wrong is None:
+        places.passed.update(dict.fromkeys(TOLD, "each expert alone, added up = experts"))
+    else:
+        places.refuse(
+            "experts_in", FAILED.format(reason=f"each expert alone, added up, is off from experts by {wrong}")
+        )
 
 
 def _check_ends(seen: Seen, layout: Layout, output: Any) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nicehooks.anatomies.recording import CUT, FUSED, PRODUCTS, NotedCall, Value
+from nicehooks.anatomies.noted_values import Value
+from nicehooks.anatomies.recording import CUT, FUSED, PRODUCTS, NotedCall
 
 
 @dataclass(eq=False)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nicehooks.anatomies.layouts import Head
 from nicehooks.anatomies.mlp_parts import is_projection
-from nicehooks.anatomies.recording import Key, NotedCall, Record, key_of
+from nicehooks.anatomies.noted_values import Key, key_of
+from nicehooks.anatomies.recording import NotedCall, Record
 from nicehooks.anatomies.stacks import Stack
 from nicehooks.anatomies.streams import is_norm
 from nicehooks.anatomies.tables import NO_LAST_NORM, Lacks

@@ -8,8 +8,10 @@ and costs microseconds. A layout is text alone, so it keeps no module alive.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -98,6 +100,22 @@ def _attention_in(model: nn.Module, at: str | None) -> str:
     return attention_of(next((one.config for one in start.modules() if hasattr(one, "config")), None))
 
 
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Inside it no garbage is looked for.
+
+    A record is some ten thousand objects for as long as it is needed. They would set off a collection of everything
+    that is imported, which takes longer beside `transformers` than all that is done here.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 # --- finding ----------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +129,7 @@ def _found_anew(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     tables = _tables_in(names, inside)
     if len(tables) > 1:
         raise UnsupportedModule(several(names, [base for base, _ in tables]))
-    with quiet(model), suspend(model), running(names, asked.attention):
+    with no_garbage(), quiet(model), suspend(model), running(names, asked.attention):
         if tables:
             return [_of_table(model, names, *tables[0], asked, inputs)]
         return _found(model, names, asked, inputs, inside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from nicehooks.anatomies.finding import Anatomy, find_anatomy
 from nicehooks.anatomies.linear import last_linear_part, logit_direction, results_of_heads, unembedded
 from nicehooks.anatomies.parts import Part
-from nicehooks.caches.cache import ActivationCache
+from nicehooks.anatomies.reading import reader_of
 from nicehooks.contexts.suspending import suspend
-from nicehooks.errors import NotCaptured, SiteNotFound, TreeMismatch, UnsupportedModule
+from nicehooks.errors import SiteNotFound, TreeMismatch, UnsupportedModule
 from nicehooks.values.trees import structure_of
 
 Tokens = int | Sequence[int] | Tensor
@@ -68,7 +68,7 @@ def logit_lens(
         )
     chosen = _chosen(body, layers)
     sites = [getattr(body, part)[layer] for layer in chosen]
-    read = _reader(body, cache, "logit_lens", sites)
+    read = reader_of(body, cache, "logit_lens", sites)
     rows = [_at_position(read(site), position) for site in sites]
     with suspend(model):
         return torch.stack([unembedded(body, _normed(body, part, i, row)) for i, row in zip(chosen, rows, strict=True)])
@@ -130,7 +130,9 @@ def direct_logit_attribution(
         )
     branches = _branches(body, per_head)
     ends = [body.resid_post[-1], *([] if body.lacks("final_norm") else [body.final_norm])]
-    read = _reader(body, cache, "direct_logit_attribution", [body.resid_pre[0], *(part for _, part in branches), *ends])
+    read = reader_of(
+        body, cache, "direct_logit_attribution", [body.resid_pre[0], *(part for _, part in branches), *ends]
+    )
     first, last = read(body.resid_pre[0]), _at_position(read(body.resid_post[-1]), position)
     terms = {"resid_pre[0]": _at_position(first, position).float()}
     with suspend(model):
@@ -179,49 +181,11 @@ def head_results(model: nn.Module, cache: Mapping[Any, Any], layer: int | None =
     body = find_anatomy(model)
     layers = range(body.n_layers) if layer is None else [layer]
     sites = [body.z[one] for one in layers]
-    read = _reader(body, cache, "head_results", sites)
+    read = reader_of(body, cache, "head_results", sites)
     with suspend(model):
         results = [results_of_heads(body, one, read(site))[0] for one, site in zip(layers, sites, strict=True)]
     return torch.stack(results) if layer is None else results[0]
 
-
-# --- reading the cache ------------------------------------------------------------------------------------------------
-
-
-def _reader(body: Anatomy, cache: Mapping[Any, Any], who: str, parts: Sequence[Part]) -> Callable[[Part], Tensor]:
-    """A function that reads a part from `cache`, which has all `parts`."""
-    acts = cache if isinstance(cache, ActivationCache) else ActivationCache({str(key): cache[key] for key in cache})
-    missing = [part.what for part in parts if part not in acts]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f", … {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise NotCaptured(MISSING.format(who=who, shown=shown, line=_capture_line(body, parts)))
-
-    def read(part: Part) -> Tensor:
-        value = acts[part]
-        if not isinstance(value, Tensor):
-            raise TreeMismatch(
-                f"{who} takes one tensor per part, but {part.what} is {structure_of(value)} in this cache."
-            )
-        return value
-
-    return read
-
-
-def _capture_line(body: Anatomy, parts: Sequence[Part]) -> str:
-    """What to write into `capture(model, …)` to have `parts`."""
-    layers: dict[str, list[str]] = {}
-    for part in parts:
-        layers.setdefault(part.what.partition("[")[0], []).append(part.what)
-    shown = [[what] if len(each) == body.n_layers else each for what, each in layers.items()]
-    return ", ".join(f"parts.{what}" for each in shown for what in each)
-
-
-MISSING = (
-    "{who} reads what is not in this cache: {shown}. Capture it in the same run:\n"
-    "    parts = anatomy(model)\n"
-    "    with capture(model, {line}) as cache:\n"
-    "        model(…)"
-)
 
 POST_NORM = (
     "{kind} has its norms on the residual stream, one after each addition: a term of the stream goes through all norms "

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from nicehooks.anatomies.columns import columns_of, columns_path
+from nicehooks.anatomies.noted_values import Value
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import ACTIVATIONS, NotedCall, Value
+from nicehooks.anatomies.recording import ACTIVATIONS, NotedCall
 from nicehooks.anatomies.streams import Flow, Term, is_norm
 from nicehooks.anatomies.tables import Lacks
 
@@ -82,9 +83,17 @@ def is_projection(call: NotedCall) -> bool:
     """Whether the call is that of a linear layer: a module with a matrix of its own, or an affine one around it."""
     if call.function or call.module is None or len(call.inputs) != 1 or len(call.outputs) != 1:
         return False
+    if is_packed(call.module):
+        return True
     if isinstance(call.module, nn.Embedding) or not any(one.ndim == 2 for one in call.module.parameters()):
         return False
     return any(one.ndim == 2 for one in call.module.parameters(recurse=False)) or _is_affine(call)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether it is a linear layer of torch's own quantisation: its matrix is no parameter, a method gives it."""
+    weight = getattr(module, "weight", None)
+    return callable(weight) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _is_affine(call: NotedCall) -> bool:

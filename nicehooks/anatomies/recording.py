@@ -1,62 +1,26 @@
-"""One forward, recorded: every call of a module, and every torch function in a module's own forward, in order.
-
-NOTE [Values have keys]
-Parts are found by asking where a value comes from and who reads it. Two values are taken for the same one if their
-bytes are equal, whatever their shapes: so a view, a reshape, and a dropout in evaluation are seen through, and an
-accident is next to impossible on random inputs. The key of a value is taken at once, because a model may write into
-it later.
-"""
+"""One forward, recorded: every call of a module, and every torch function in a module's own forward, in order."""
 
 from __future__ import annotations
 
-import inspect
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.anatomies.noted_values import Copied, Value, given_tensors, given_to_module, tensors_of
 from nicehooks.core.census import Census
 from nicehooks.paths.names import escape
 from nicehooks.ports.calls import plain_function_name
-from nicehooks.torch_private_tensors import opened
-
-Key = tuple[int, int]
-"""What tells the numbers of one tensor from those of others: how many there are, and a hash of their bytes."""
-
-MOST_CALLS = 1 << 24
-"""Larger values than these many numbers are not looked at."""
+from nicehooks.torch_private_tensors import opened, unseen, version
 
 
-def key_of(value: Tensor) -> Key:
-    """The key of a value; see NOTE [Values have keys]."""
-    flat = value.detach().contiguous().reshape(-1)
-    return value.numel(), hash(flat.view(torch.uint8).cpu().numpy().tobytes())
-
-
-@dataclass(eq=False)
-class Value:
-    """One tensor in an argument or a result of a call.
-
-    Attributes:
-        step: where it is in them, as text: `""`, `"[0]"`, `"['logits']"`; of an argument, `"input[0]"`.
-        tensor: the tensor itself, copied where it may be looked into.
-    """
-
-    step: str
-    tensor: Tensor
-    key: Key
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class NotedCall:
     """One call of a module, or of a function in a module's own forward.
 
@@ -109,7 +73,8 @@ class Record:
 
     def within(self, outer: NotedCall) -> list[NotedCall]:
         """The calls that were made while `outer` ran."""
-        return [call for call in self.calls if call.is_in(outer)]
+        first = bisect_right(self.calls, outer.begin, key=attrgetter("begin"))
+        return self.calls[first : bisect_right(self.calls, outer.end, first, key=attrgetter("begin"))]
 
     def path(self, call: NotedCall, value: Value | None = None, *, read: bool = False) -> str:
         """The path of a result of a call; of an argument, where `read`."""
@@ -160,7 +125,7 @@ class _Recorder(TorchFunctionMode):
         self.record = record
         self.running: list[NotedCall] = []
         self.now = 0
-        self.is_looking = False
+        self.copies: dict[int, tuple[int | None, Copied, Tensor]] = {}
 
     def begins(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,20 +133,22 @@ class _Recorder(TorchFunctionMode):
             self.record.times[name] = number + 1
             call = self._new(name, "", number)
             call.module, call.arguments = module, (args, kwargs)
-            call.inputs = [self._value(step, one) for step, one in _arguments(module, args, kwargs)]
+            with unseen():  # to look at a value is no call of the model's
+                call.inputs = [self._value(step, one) for step, one in given_to_module(module, args, kwargs)]
             self.running.append(call)
 
         return hook
 
     def ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self.running.pop()
-        call.outputs = [self._value(step, one) for step, one in _tensors_of(output)]
+        with unseen():
+            call.outputs = [self._value(step, one) for step, one in tensors_of(output)]
         self._over(call)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         raw = getattr(func, "__name__", "")
-        if self.is_looking or not self.running or raw in NOT_CALLS:
+        if raw in NOT_CALLS or not self.running:
             return func(*args, **kwargs)
         name = plain_function_name(raw)
         if func is multi_head_attention_forward:
@@ -191,11 +158,11 @@ class _Recorder(TorchFunctionMode):
         around.counts[name] = around.counts.get(name, -1) + 1
         call = self._new(around.owner, name, around.counts[name])
         if name in LOOKED_INTO:
-            call.inputs = [self._value(step, one) for step, one in _given_values(args, kwargs)]
+            call.inputs = [self._value(step, one) for step, one in given_tensors(args, kwargs)]
             call.numbers = [float(one) for one in args if isinstance(one, int | float)]
             call.arguments = kwargs
         output = func(*args, **kwargs)
-        call.outputs = [self._value(step, one, name in WITH_VALUES) for step, one in _tensors_of(output)]
+        call.outputs = [self._value(step, one) for step, one in tensors_of(output)]
         self._over(call)
         return output
 
@@ -209,26 +176,30 @@ class _Recorder(TorchFunctionMode):
         self.now += 1
         call.end = self.now
 
-    def _value(self, step: str, value: Tensor, copied: bool = True) -> Value:
-        self.is_looking = True  # what is called to look at a value is no call of the model's
-        own = value.detach()
-        seen = Value(step, own.clone() if copied else own, key_of(own))
-        self.is_looking = False
-        return seen
+    def _value(self, step: str, value: Tensor) -> Value:
+        known = self.copies.get(id(value))  # the id of a tensor that is kept alive
+        number = None if value.is_inference() else version(value)
+        if known is not None and number is not None and known[0] == number:
+            return Value(step, known[1])
+        copied = Copied(value.detach().clone())
+        self.copies[id(value)] = number, copied, value
+        return Value(step, copied)
 
 
-NOT_CALLS = (
-    "__get__",
-    "__set__",
-    "size",
-    "dim",
-    "numel",
-    "is_floating_point",
-    "is_complex",
-    "shape",
-    "device",
-    "dtype",
-    "__len__",
+NOT_CALLS = frozenset(
+    (
+        "__get__",
+        "__set__",
+        "size",
+        "dim",
+        "numel",
+        "is_floating_point",
+        "is_complex",
+        "shape",
+        "device",
+        "dtype",
+        "__len__",
+    )
 )
 ADDING = ("add", "iadd", "radd", "add_", "sub", "isub")
 SCALING = ("mul", "imul", "rmul", "truediv", "itruediv", "div")
@@ -237,52 +208,5 @@ FUSED = "scaled_dot_product_attention"
 WITH_VALUES = ("softmax", FUSED, *PRODUCTS)
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh", "sigmoid", "square", "pow", "softplus", "hardswish", "mish", "relu6")
 CUT = ("chunk", "split", "getitem", "narrow", "masked_fill", "where", "dropout", "float", "to", "type_as")
-LOOKED_INTO = (*ADDING, *SCALING, *WITH_VALUES, *ACTIVATIONS, *CUT, "layer_norm", "rms_norm", "topk")
+LOOKED_INTO = frozenset((*ADDING, *SCALING, *WITH_VALUES, *ACTIVATIONS, *CUT, "layer_norm", "rms_norm", "topk"))
 """The functions whose arguments are looked at."""
-
-
-def _values_in(value: Any) -> bool:
-    usual = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.layout == torch.strided
-    return usual and 0 < value.numel() <= MOST_CALLS and value.device.type != "meta"
-
-
-def _tensors_of(output: Any, step: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a result, at most two levels deep, with the subscripts that lead to them."""
-    if _values_in(output):
-        yield step, output
-    elif isinstance(output, dict) and step.count("[") < 2:
-        for name, one in output.items():
-            yield from _tensors_of(one, f"{step}[{name!r}]")
-    elif isinstance(output, tuple | list) and step.count("[") < 2:
-        for index, one in enumerate(output):
-            yield from _tensors_of(one, f"{step}[{index}]")
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the arguments of a module: those that its forward numbers by their numbers."""
-    for index, one in enumerate(args):
-        if _values_in(one):
-            yield f"input[{index}]", one
-    if kwargs:
-        order = _parameters_in(type(module))
-        for name, one in kwargs.items():
-            if _values_in(one):
-                yield f"input[{order.index(name) if name in order else repr(name)}]", one
-
-
-def _given_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for index, one in enumerate(args):
-        if _values_in(one):
-            yield str(index), one
-        elif isinstance(one, tuple | list):
-            yield from ((str(index), each) for each in one if _values_in(each))
-    yield from ((name, one) for name, one in kwargs.items() if _values_in(one))
-
-
-def _parameters_in(kind: type[nn.Module]) -> list[str]:
-    try:
-        signature = inspect.signature(kind.forward)
-    except (TypeError, ValueError):
-        return []
-    names = list(signature.parameters)[1:]
-    return [name for name in names if signature.parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nicehooks.anatomies.recording import NotedCall, Record, Value
+from nicehooks.anatomies.noted_values import Value
+from nicehooks.anatomies.recording import NotedCall, Record
 
 
 @dataclass(eq=False)
@@ -45,32 +46,31 @@ class Stack:
 def stacks_in(record: Record) -> list[Stack]:
     """Every stack that is in no layer of another one, in the order of their first layers."""
     groups: dict[str, list[Layer]] = {}
+    called: dict[str, int] = {}
     for call in record.of_modules():
         numbered = re.sub(r"(?<![A-Za-z0-9])\d+|\d+(?![A-Za-z0-9])", "#", call.owner)
+        if "#" not in numbered:
+            continue
+        called[numbered] = called.get(numbered, 0) + any(len(value.shape) > 2 for value in call.outputs)
         layer = _as_layer(call, groups.get(numbered, []))
-        if "#" in numbered and layer is not None:
+        if layer is not None:
             groups.setdefault(numbered, []).append(layer)
-    uneven = {
-        name for name in groups if len(groups[name]) < sum(_is_called(name, call) for call in record.of_modules())
-    }
-    stacks = [Stack(_base(layers), layers) for name, layers in groups.items() if name not in uneven]
+    even = {name: layers for name, layers in groups.items() if len(layers) == called[name]}
+    stacks = [Stack(_base(layers), layers) for layers in even.values()]
     return [stack for stack in stacks if not _is_inside(stack, stacks) and _has_parts(record, stack)]
-
-
-def _is_called(numbered: str, call: NotedCall) -> bool:
-    shown = re.sub(r"(?<![A-Za-z0-9])\d+|\d+(?![A-Za-z0-9])", "#", call.owner)
-    return shown == numbered and any(len(value.shape) > 2 for value in call.outputs)
 
 
 def _as_layer(call: NotedCall, before: list[Layer]) -> Layer | None:
     """The call as a layer: it gives a stream, `[batch, pos, d_model]`, of the shape of one that it reads."""
-    last = before[-1].gives.key if before else None
     for given in call.outputs:
         if len(given.shape) < 3 or not given.tensor.is_floating_point():
             continue
         read = [value for value in call.inputs if value.shape == given.shape and value.tensor.is_floating_point()]
+        if len(read) > 1 and before:
+            last = before[-1].gives.key
+            read = [value for value in read if value.key == last] or read
         if read:
-            return Layer(call, next((value for value in read if value.key == last), read[0]), given)
+            return Layer(call, read[0], given)
     return None
 
 

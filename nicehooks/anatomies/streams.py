@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from nicehooks.anatomies.recording import ADDING, SCALING, Key, NotedCall, Record, Value
+from nicehooks.anatomies.noted_values import Key, Value
+from nicehooks.anatomies.recording import ADDING, SCALING, NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
 
 PLAIN_STREAM = ("add",)

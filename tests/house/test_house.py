@@ -57,6 +57,7 @@ def test_these_are_the_public_names() -> None:
         "edges",
         "edit",
         "expand_module_path",
+        "expert_results",
         "faithfulness",
         "functional",
         "fused_attention_as_steps",
