@@ -7,6 +7,7 @@
 # make mutants N=300  changes of single lines against the tests that run them; SEED= for those of another time
 # make messages      writes the list of messages in docs/errors.md anew, from the source
 # make fuzz N=10000  random programs against the same by hand; SEED= for those of another time
+# make notebooks     runs the notebooks of docs/examples, and writes what came out into them
 # make docs          the site, in build/site
 # make dist          wheel and sdist, in dist/, and the quick tier against them in an empty environment
 # make bench         what the library costs, against raw hooks
@@ -34,7 +35,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages notebooks bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -83,6 +84,9 @@ mutants:
 
 messages: $(VENV)/.dev
 	$(BIN)/python tests/messages.py
+
+notebooks: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py
 
 # Strict: a link that leads nowhere, a docstring that cannot be read, a page in no table of contents are errors.
 docs: $(VENV)/.docs
