@@ -53,7 +53,7 @@ def patched(
             `"attn_out"`, …), by heads where it has heads, else by positions; or a path (`"h.*[:, *]"`).
         layers: which layers of a part; all of them where it is left out. Negative numbers count from the end.
         positions: which positions of a part; all of them where it is left out.
-        show: is told how far it is, where each patch is made.
+        show: is told how far it is.
         engine: of `sweep`.
         method: `"exact"`, each patch is made; or one of `attribute`, which makes none: `"gradient"`, `"integrated"`,
             `"atp*"`.
@@ -69,9 +69,9 @@ def patched(
     where, axes = sites_of(model, pairs, what, layers, positions)
     with torch.no_grad(), capture(model, *stems_of(model, where)) as values:
         model(**pairs.clean)
-    given: dict[str, Any] = {"engine": engine, "progress": show} if method == EXACT else {"method": method}
+    given: dict[str, Any] = {"engine": engine} if method == EXACT else {"method": method}
     run: Any = sweep if method == EXACT else attribute
-    effects: Effects = run(model, where, values, pairs.logit_difference, **given, **pairs.corrupted)
+    effects: Effects = run(model, where, values, pairs.logit_difference, progress=show, **given, **pairs.corrupted)
     return labelled(effects.normalized(clean, corrupted), axes)
 
 

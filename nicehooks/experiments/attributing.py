@@ -13,6 +13,7 @@ from nicehooks.experiments.corrections import corrected
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_order, grid_of_effects
 from nicehooks.experiments.straight_lines import along_the_line
+from nicehooks.experiments.telling import Progress, Tell, teller
 from nicehooks.experiments.verifying import Verified, verified
 
 
@@ -48,6 +49,7 @@ def attribute(
     *args: Any,
     method: str = "gradient",
     points: int = 10,
+    progress: Progress = False,
     **kwargs: Any,
 ) -> Attribution:
     """What each of many interventions would do to a metric, each alone, from a few gradients.
@@ -83,6 +85,7 @@ def attribute(
             effects that cancel each other are seen. Its sizes are means of sizes, with the sign of the estimate that
             leaves nothing out.
         points: how many gradients `"integrated"` takes along each line.
+        progress: shows how far it is, in gradients; or a function of how many there are, and of how many there will be.
         kwargs: what the model is called with.
 
     Raises:
@@ -95,7 +98,8 @@ def attribute(
         known = ", ".join(map(repr, ESTIMATES))
         raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
     experiment = experiment_of(model, where, values, metric, args, kwargs)
-    effects = grid_of_effects(ESTIMATES[method](experiment, points), experiment.grid, experiment.baseline)
+    estimates = ESTIMATES[method](experiment, points, teller(progress, "attribute"))
+    effects = grid_of_effects(estimates, experiment.grid, experiment.baseline)
     found = Attribution(
         effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES_ON_ESTIMATES[method]]
     )
@@ -103,14 +107,14 @@ def attribute(
     return found
 
 
-def _by_gradient(experiment: Experiment, points: int) -> list[Tensor]:
+def _by_gradient(experiment: Experiment, points: int, tell: Tell) -> list[Tensor]:
     return [first_order(experiment, cell, experiment.gradients) for cell in experiment.grid.cells]
 
 
-ESTIMATES: dict[str, Callable[[Experiment, int], list[Tensor]]] = {
+ESTIMATES: dict[str, Callable[[Experiment, int, Tell], list[Tensor]]] = {
     "gradient": _by_gradient,
     "integrated": along_the_line,
-    "atp*": lambda experiment, points: corrected(experiment),
+    "atp*": lambda experiment, points, tell: corrected(experiment, tell),
 }
 
 NOTES_ON_ESTIMATES = {

@@ -32,11 +32,12 @@ from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_order, sum_per_example
 from nicehooks.experiments.grids import Cell
+from nicehooks.experiments.telling import Tell
 from nicehooks.values import trees
 
 
-def corrected(experiment: Experiment) -> list[Tensor]:
-    """The effect at each cell by AtP*."""
+def corrected(experiment: Experiment, tell: Tell) -> list[Tensor]:
+    """The effect at each cell by AtP*; tells how many layers were left out."""
     body = anatomy(experiment.model)
     moved = moved_attention(body, experiment)
     sites = list(
@@ -51,6 +52,7 @@ def corrected(experiment: Experiment) -> list[Tensor]:
         for at, estimate in enumerate(_estimates(experiment, moved, gradients)):
             sizes[at] += estimate.abs()
             passes[at] += _has_gradient(experiment.grid.cells[at], moved[at], gradients)
+        tell(layer + 1, body.n_layers)
     return [one.sign() * size / max(count, 1) for one, size, count in zip(whole, sizes, passes, strict=True)]
 
 

@@ -20,6 +20,7 @@ from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.estimates import Metric, checked_metric
 from nicehooks.experiments.reading import slopes_of
 from nicehooks.experiments.rewiring import rewired
+from nicehooks.experiments.telling import Progress, Tell, teller
 from nicehooks.experiments.wiring import Wiring
 
 
@@ -79,6 +80,7 @@ def edges(
     senders: Any = None,
     receivers: Any = None,
     points: int = 5,
+    progress: Progress = False,
     **kwargs: Any,
 ) -> Edges:
     """The effect of one part of a transformer *through* another: for each pair, or for chosen ones.
@@ -119,6 +121,8 @@ def edges(
         senders: which senders: parts, or their names; all if None.
         receivers: which receivers, likewise.
         points: how many runs `"eap-ig"` takes.
+        progress: shows how far it is, in edges for `"exact"` and in runs otherwise; or a function of how many are done,
+            and of how many there are.
         kwargs: what the model is called with.
 
     Raises:
@@ -132,7 +136,8 @@ def edges(
     wiring = Wiring(model)
     names = wiring.chosen(senders, True), wiring.chosen(receivers, False)
     runs = TwoRuns.of(wiring, values, metric, args, kwargs)
-    each = METHODS_OF_EDGES[method](runs, *names, points)  # [sender, receiver], with [batch] where the metric has it
+    # [sender, receiver], with [batch] where the metric has it
+    each = METHODS_OF_EDGES[method](runs, *names, points, teller(progress, "edges"))
     there = torch.tensor([[bool(wiring.there[s][:, r].any()) for r in names[1].values()] for s in names[0].values()])
     return _as_edges(wiring, each, there.to(each.device), names, runs.baseline, NOTES_ON_EDGES[method])
 
@@ -155,7 +160,7 @@ def _as_edges(
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 
-def _exactly(runs: TwoRuns, senders: Places, receivers: Places, points: int) -> Tensor:
+def _exactly(runs: TwoRuns, senders: Places, receivers: Places, points: int, tell: Tell) -> Tensor:
     there = runs.wiring.there
     rows: list[Tensor] = []
     for sender in senders.values():
@@ -164,17 +169,19 @@ def _exactly(runs: TwoRuns, senders: Places, receivers: Places, points: int) -> 
             wanted[torch.tensor(sender)[:, None], torch.tensor(receiver)] = True
             wanted &= there
             rows.append(runs.patched(wanted) - runs.baseline if wanted.any() else torch.zeros_like(runs.baseline))
+            tell(len(rows), len(senders) * len(receivers))
     return torch.stack(rows).reshape(len(senders), len(receivers), *runs.baseline.shape)
 
 
-def _attributed(runs: TwoRuns, senders: Places, receivers: Places, shares: list[float]) -> Tensor:
+def _attributed(runs: TwoRuns, senders: Places, receivers: Places, shares: list[float], tell: Tell) -> Tensor:
     """The change times the gradient, for all pairs, with the embeddings at each of `shares` of the way."""
     wiring = runs.wiring
     change = runs.new - written(wiring, {str(part): runs.base[part] for part in written_parts(wiring)})
     every = change.new_zeros(len(wiring.senders), len(wiring.receivers), change.shape[1])
-    for share in shares:
+    for number, share in enumerate(shares):
         for rows, before, slopes in _slopes(runs, share):
             every[:before, rows] += torch.einsum("sbpd,rbpd->srb", change[:before], slopes) / len(shares)
+        tell(number + 1, len(shares))
     every = every if runs.baseline.ndim else every.sum(-1)
     picked = torch.stack([every[places].sum(0) for places in senders.values()])
     return torch.stack([picked[:, places].sum(1) for places in receivers.values()], 1)
@@ -203,10 +210,10 @@ def _slopes(runs: TwoRuns, share: float) -> list[tuple[slice, int, Tensor]]:
     return found
 
 
-METHODS_OF_EDGES: dict[str, Callable[[TwoRuns, Places, Places, int], Tensor]] = {
-    "eap": lambda runs, senders, receivers, points: _attributed(runs, senders, receivers, [0.0]),
-    "eap-ig": lambda runs, senders, receivers, points: _attributed(
-        runs, senders, receivers, [(number + 0.5) / points for number in range(points)]
+METHODS_OF_EDGES: dict[str, Callable[[TwoRuns, Places, Places, int, Tell], Tensor]] = {
+    "eap": lambda runs, senders, receivers, points, tell: _attributed(runs, senders, receivers, [0.0], tell),
+    "eap-ig": lambda runs, senders, receivers, points, tell: _attributed(
+        runs, senders, receivers, [(number + 0.5) / points for number in range(points)], tell
     ),
     "exact": _exactly,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.contexts.subspaces import checked_basis, within
 from nicehooks.errors import NotCaptured, TreeMismatch
 from nicehooks.experiments.effects import Axis
 from nicehooks.experiments.grids import Cell
@@ -27,11 +28,13 @@ class Replacements(NamedTuple):
         sources: one for each alternative.
         axis: of the alternatives; None where there is one value.
         are_functions: whether they are functions of what stands in the cell.
+        subspace: a basis, `[d, k]`: only the component within it is replaced; None for all of it.
     """
 
     sources: tuple[Source, ...]
     axis: Axis | None
     are_functions: bool
+    subspace: Tensor | None
 
     def new(self, alternative: int, cell: Cell, base: Any, region: Any) -> Any:
         """What takes the place of `region`, cast and broadcast as in an assignment.
@@ -43,22 +46,29 @@ class Replacements(NamedTuple):
             region: what stands in the cell in this run.
         """
         try:
-            return trees.assign(region, self.sources[alternative](cell, region, base))
+            given = self.sources[alternative](cell, region, base)
+            new = region if given is None and self.are_functions else trees.assign(region, given)
+            return new if self.subspace is None or trees.is_same(new, region) else within(self.subspace, region, new)
         except TreeMismatch as error:
             raise TreeMismatch(f"sweep at {str(cell.path)!r}: {error}") from None
 
 
-def replacements_of(values: Any, region: Any) -> Replacements:
-    """What `values` puts into each cell, if `region` is what stands in the first one.
+def replacements_of(values: Any, region: Any, subspace: Tensor | None) -> Replacements:
+    """What `values` puts into each cell, within the `subspace`, if `region` is what stands in the first one.
 
     Raises:
-        TreeMismatch: it is a tensor that does not fit there.
+        TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
     """
+    each, axis = _alternatives(values, region)
+    return Replacements(tuple(map(_source, each)), axis, any(map(_is_user_function, each)), checked_basis(subspace))
+
+
+def _alternatives(values: Any, region: Any) -> tuple[list[Any], Axis | None]:
     if isinstance(values, list):
         labels = [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
-        return _made(values, Axis("alternative", tuple(labels)))
+        return values, Axis("alternative", tuple(labels))
     if not isinstance(values, Tensor) or not isinstance(region, Tensor) or _is_one(values, region):
-        return _made([values], None)
+        return [values], None
     if values.ndim != region.ndim + 1 or not trees.fits(values.shape[1:], region.shape):
         here, there = trees.structure_of(values), trees.structure_of(region)
         raise TreeMismatch(
@@ -66,11 +76,7 @@ def replacements_of(values: Any, region: Any) -> Replacements:
             "dimension."
         )
     labels = [f"{one.item():.4g}" if one.numel() == 1 else str(at) for at, one in enumerate(values)]
-    return _made(list(values), Axis("alternative", tuple(labels)))
-
-
-def _made(values: list[Any], axis: Axis | None) -> Replacements:
-    return Replacements(tuple(map(_source, values)), axis, any(map(_is_user_function, values)))
+    return list(values), Axis("alternative", tuple(labels))
 
 
 def _is_user_function(value: Any) -> TypeGuard[Callable[[Any], Any]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from nicehooks.experiments.items import Base, GridItem, Unfit
 from nicehooks.experiments.lanes import is_close
 from nicehooks.experiments.positions import FromPosition, forwards_for
 from nicehooks.experiments.singly import OneByOne
+from nicehooks.experiments.telling import Progress, teller
 
 BUDGET = 1 << 30
 """Bytes that a chunk may take, as far as they can be told beforehand; of a GPU half of what is free."""
@@ -54,7 +54,7 @@ class Schedule:
         ways: list[tuple[str, Any]],
         chunk_size: int | Literal["auto"],
         check: bool,
-        progress: bool | Callable[[int, int], None],
+        progress: Progress,
     ) -> None:
         self.base = base
         self.items = items
@@ -67,7 +67,7 @@ class Schedule:
         self.later: list[FromPosition] = []
         self.check = check
         self.expected: dict[int, Tensor] = {}
-        self.show = _shown_on_stderr() if progress is True else progress or _not_shown
+        self.show = teller(progress, "sweep")
 
     def resume(self, effects: Effects | None) -> None:
         """Takes over what is done in `effects`."""
@@ -179,18 +179,3 @@ def _shown_notes(metric: Tensor) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _not_shown(done: int, count: int) -> None:
-    pass
-
-
-def _shown_on_stderr() -> Callable[[int, int], None]:
-    start = time.perf_counter()
-
-    def show(done: int, count: int) -> None:
-        rate = done / max(time.perf_counter() - start, 1e-9)
-        end = "\n" if done == count else ""
-        print(f"\rsweep: {done} of {count}, {rate:.3g}/s", end=end, file=sys.stderr, flush=True)
-
-    return show

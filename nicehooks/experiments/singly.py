@@ -46,15 +46,17 @@ class OneByOne:
     def metric(self, item: GridItem) -> Tensor:
         """The metric under `item`: the loop over contexts that a sweep has to be equal to."""
         run, path = self.base.run, str(item.cell.path)
-        source, base = self.replacements.sources[item.alternative], self.base.stems[str(item.cell.stem)]
+        replacements, base = self.replacements, self.base.stems[str(item.cell.stem)]
+        source = replacements.sources[item.alternative]
         with ExitStack() as stack:
             if self.answers:
                 stack.enter_context(answered(self.base, item))
-            if self.replacements.are_functions:
-                stack.enter_context(edit(run.model, path, lambda region: source(item.cell, region, base)))
+            if replacements.are_functions:
+                new = lambda region: replacements.new(item.alternative, item.cell, base, region)  # noqa: E731
+                stack.enter_context(edit(run.model, path, new))
             else:
-                region = trees.get(base, item.cell.chain)
-                stack.enter_context(patch(run.model, path, source(item.cell, region, base)))
+                value = source(item.cell, trees.get(base, item.cell.chain), base)
+                stack.enter_context(patch(run.model, path, value, subspace=replacements.subspace))
             return run.measured(run.output())
 
 

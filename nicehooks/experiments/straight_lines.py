@@ -16,18 +16,21 @@ from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_order
 from nicehooks.experiments.grids import Cell
+from nicehooks.experiments.telling import Tell
 from nicehooks.values import trees
 
 
-def along_the_line(experiment: Experiment, points: int) -> list[Tensor]:
-    """The effect at each cell, from `points` gradients for each value that cells are part of."""
+def along_the_line(experiment: Experiment, points: int, tell: Tell) -> list[Tensor]:
+    """The effect at each cell, from `points` gradients for each value that cells are part of; told one by one."""
     found: dict[str, Tensor] = {}
-    for cells in _cells_by_value(experiment.grid.cells).values():
+    values = _cells_by_value(experiment.grid.cells).values()
+    for at, cells in enumerate(values):
         for number in range(points):
             gradients = _gradients_at(experiment, cells, (number + 0.5) / points)
             for cell in cells:
                 part = first_order(experiment, cell, gradients) / points
                 found[str(cell.path)] = found[str(cell.path)] + part if str(cell.path) in found else part
+            tell(at * points + number + 1, len(values) * points)
     return [found[str(cell.path)] for cell in experiment.grid.cells]
 
 

@@ -24,6 +24,7 @@ from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
+from nicehooks.experiments.telling import Progress
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
@@ -37,10 +38,11 @@ def sweep(
     values: Any,
     metric: Callable[[Any], Any],
     *args: Any,
+    subspace: Tensor | None = None,
     engine: Engine = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     check: bool = True,
-    progress: bool | Callable[[int, int], None] = False,
+    progress: Progress = False,
     resume: Effects | None = None,
     **kwargs: Any,
 ) -> Effects:
@@ -75,6 +77,8 @@ def sweep(
             the next example of the batch has there. A tensor with one more dimension, or a list of any of these, is
             several alternatives: they are the first axis.
         metric: of what the model returns: one number for each example of the batch, or one for all.
+        subspace: an orthonormal basis, `[d, k]`, of the last dimension: only the component within it is replaced, as in
+            `patch`.
         args: the model's inputs, the first tensor of which has the batch for its first dimension.
         engine: `"growing"`, one forward whose batch grows where each intervention begins; `"positions"`, in a causal
             language model, forwards that begin at the position in question, with the keys and values before it from a
@@ -102,7 +106,7 @@ def sweep(
         base, seen = _recorded(run, where, check)
         grid = grid_of(model, where, seen)
         cell = grid.cells[0]
-        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain))
+        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace)
         items = _items_to_run(grid, replacements, base.recording)
         schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
         if engine == "auto":

@@ -237,3 +237,17 @@ def test_masked_scores_do_not_move(method: str) -> None:
     assert effects.examples.isfinite().all() and loop.abs().min() > 0
     if method != "atp*":  # which takes means over layers left out
         assert torch.allclose(effects.examples, loop, rtol=1e-2, atol=1e-3 * loop.abs().max().item())
+
+
+# --- how far it is ----------------------------------------------------------------------------------------------------
+
+
+def test_gradients_along_the_line_and_left_out_layers_are_told() -> None:
+    model, (clean, corrupted) = body("gpt2"), prompts()
+    parts = anatomy(model)
+    values = seen(model, clean, parts.resid_post)
+    for method, count in (("integrated", 3 * parts.n_layers), ("atp*", parts.n_layers)):
+        told: list[tuple[int, int]] = []
+        options: dict[str, Any] = {"method": method, "points": 3, "progress": lambda *at: told.append(at)}  # noqa: B023
+        attribute(model, parts.resid_post, values, metric, corrupted, **options)
+        assert told == [(done, count) for done in range(1, count + 1)]

@@ -220,6 +220,17 @@ def test_numbers_for_ablation_and_one_number_for_the_batch() -> None:
     assert torch.allclose(exact.values[row, 0], (difference(zeroed) - difference(logits)).sum(), atol=1e-10)
 
 
+def test_how_far_it_is_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model, (clean, corrupted) = body("gpt2"), prompts()
+    values = seen(model, corrupted)
+    told: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"senders": "embed", "receivers": ["mlp_in[0]", "logits"]}
+    edges(model, values, metric, clean, method="exact", progress=lambda *at: told.append(at), **options)
+    assert told == [(1, 2), (2, 2)]
+    edges(model, values, metric, clean, method="eap-ig", points=3, progress=True, **options)
+    assert "edges: 3 of 3" in capsys.readouterr().err
+
+
 def test_edges_say_what_they_are() -> None:
     model, (clean, corrupted) = small(), prompts()
     found = edges(model, seen(model, corrupted), metric, clean, method="eap")

@@ -226,3 +226,41 @@ def test_a_model_that_changes_from_run_to_run_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), Counting(4, 2)).eval()
     with pytest.raises(SweepMismatch, match="runs of the model that should be equal are not"):
         sweep(model, "0[:, *]", 0.0, lambda output: output[:, 0], torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("engine", [*WAYS, "positions"])
+@pytest.mark.parametrize("given", ["a cache", "a function", "a number"])
+def test_within_a_subspace_only_the_component_in_it_is_replaced(engine, given):
+    architecture = ARCHITECTURES["gpt2"]
+    model, where = architecture.build(), [f"{block}[:, *]" for block in architecture.blocks]
+    clean, inputs = recorded(model, where, **architecture.inputs(0)), architecture.inputs(1)
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 3)).Q
+    values = {"a cache": clean, "a function": lambda region: region * 3, "a number": 0.5}[given]
+    new = {"a cache": lambda path, _: clean[path], "a function": lambda _, region: region * 3}.get(
+        given, lambda *_: 0.5
+    )
+
+    def by_hand(path):
+        return lambda region: region + (new(path, region) - region) @ basis @ basis.T
+
+    effects = sweep(model, where, values, metric, subspace=basis, engine=engine, **inputs)
+    assert far_from_loop(model, effects, by_hand, metric, **inputs) < FAR
+
+
+def test_a_subspace_that_is_none_is_refused():
+    architecture = ARCHITECTURES["gpt2"]
+    model, inputs = architecture.build(), architecture.inputs(0)
+    with pytest.raises(TreeMismatch, match="not orthonormal"):
+        sweep(model, "transformer.h.*", 0.0, metric, subspace=torch.ones(32, 2), **inputs)
+    with pytest.raises(TreeMismatch, match="a subspace of 5 dimensions is none of"):
+        sweep(model, "transformer.h.*", 0.0, metric, subspace=torch.eye(5)[:, :2], **inputs)
+
+
+@pytest.mark.parametrize("engine", WAYS)
+def test_a_function_that_returns_nothing_changes_nothing(engine):
+    architecture = ARCHITECTURES["gpt2"]
+    effects = sweep(
+        architecture.build(), "transformer.h.*", lambda region: None, metric, engine=engine, **architecture.inputs(0)
+    )
+    assert not effects.values.any()
