@@ -26,6 +26,7 @@ from nicehooks.core.tap import overwrite
 from nicehooks.core.when import ALWAYS, When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.torch_private import transforms_running, version_counter
+from nicehooks.values import trees
 
 Keep = Literal["first", "last", "all"]
 
@@ -99,10 +100,12 @@ class capture(Intervention):
         return super()._depends_on(), self._action.is_plain, self._action.stop
 
     def _rules(self, site: Site, action: Action) -> Pairs:
-        whole = site.path.port.is_output and len(site.path.chain) == 0 and site.path.call is None
+        if not site.path.port.is_output:
+            return super()._rules(site, action)
+        whole = len(site.path.chain) == 0 and site.path.call is None
         if whole and self._action.is_plain and self.steps is None and self.calls is None:
             return [(site.module, _WholeOutput(site, self._action, ALWAYS))]
-        return super()._rules(site, action)
+        return [(site.module, _CapturedOutput(site, self._action, self._when(site.path.call)))]
 
     def _step_rule(self) -> StepRule:
         return _StepOfCapture(self._action)
@@ -161,10 +164,17 @@ class _Capture(Action):
         self.orders: dict[str, int] = {}  # of the gradients that came by, when their values were made
         return self.cache
 
+    @property
+    def is_unwatched(self) -> bool:
+        """Whether nothing notices what a graph writes; see NOTE [Where a part of the model is compiled]."""
+        return self.cache._graph_watch is None and not self.keeper.clone  # pyright: ignore[reportPrivateUsage]
+
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         if not site.path.port.is_gradient and runs_again(self.cache, key):
             return value
-        self.keeper.keep(value, session.level, lambda seen: self._put(session, seen, key, site))
+        unwatched = torch.compiler.is_dynamo_compiling() and self.is_unwatched and not site.path.port.is_output
+        kept = trees.map_tensors(_copied_unless_traced_back, value) if unwatched else value
+        self.keeper.keep(kept, session.level, lambda seen: self._put(session, seen, key, site))
         if self.stop:
             self._stop_when_complete(session, str(site))
         return value
@@ -253,7 +263,36 @@ class _HandedOut(AbstractContextManager[None]):
         self.cache.clear()
 
 
-class _WholeOutput(OutputRule):
+class _CapturedOutput(OutputRule):
+    """Brings a module's output, or a part of it, to a cache.
+
+    NOTE [Where a part of the model is compiled]
+    A graph gives out what is in a tensor at its end, and `GraphWatch` counts the writes to it up to there. It needs the
+    call of the model in the graph. Where only a part of the model is compiled nothing tells the end of its graph, so
+    the model goes on with a copy, and what it writes into that is not seen in the cache. What the module was given and
+    returns as it is stays the same tensor for the model, which may know it by another name. So does what is seen in
+    another place than the output of a module: there the cache gets the copy, unless gradients are to come back to it.
+    """
+
+    __slots__ = ()
+    action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def after(self, frame: Frame) -> None:
+        super().after(frame)
+        if torch.compiler.is_dynamo_compiling() and self.action.is_unwatched:
+            given = trees.leaves((frame.args, frame.kwargs))
+            frame.value = trees.map_tensors(lambda tensor: _copied_unless_in(given, tensor), frame.value)
+
+
+def _copied_unless_in(given: list[Any], tensor: Tensor) -> Tensor:
+    return tensor if any([tensor is one for one in given]) else tensor.clone()
+
+
+def _copied_unless_traced_back(tensor: Tensor) -> Tensor:
+    return tensor if tensor.requires_grad else tensor.clone()
+
+
+class _WholeOutput(_CapturedOutput):
     """The shortest way from a module's whole output into a cache: most captures are nothing else.
 
     The tap itself does what `output` does for a tensor that comes by for the first time in a call of the model: see
@@ -265,7 +304,6 @@ class _WholeOutput(OutputRule):
 
     __slots__ = ("round",)
     plain = True
-    action: _Capture  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, site: Site, action: Action, when: When) -> None:
         super().__init__(site, action, when)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,28 @@ def test_what_a_compiled_model_has_overwritten_is_not_given_out(backend, keep):
         eager["0"] = x
     assert eager["0"] is x
     assert graphs() <= 4
+
+
+PARTLY: dict[str, Any] = {
+    "the part": lambda model: model[0].compile(backend="aot_eager"),
+    "a wrapper in its place": lambda model: model.__setitem__(0, compiled(model[0], "aot_eager")),
+    "its forward": lambda model: setattr(model[0], "forward", torch.compile(model[0].forward, backend="aot_eager")),
+}
+
+
+@pytest.mark.parametrize("how", PARTLY)
+def test_what_a_compiled_part_overwrites_is_kept_as_it_was(how):
+    """Nothing of ours runs at the end of its graph, to say what was overwritten."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    model, x = nn.Sequential(inner, nn.Linear(4, 4)).eval(), inputs()
+    linear, expected = inner[0](x).detach(), model(x).detach()
+    PARTLY[how](model)
+    for keep in ("last", "all"):
+        with capture(model, "0.0", "0.0[:, 1]", "0.2@input[0]", keep=keep) as acts, torch.no_grad():
+            assert torch.allclose(model(x), expected)
+        assert torch.allclose(acts.calls("0.0")[0], linear) and torch.allclose(acts.calls("0.0[:, 1]")[0], linear[:, 1])
+        assert torch.allclose(acts.calls("0.2@input[0]")[0], linear)
 
 
 # --- what is refused, and the way that works --------------------------------------------------------------------------
