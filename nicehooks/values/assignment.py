@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private_tensors
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.errors import TreeMismatch
 from nicehooks.values.nodes import Node, is_nested, is_same, open_node, structure_of
 from nicehooks.values.refusals import TORCH_ERRORS, refused
@@ -92,9 +92,23 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
     if not fits(value.shape, old.shape):
         raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
     value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
-    if value.shape == old.shape:
-        return value
-    return value.expand(old.shape).clone()  # in-place layers need memory of its own
+    if value.shape != old.shape:
+        return _copied_as(old, value.expand(old.shape))  # in-place layers need memory of its own
+    return value if not _is_plain(old, value) or value.stride() == old.stride() else _copied_as(old, value)
+
+
+def _copied_as(old: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` with the strides of `old`, of the same shape, as after an assignment.
+
+    A model may rely on them (`view`), and a product of matrices is rounded in another way with others.
+    """
+    return torch.empty_like(old).copy_(value) if _is_plain(old, value) else value.clone()
+
+
+def _is_plain(old: Tensor, value: Tensor) -> bool:
+    """Whether both have strides, and are seen here as what they are."""
+    seen = not torch.compiler.is_compiling() and not torch_private.transforms_running()
+    return seen and type(old) is type(value) is Tensor and old.layout is value.layout is torch.strided
 
 
 def _filled_like(old: Tensor, number: Any) -> Tensor:

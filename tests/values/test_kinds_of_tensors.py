@@ -193,6 +193,17 @@ def test_what_torch_does_not_do_with_a_kind_of_tensor_is_said_with_the_site(case
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [torch.ones(3, 2).T, torch.ones(3), 1.0], ids=["turned", "broadcast", "a number"])
+@pytest.mark.parametrize("laid_out", [lambda x: x.clone(), lambda x: x.T.contiguous().T], ids=["in rows", "in columns"])
+def test_what_takes_the_place_of_a_tensor_is_laid_out_in_memory_as_that_was(value: Any, laid_out: Any) -> None:
+    """As after an assignment: models rely on it when they view a tensor in another shape."""
+    model, x = nn.Sequential(Gives(laid_out), Gives(lambda x: (x, x))), torch.zeros(2, 3)
+    for context in (patch(model, "0", value), edit(model, "0", lambda _: value), patch(model, "1[1]", value)):
+        with context, capture(model, "0", "1[1]") as acts:
+            model(x)
+        assert acts["0"].stride() == acts["1[1]"].stride() == laid_out(x).stride()
+
+
 @pytest.mark.parametrize("value", [3, True, 2.5, 1j])
 def test_a_number_that_is_no_tensor_stays_of_its_type(value: Any) -> None:
     """Patching with the captured value changes nothing."""
