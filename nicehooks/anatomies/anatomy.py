@@ -65,6 +65,7 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
       projection reads, `[batch, pos, d_mlp]`.
 
     - `mixer_out`: what mixes positions otherwise than by attention adds to the stream (Mamba, RWKV, linear attention).
+    - `mixer_state`: what such a mixer writes into the cache, where that is one value: what the next step goes on from.
     - of a mixture of experts: `router`, its logits; `experts_in`, `router_experts` and `router_weights`, what the
       experts read, which are chosen, and with what weights; `experts` and `shared_experts`, what they give. What each
       expert gives alone, `expert_results` computes.

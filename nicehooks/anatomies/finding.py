@@ -21,6 +21,7 @@ from nicehooks.anatomies.body import Anatomy
 from nicehooks.anatomies.checking import check_parts, quiet
 from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
+from nicehooks.anatomies.mixer_states import find_mixer_states
 from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
 from nicehooks.anatomies.tables import FAMILIES, Family
 from nicehooks.contexts.suspending import suspend
@@ -179,6 +180,7 @@ def _found(
         layout.attention = asked.attention
         if asked.check:
             check_parts(model, names, layout, recorded.run, recorded.inputs)
+    find_mixer_states(model, names[recorded.run], recorded.inputs, layouts)
     return layouts
 
 
