@@ -79,6 +79,8 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
     The parts are found in one short forward, on tokens that the model's own embedding has, and checked by numbers in a
     second one; `report()` says how, and which check each has passed. A model with an encoder and a decoder has the
     parts in `.encoder` and in `.decoder`, there also `cross_attn_out` and `cross_q`, …, `cross_z`.
+    Of a model that reads pictures and tokens these are the parts of its language model; `.vision` has those of its
+    vision tower.
 
     Args:
         model: any transformer, with any head or none, also inside another module or inside `torch.compile` or

@@ -14,6 +14,7 @@ from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
 from nicehooks.anatomies.tables import PARTS, SEEN_BY, Family, Lacks
+from nicehooks.anatomies.towers import reads_pictures, vision_tower
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.paths.names import escape
@@ -50,10 +51,20 @@ class Anatomy:
     final_norm: Part
     logits: Part
 
-    def __init__(self, model: nn.Module, layout: Layout, again: Callable[[str], Layout]) -> None:
-        """The anatomy that `layout` describes; `again` gives the layout under another attention implementation."""
+    def __init__(
+        self, model: nn.Module, layout: Layout, again: Callable[[str], Layout], at: Callable[[str], Anatomy]
+    ) -> None:
+        """The anatomy that `layout` describes.
+
+        Args:
+            model: the model.
+            layout: where its parts are.
+            again: gives the layout under another attention implementation.
+            at: gives the anatomy of another module of the model, by its name.
+        """
         self._model = model
         self._again = again
+        self._at = at
         self._layout = layout
         self.base = layout.base
         self.sizes = layout.sizes
@@ -71,6 +82,30 @@ class Anatomy:
     def family(self) -> Family:
         """The table that describes the model; of one whose parts were found, what it says of its norms."""
         return self._layout.family
+
+    # towers
+
+    @property
+    def vision(self) -> Anatomy:
+        """The parts of the vision tower, of a model that reads pictures; of the tower itself, its own.
+
+        Raises:
+            UnsupportedModule: the model reads none, its tower does not run, or it has several.
+        """
+        tower = vision_tower(self._names)
+        return self if f"{self.base}.".startswith(f"{tower}." if tower else "") else self._at(tower)
+
+    @property
+    def language(self) -> Anatomy:
+        """The parts of the language model, of a model that reads pictures, too: those that it has itself.
+
+        Raises:
+            UnsupportedModule: this is the anatomy of a model, or of a tower, that reads no tokens.
+        """
+        tower = next((name for name in self._around() if reads_pictures(self._names[name])), None)
+        if tower is not None:
+            raise UnsupportedModule(NO_LANGUAGE.format(kind=self.kind, tower=tower or "the model itself"))
+        return self
 
     # modules
 
@@ -287,6 +322,8 @@ NO_UNEMBEDDING = (
     "{kind} has no unembedding{looked}, so that it gives no logits over tokens: take the model with a language "
     "modelling head around it."
 )
+
+NO_LANGUAGE = "{kind} has no language model there: what reads pictures ({tower}) reads no tokens."
 
 FUSED_BRANCHES = (
     "{kind} has no {what} under attention implementation {now!r}: one kernel computes attention, and scores and "
