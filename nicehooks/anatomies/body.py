@@ -13,7 +13,7 @@ from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
-from nicehooks.anatomies.tables import PARTS, SEEN_BY, Family, Lacks
+from nicehooks.anatomies.tables import FURTHER_PARTS, PARTS, SEEN_BY, Family, Lacks
 from nicehooks.anatomies.towers import reads_pictures, vision_tower
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
@@ -211,7 +211,7 @@ class Anatomy:
         if what in SINGLE_LAYOUT:
             return self._single(what)
         if not any(what in places.parts for places in self.layout.layers):
-            if what in PARTS:
+            if what in PARTS or what in FURTHER_PARTS:
                 raise UnsupportedModule(f"{self.kind} has no {what}: its layers have none.")
             raise AttributeError(NO_PART.format(what=what, names=", ".join(self._known())))
         there = {layer: path for layer, path in enumerate(map(self._place(what), self.layout.layers)) if path}
