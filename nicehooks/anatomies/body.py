@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from nicehooks.anatomies.layouts import SINGLE_LAYOUT, Head, Layout, inner_name
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import PartPlaces
+from nicehooks.anatomies.refusing import NO_LANGUAGE, NO_PART, NO_UNEMBEDDING, why_lacking, why_no_module
 from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
 from nicehooks.anatomies.tables import FURTHER_PARTS, PARTS, SEEN_BY, Family, Lacks
@@ -139,7 +140,7 @@ class Anatomy:
             return self._unembed()
         name = self._named(role, layer)
         if name is None:
-            raise UnsupportedModule(f"{self.kind} has no {role}: {self._why_no(role, layer)}.")
+            raise UnsupportedModule(f"{self.kind} has no {role}: {why_no_module(self._layout, role, layer)}.")
         if name not in self._names:
             raise UnsupportedModule(f"{self.kind} has no {role}: there is no module {name!r} in it.")
         return name
@@ -152,14 +153,6 @@ class Anatomy:
             return self._layout.roles.get(role)
         wanted = getattr(self.family, role, None)
         return inner_name(self.base, wanted) if isinstance(wanted, str) else None
-
-    def _why_no(self, role: str, layer: int | None) -> str:
-        if self._layout.is_found:
-            return "a short forward showed none"
-        wanted = getattr(self.family, role, None)
-        if isinstance(wanted, str) and layer is not None:
-            return f"it was checked on a short forward, and {wanted!r} is not what makes the part"
-        return wanted.reason if isinstance(wanted, Lacks) else "the table of its family names none"
 
     def module(self, role: str, layer: int | None = None) -> nn.Module:
         """The module itself, by its role; see `name`."""
@@ -216,7 +209,7 @@ class Anatomy:
             raise AttributeError(NO_PART.format(what=what, names=", ".join(self._known())))
         there = {layer: path for layer, path in enumerate(map(self._place(what), self.layout.layers)) if path}
         if not there:
-            raise UnsupportedModule(self._why_lacking(what))
+            raise UnsupportedModule(why_lacking(self.layout, what, self.attention, self.kind))
         made = (self._part(what, path, layer) for layer, path in there.items())
         return Parts(made, what, None if len(there) == self.n_layers else (tuple(there), self.n_layers))
 
@@ -234,15 +227,6 @@ class Anatomy:
             return found if isinstance(found, str) else None
 
         return place
-
-    def _why_lacking(self, what: str) -> str:
-        first = next((places for places in self.layout.layers if what in places.parts), self.layout.layers[0])
-        place = first.parts.get(what)
-        if what.removeprefix("cross_") in ("scores", "pattern") and self.attention not in SEEN_BY:
-            known = " or ".join(map(repr, SEEN_BY))
-            return FUSED_BRANCHES.format(kind=self.kind, what=what, now=self.attention, known=known)
-        reason = place.get(self.attention) if isinstance(place, Mapping) else place
-        return f"{self.kind} has no {what}: {reason.reason if isinstance(reason, Lacks) else 'none was found'}."
 
     def _single(self, what: str) -> Part:
         found = self.layout.singles.get(what)
@@ -314,19 +298,3 @@ class Anatomy:
         where = f" at {self.base!r}" if self.base else ""
         shown = ", ".join(f"{name}={size}" for name, size in self.sizes._asdict().items())
         return f"Anatomy of {self.kind}{where}: n_layers={self.n_layers}, {shown}"
-
-
-NO_PART = "an anatomy has no {what!r}; its parts are {names}."
-
-NO_UNEMBEDDING = (
-    "{kind} has no unembedding{looked}, so that it gives no logits over tokens: take the model with a language "
-    "modelling head around it."
-)
-
-NO_LANGUAGE = "{kind} has no language model there: what reads pictures ({tower}) reads no tokens."
-
-FUSED_BRANCHES = (
-    "{kind} has no {what} under attention implementation {now!r}: one kernel computes attention, and scores and "
-    "pattern are never there.\n"
-    '    model.set_attn_implementation("eager")  # {known} show it; then ask for the part again'
-)

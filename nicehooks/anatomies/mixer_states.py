@@ -41,10 +41,10 @@ def find_mixer_states(model: nn.Module, run: nn.Module, inputs: Any, layouts: li
     for layout, places in mixers:
         found = None if steps is None else [_writes(step, places, keys[at]) for at, step in enumerate(steps)]
         if found is None:
-            places.put("mixer_state", Lacks(NO_STEPS))
+            places.put("mixer_state", Lacks(NO_STEPS_OF_MIXERS))
             continue
         both = [path for path in found[0] if path in found[1]]
-        places.put("mixer_state", f"{both[0]}.input[1]" if len(both) == 1 else Lacks(NO_STATE))
+        places.put("mixer_state", f"{both[0]}.input[1]" if len(both) == 1 else Lacks(NO_MIXER_STATE))
         if len(both) == 1:
             places.passed["mixer_state"] = "it is in the cache after each of two steps"
             layout.shapes["mixer_state"] = structure_of(found[0][both[0]])
@@ -58,15 +58,15 @@ def _two_steps(model: nn.Module, run: nn.Module, inputs: Any) -> tuple[_StepOfTw
     try:
         first, first_record = record_forward(model, run, {"input_ids": ids[:, :-1], "use_cache": True})
         name = next(one for one in forward_parameters(run) if isinstance(first, dict) and first.get(one) is not None)
-        before = _StepOfTwo(first_record, dict(_kept(first[name])))
+        before = _StepOfTwo(first_record, dict(_kept_in_cache(first[name])))
         given = {"input_ids": ids[:, -1:], name: first[name], "use_cache": True}
         second, record = record_forward(model, run, given)
-        return before, _StepOfTwo(record, dict(_kept(second[name])))
+        return before, _StepOfTwo(record, dict(_kept_in_cache(second[name])))
     except Exception:  # whatever a model may raise that is no model of steps
         return None
 
 
-def _kept(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def _kept_in_cache(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Copies of the tensors in a cache: a tree of containers and of objects of its own."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.ndim > 1:
@@ -78,7 +78,7 @@ def _kept(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Ten
     if isinstance(value, tuple | list):
         inner = dict(enumerate(value))
     for name, one in inner.items():
-        yield from _kept(one, f"{path}.{name}", depth + 1)
+        yield from _kept_in_cache(one, f"{path}.{name}", depth + 1)
 
 
 def _states_after(step: _StepOfTwo, steps: tuple[_StepOfTwo, _StepOfTwo]) -> set[Key]:
@@ -107,12 +107,12 @@ def _writes(step: _StepOfTwo, places: PartPlaces, states: set[Key]) -> dict[str,
     }
 
 
-NO_STEPS = (
+NO_STEPS_OF_MIXERS = (
     "it is looked for in two steps with a cache, and the model does not run in steps on the input that its parts are "
     "looked for on"
 )
 
-NO_STATE = (
+NO_MIXER_STATE = (
     "no call in it writes one value into the cache, at the same place in each step, from which the next step goes on: "
     "it may be several, or be inside of a kernel"
 )

@@ -134,10 +134,10 @@ def _check_positions(model: nn.Module, pairs: PromptPairs, what: str, part: str)
         model(**pairs.clean)
     shape = list(getattr(values[part], "shape", ()))
     if len(shape) < 2 or shape[1] != len(pairs.tokens):
-        raise NothingToPatch(NO_POSITIONS.format(what=what, shape=shape, part=part))
+        raise NothingToPatch(NOT_BY_POSITIONS.format(what=what, shape=shape, part=part))
 
 
-NO_POSITIONS = (
+NOT_BY_POSITIONS = (
     "{what} has no dimension of positions, it is {shape}. To patch some of it, write its path and a subscript, such as "
     "--sites '{part}[:, 0]'."
 )
