@@ -1,9 +1,10 @@
 """Which parts `anatomy` finds, and checks, in every architecture of the installed `transformers`: a table.
 
-    python benchmarks/anatomy_coverage.py [--markdown] [causal] [masked] [seq2seq] [vision] [NAME …]
+    python benchmarks/anatomy_coverage.py [--markdown] [causal] [masked] [seq2seq] [vision] [pictures] [NAME …]
 
 Each model is tiny, and random. A part counts where it was found in every layer that should have it, and has passed the
-check by numbers; see docs/anatomy.md.
+check by numbers; see docs/anatomy.md. Of models that read pictures and tokens, the language model is counted, and the
+vision tower for itself.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MAPPINGS = {
     "masked": ("MASKED_LM",),
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
     "vision": ("IMAGE_CLASSIFICATION",),
+    "pictures": ("IMAGE_TEXT_TO_TEXT",),
 }
 BRANCHES = ("attn_out", "mixer_out", "mlp_out", "cross_attn_out")
 HEADS = ("q", "k", "v", "z", "pattern")
@@ -45,6 +47,7 @@ class Row(NamedTuple):
         stream: whether the stream and what its branches add to it are there, and checked.
         heads: whether queries, keys, values, patterns and z are.
         why: what is not there, and why not.
+        tower: whether there is a vision tower beside it, whose stream is there, and checked.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Row(NamedTuple):
     stream: bool = False
     heads: bool = False
     why: str = ""
+    tower: bool = False
 
 
 def row_of(name: str) -> Row:
@@ -67,7 +71,16 @@ def row_of(name: str) -> Row:
     bodies = [found.encoder, found.decoder] if isinstance(found, EncoderDecoder) else [found]
     rows = [_row(name, one) for one in bodies]
     stream, heads = all(one.stream for one in rows), all(one.heads for one in rows)
-    return Row(name, True, stream, heads, "; ".join(filter(None, (one.why for one in rows))))
+    tower = _tower(name, bodies[-1]) if name in architectures(*MAPPINGS["pictures"]) else Row(name, False)
+    return Row(name, True, stream, heads, "; ".join(filter(None, (one.why for one in [*rows, tower]))), tower.stream)
+
+
+def _tower(name: str, found: Anatomy) -> Row:
+    try:
+        row = _row(name, found.vision)
+    except NiceHooksError as error:
+        return Row(name, False, why=f"vision: {_short(error)}")
+    return row._replace(why=row.why and f"vision: {row.why}")
 
 
 def _row(name: str, found: Anatomy) -> Row:
@@ -109,7 +122,9 @@ def table(rows: list[Row]) -> str:
     """The rows that lack something, and how many there are of each kind."""
     built = [row for row in rows if row.built]
     counts = Counter(stream=sum(row.stream for row in built), heads=sum(row.heads for row in built))
+    towers = sum(row.tower for row in built)
     lines = [f"{len(built)} of {len(rows)} build and run; stream {counts['stream']}, heads {counts['heads']}"]
+    lines[0] += f"; the stream of a vision tower {towers}" if towers else ""
     lines += ["", "| architecture | stream | heads | what is not there, and why |", "| --- | --- | --- | --- |"]
     for row in sorted(rows):
         if row.built and not (row.stream and row.heads):

@@ -65,6 +65,7 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
       projection reads, `[batch, pos, d_mlp]`.
 
     - `mixer_out`: what mixes positions otherwise than by attention adds to the stream (Mamba, RWKV, linear attention).
+    - `mixer_state`: what such a mixer writes into the cache, where that is one value: what the next step goes on from.
     - of a mixture of experts: `router`, its logits; `experts_in`, `router_experts` and `router_weights`, what the
       experts read, which are chosen, and with what weights; `experts` and `shared_experts`, what they give. What each
       expert gives alone, `expert_results` computes.
@@ -78,6 +79,8 @@ def anatomy(model: nn.Module, at: str | None = None, *, check: bool = True, inpu
     The parts are found in one short forward, on tokens that the model's own embedding has, and checked by numbers in a
     second one; `report()` says how, and which check each has passed. A model with an encoder and a decoder has the
     parts in `.encoder` and in `.decoder`, there also `cross_attn_out` and `cross_q`, …, `cross_z`.
+    Of a model that reads pictures and tokens these are the parts of its language model; `.vision` has those of its
+    vision tower.
 
     Args:
         model: any transformer, with any head or none, also inside another module or inside `torch.compile` or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import nn
 from nicehooks.anatomies.layouts import SINGLE_LAYOUT, Head, Layout, inner_name
 from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import PartPlaces
+from nicehooks.anatomies.refusing import NO_LANGUAGE, NO_PART, NO_UNEMBEDDING, why_lacking, why_no_module
 from nicehooks.anatomies.reporting import Report
 from nicehooks.anatomies.structure import attention_of
-from nicehooks.anatomies.tables import PARTS, SEEN_BY, Family, Lacks
+from nicehooks.anatomies.tables import FURTHER_PARTS, PARTS, SEEN_BY, Family, Lacks
+from nicehooks.anatomies.towers import reads_pictures, vision_tower
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
 from nicehooks.paths.names import escape
@@ -50,10 +52,20 @@ class Anatomy:
     final_norm: Part
     logits: Part
 
-    def __init__(self, model: nn.Module, layout: Layout, again: Callable[[str], Layout]) -> None:
-        """The anatomy that `layout` describes; `again` gives the layout under another attention implementation."""
+    def __init__(
+        self, model: nn.Module, layout: Layout, again: Callable[[str], Layout], at: Callable[[str], Anatomy]
+    ) -> None:
+        """The anatomy that `layout` describes.
+
+        Args:
+            model: the model.
+            layout: where its parts are.
+            again: gives the layout under another attention implementation.
+            at: gives the anatomy of another module of the model, by its name.
+        """
         self._model = model
         self._again = again
+        self._at = at
         self._layout = layout
         self.base = layout.base
         self.sizes = layout.sizes
@@ -71,6 +83,30 @@ class Anatomy:
     def family(self) -> Family:
         """The table that describes the model; of one whose parts were found, what it says of its norms."""
         return self._layout.family
+
+    # towers
+
+    @property
+    def vision(self) -> Anatomy:
+        """The parts of the vision tower, of a model that reads pictures; of the tower itself, its own.
+
+        Raises:
+            UnsupportedModule: the model reads none, its tower does not run, or it has several.
+        """
+        tower = vision_tower(self._names)
+        return self if f"{self.base}.".startswith(f"{tower}." if tower else "") else self._at(tower)
+
+    @property
+    def language(self) -> Anatomy:
+        """The parts of the language model, of a model that reads pictures, too: those that it has itself.
+
+        Raises:
+            UnsupportedModule: this is the anatomy of a model, or of a tower, that reads no tokens.
+        """
+        tower = next((name for name in self._around() if reads_pictures(self._names[name])), None)
+        if tower is not None:
+            raise UnsupportedModule(NO_LANGUAGE.format(kind=self.kind, tower=tower or "the model itself"))
+        return self
 
     # modules
 
@@ -104,7 +140,7 @@ class Anatomy:
             return self._unembed()
         name = self._named(role, layer)
         if name is None:
-            raise UnsupportedModule(f"{self.kind} has no {role}: {self._why_no(role, layer)}.")
+            raise UnsupportedModule(f"{self.kind} has no {role}: {why_no_module(self._layout, role, layer)}.")
         if name not in self._names:
             raise UnsupportedModule(f"{self.kind} has no {role}: there is no module {name!r} in it.")
         return name
@@ -117,14 +153,6 @@ class Anatomy:
             return self._layout.roles.get(role)
         wanted = getattr(self.family, role, None)
         return inner_name(self.base, wanted) if isinstance(wanted, str) else None
-
-    def _why_no(self, role: str, layer: int | None) -> str:
-        if self._layout.is_found:
-            return "a short forward showed none"
-        wanted = getattr(self.family, role, None)
-        if isinstance(wanted, str) and layer is not None:
-            return f"it was checked on a short forward, and {wanted!r} is not what makes the part"
-        return wanted.reason if isinstance(wanted, Lacks) else "the table of its family names none"
 
     def module(self, role: str, layer: int | None = None) -> nn.Module:
         """The module itself, by its role; see `name`."""
@@ -176,12 +204,12 @@ class Anatomy:
         if what in SINGLE_LAYOUT:
             return self._single(what)
         if not any(what in places.parts for places in self.layout.layers):
-            if what in PARTS:
+            if what in PARTS or what in FURTHER_PARTS:
                 raise UnsupportedModule(f"{self.kind} has no {what}: its layers have none.")
             raise AttributeError(NO_PART.format(what=what, names=", ".join(self._known())))
         there = {layer: path for layer, path in enumerate(map(self._place(what), self.layout.layers)) if path}
         if not there:
-            raise UnsupportedModule(self._why_lacking(what))
+            raise UnsupportedModule(why_lacking(self.layout, what, self.attention, self.kind))
         made = (self._part(what, path, layer) for layer, path in there.items())
         return Parts(made, what, None if len(there) == self.n_layers else (tuple(there), self.n_layers))
 
@@ -199,15 +227,6 @@ class Anatomy:
             return found if isinstance(found, str) else None
 
         return place
-
-    def _why_lacking(self, what: str) -> str:
-        first = next((places for places in self.layout.layers if what in places.parts), self.layout.layers[0])
-        place = first.parts.get(what)
-        if what.removeprefix("cross_") in ("scores", "pattern") and self.attention not in SEEN_BY:
-            known = " or ".join(map(repr, SEEN_BY))
-            return FUSED_BRANCHES.format(kind=self.kind, what=what, now=self.attention, known=known)
-        reason = place.get(self.attention) if isinstance(place, Mapping) else place
-        return f"{self.kind} has no {what}: {reason.reason if isinstance(reason, Lacks) else 'none was found'}."
 
     def _single(self, what: str) -> Part:
         found = self.layout.singles.get(what)
@@ -279,17 +298,3 @@ class Anatomy:
         where = f" at {self.base!r}" if self.base else ""
         shown = ", ".join(f"{name}={size}" for name, size in self.sizes._asdict().items())
         return f"Anatomy of {self.kind}{where}: n_layers={self.n_layers}, {shown}"
-
-
-NO_PART = "an anatomy has no {what!r}; its parts are {names}."
-
-NO_UNEMBEDDING = (
-    "{kind} has no unembedding{looked}, so that it gives no logits over tokens: take the model with a language "
-    "modelling head around it."
-)
-
-FUSED_BRANCHES = (
-    "{kind} has no {what} under attention implementation {now!r}: one kernel computes attention, and scores and "
-    "pattern are never there.\n"
-    '    model.set_attn_implementation("eager")  # {known} show it; then ask for the part again'
-)

@@ -14,8 +14,6 @@ from nicehooks.anatomies.streams import Flow, Term
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.paths.grammar import ModulePath
 
-EXPERT_PARTS = ("router", "router_weights", "router_experts", "experts_in", "experts", "shared_experts")
-
 TOLD = ("experts_in", "router_experts", "router_weights")
 """The parts that the experts of a layer read, where they are one module that is told which of them to be."""
 

@@ -21,6 +21,7 @@ from nicehooks.anatomies.body import Anatomy
 from nicehooks.anatomies.checking import check_parts, quiet
 from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
+from nicehooks.anatomies.mixer_states import find_mixer_states
 from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
 from nicehooks.anatomies.tables import FAMILIES, Family
 from nicehooks.contexts.suspending import suspend
@@ -51,13 +52,20 @@ def find_anatomies(
 ) -> Anatomy | EncoderDecoder:
     """The anatomy of `model`; of an encoder and a decoder, that of both."""
     layouts = _layouts(model, Asked(at, check, _attention_in(model, at)), inputs)
-    bodies = [Anatomy(model, layout, partial(_again, model, at, check, index)) for index, layout in enumerate(layouts)]
+    other = partial(_body_at, model, check)
+    bodies = [
+        Anatomy(model, layout, partial(_again, model, at, check, index), other) for index, layout in enumerate(layouts)
+    ]
     return bodies[0] if len(bodies) == 1 else EncoderDecoder(*bodies)
 
 
 def says_what_it_is(model: nn.Module) -> bool:
     """Whether a module in it has a config, as in `transformers`, or is one that a table describes."""
     return any(hasattr(one, "config") or any(kind in FAMILIES for kind in type(one).__mro__) for one in model.modules())
+
+
+def _body_at(model: nn.Module, check: bool, at: str) -> Anatomy:
+    return find_anatomy(model, at, check)
 
 
 def _again(model: nn.Module, at: str | None, check: bool, index: int, attention: str) -> Layout:
@@ -179,6 +187,7 @@ def _found(
         layout.attention = asked.attention
         if asked.check:
             check_parts(model, names, layout, recorded.run, recorded.inputs)
+    find_mixer_states(model, names[recorded.run], recorded.inputs, layouts)
     return layouts
 
 

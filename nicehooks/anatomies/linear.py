@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nicehooks.anatomies.finding import Anatomy
 from nicehooks.errors import TreeMismatch, UnsupportedModule
+from nicehooks.ports.weights import numbers_of_parameter
 from nicehooks.values.trees import structure_of
 
 
@@ -74,7 +75,8 @@ def results_of_heads(body: Anatomy, layer: int, z: Tensor) -> tuple[Tensor, Tens
     project = body.module("attn_proj", layer)
     alone = torch.eye(body.n_heads, dtype=z.dtype, device=z.device)[:, :, None] * z.unsqueeze(-3)
     bias = project(torch.zeros_like(z).flatten(-2))
-    results = project(alone.flatten(-2)) - bias.unsqueeze(-2)
+    rows = alone.flatten(-2).flatten(1, -2)  # three dimensions are what every projection takes
+    results = project(rows).reshape(*z.shape[:-1], -1) - bias.unsqueeze(-2)
     if not body.has("attn_post_norm", layer):
         return results, bias
     norm = linear_part(body.module("attn_post_norm", layer), project(z.flatten(-2)))
@@ -93,13 +95,10 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
     """In which direction behind the final norm a logit (or the difference of two) grows, `[batch, d_model]`; its bias.
 
     Raises:
-        UnsupportedModule: the unembedding is no linear layer.
+        UnsupportedModule: the unembedding is no linear layer, or its weight is packed in a form of its own.
         TreeMismatch: a token is not in the vocabulary.
     """
-    unembed = body.module("unembed")
-    weight, bias = getattr(unembed, "weight", None), getattr(unembed, "bias", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise UnsupportedModule(f"the unembedding {body.name('unembed')!r} of {body.kind} is no linear layer.")
+    weight, bias = _matrix(body, "unembed"), getattr(body.module("unembed"), "bias", None)
     to, more = torch.zeros((), device=weight.device), torch.zeros(batch, device=weight.device)
     for sign, given in ((1.0, tokens), (-1.0, against)):
         if given is not None:
@@ -107,8 +106,16 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
             to = to + sign * weight[chosen].float()
             more = more if bias is None else more + sign * bias[chosen].float()
     if body.has("before_unembed"):
-        to = to @ body.module("before_unembed").weight.float()  # type: ignore[union-attr, operator]
+        to = to @ _matrix(body, "before_unembed").float()
     return to * body.head.scale, more * body.head.scale
+
+
+def _matrix(body: Anatomy, role: str) -> Tensor:
+    """The numbers of the weight of a linear layer, dequantised if need be."""
+    weight = getattr(body.module(role), "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UnsupportedModule(f"the unembedding {body.name(role)!r} of {body.kind} is no linear layer.")
+    return numbers_of_parameter(weight, f"{body.name(role)}@weight")
 
 
 def _ids_of_tokens(given: object, batch: int, vocabulary: int) -> Tensor:

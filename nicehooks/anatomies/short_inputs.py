@@ -48,6 +48,8 @@ def _main_inputs(run: nn.Module, names: Mapping[str, Any], config: Any) -> Itera
         yield {"input_features": features, **decoder}
     if "pixel_values" in names and config is not None:
         yield from _pictures(run, config)
+    if "grid_thw" in names and config is not None and hasattr(config, "patch_size"):
+        yield _patches(run, next(iter(names)), config)
     for name in ("input_values", "inputs_embeds", "hidden_states"):
         if name in names and config is not None:
             yield {name: _random_input(run, BATCH, FEW_POSITIONS, _width(config))}
@@ -63,6 +65,13 @@ def _pictures(run: nn.Module, config: Any) -> Iterator[Inputs]:
             yield {"pixel_values": _random_input(run, BATCH, channels, high, wide)}
 
 
+def _patches(run: nn.Module, first: str, config: Any) -> Inputs:
+    """A picture of four times four patches, for a model that is given patches and their grid."""
+    width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
+    grid = torch.tensor([[1, 4, 4]], device=_place_of_input(run)[0])
+    return {first: _random_input(run, 16, width), "grid_thw": grid}
+
+
 def _unnamed(run: nn.Module, names: Mapping[str, inspect.Parameter]) -> Iterator[Inputs]:
     """For a model that says nothing of itself: tokens for its first embedding, or a sequence of its first width."""
     first = next(iter(names), None)
@@ -73,8 +82,9 @@ def _unnamed(run: nn.Module, names: Mapping[str, inspect.Parameter]) -> Iterator
         yield {first: _ids_below(run, embedding.num_embeddings, set())}
     for module in run.modules():
         width = getattr(module, "in_features", None) or getattr(module, "normalized_shape", None)
-        if width is not None:
-            yield {first: _random_input(run, BATCH, FEW_POSITIONS, width if isinstance(width, int) else width[-1])}
+        width = width[-1] if isinstance(width, tuple | list) and width else width
+        if isinstance(width, int):
+            yield {first: _random_input(run, BATCH, FEW_POSITIONS, width)}
             return
 
 

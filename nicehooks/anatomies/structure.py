@@ -43,7 +43,7 @@ class Recorded:
                 else:
                     self.run, self.inputs = run, given
                     return
-        raise UnsupportedModule(no_run(names, faults))
+        raise UnsupportedModule(no_run(names, faults, _models_in(names, at)))
 
     def _record(self, model: nn.Module, run: nn.Module, given: Any) -> None:
         before = [id(module) for module in model.modules()]
@@ -55,15 +55,20 @@ class Recorded:
 def runnable_names(names: Mapping[str, nn.Module], at: str) -> Iterator[str]:
     """The modules that might run on an input of our own, the likeliest first: `at`, then what says what it is."""
     yield at
-    inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
-    models = [
-        name for name in inside if hasattr(names[name], "config") and hasattr(names[name], "get_input_embeddings")
-    ]
-    outer = [name for name in models if not any(name.startswith(f"{other}.") for other in models)]
+    outer = _models_in(names, at)
     if len({id(names[name]) for name in outer}) > 1 and not callable_itself(names[at]):
         raise UnsupportedModule(several(names, outer))
     if not callable_itself(names[at]):
         yield from outer[:1]
+
+
+def _models_in(names: Mapping[str, nn.Module], at: str) -> list[str]:
+    """The models inside of the module `at`, those that are in no other one."""
+    inside = [name for name in names if name != at and (not at or name.startswith(f"{at}."))]
+    models = [
+        name for name in inside if hasattr(names[name], "config") and hasattr(names[name], "get_input_embeddings")
+    ]
+    return [name for name in models if not any(name.startswith(f"{other}.") for other in models)]
 
 
 def callable_itself(module: nn.Module) -> bool:
@@ -173,11 +178,12 @@ def _first_line_of(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-def no_run(names: Mapping[str, nn.Module], faults: list[str]) -> str:
-    """Why nothing is known of a model that does not run."""
+def no_run(names: Mapping[str, nn.Module], faults: list[str], inside: list[str]) -> str:
+    """Why nothing is known of a model that does not run; `inside` are the models in it, of which one may run."""
     kind = type(names[""]).__name__
     tried = "\n".join(f"    {fault}" for fault in faults[:4]) or "    what it reads is not known"
-    return NO_RUN.format(kind=kind, tried=tried)
+    said = NO_RUN.format(kind=kind, tried=tried)
+    return said if len(inside) < 2 else f"{said}\n{ONE_OF_THEM.format(first=inside[0])}"
 
 
 NO_RUN = (
@@ -186,3 +192,5 @@ NO_RUN = (
     "  Give it one, as the model is called with it:\n"
     '    anatomy(model, inputs={{"input_ids": ids}})'
 )
+
+ONE_OF_THEM = '  Or take one of the models in it:\n    anatomy(model, at="{first}")'

@@ -67,6 +67,18 @@ PARTS: dict[str, PartPlace] = {
 }
 """Where each part of a layer is, unless the table of a family says something else."""
 
+FURTHER_PARTS = (
+    "mixer_out",
+    "mixer_state",
+    "router",
+    "router_weights",
+    "router_experts",
+    "experts_in",
+    "experts",
+    "shared_experts",
+)
+"""The parts of layers that mix otherwise than by attention, and of mixtures of experts: where there are such."""
+
 PARTS_WITH_HEADS: dict[str, tuple[str, int]] = {
     "q": ("n_heads", 2),
     "k": ("n_kv_heads", 2),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from nicehooks.caches.regrouping import regrouped
 from nicehooks.errors import PathError
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
@@ -29,7 +30,7 @@ def means_several(path: ModulePath) -> bool:
 
 @evaluated_while_tracing
 def wholes_of(text: str) -> tuple[tuple[str, Chain], ...]:
-    """The paths of the values that may have the one at `text` in them, the narrowest first, and the way from there."""
+    """The paths of the values that may have the one at `text` in them, prefixes of it first, and the way from there."""
     return _wholes_of(text)
 
 
@@ -39,7 +40,8 @@ def _wholes_of(text: str) -> tuple[tuple[str, Chain], ...]:
     if means_several(path):
         return ()
     steps = range(len(path.chain), -1, -1)
-    return tuple((str(replace(path, chain=path.chain[:taken])), path.chain[taken:]) for taken in steps)
+    ways = [(path.chain[:taken], path.chain[taken:]) for taken in steps]
+    return tuple((str(replace(path, chain=whole)), rest) for whole, rest in (*ways, *regrouped(path.chain)))
 
 
 def is_within(own: ModulePath, path: ModulePath) -> bool:

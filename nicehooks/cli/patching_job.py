@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import attribute, capture, sweep
-from nicehooks.anatomies.anatomy import anatomy
 from nicehooks.anatomies.residual import residual_stream
+from nicehooks.cli.part_names import is_single, parts_called
 from nicehooks.cli.prompts import PromptPairs
-from nicehooks.errors import NiceHooksError, UnsupportedModule
+from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.grids import stems_of
 
@@ -63,7 +63,7 @@ def patched(
 
     Raises:
         NothingToPatch: the logit difference of both prompts is the same, or a layer or position does not exist.
-        UnsupportedModule: AtP* is asked for of a model that `anatomy` does not know.
+        UnsupportedModule: the model has no such part, or AtP* is asked for of one that `anatomy` does not know.
     """
     clean, corrupted = unlike(*differences(model, pairs))
     where, axes = sites_of(model, pairs, what, layers, positions)
@@ -112,9 +112,10 @@ def sites_of(
     if not parts:
         return [what], []
     rows = _existing("layer", layers, len(parts))
-    axes = [Axis("layer", tuple(map(str, rows)))]
+    axes = [Axis("part", (what,))] if is_single(what) else [Axis("layer", tuple(map(str, rows)))]
     if what in HEADS:
         return [f"{parts[row]}[{':, ' * HEADS[what]}*]" for row in rows], axes
+    _check_positions(model, pairs, what, parts[0])
     columns = _existing("position", positions, len(pairs.tokens))
     paths = [f"{parts[row]}[:, {column}]" for row in rows for column in columns]
     return paths, [*axes, Axis("position", tuple([f"{column} {pairs.tokens[column]}" for column in columns]))]
@@ -124,12 +125,22 @@ def _parts(model: nn.Module, pairs: PromptPairs, what: str) -> list[str]:
     """The part `what` of each layer; none where it is the name of no part."""
     if what == "resid":  # which has a way of its own, for models that have no anatomy
         return list(residual_stream(model, pairs.clean)[1])
-    if not what.isidentifier():
-        return []
-    try:
-        return [str(part) for part in getattr(anatomy(model), what)]
-    except (AttributeError, UnsupportedModule):
-        return []
+    return [str(part) for part in parts_called(model, what)]
+
+
+def _check_positions(model: nn.Module, pairs: PromptPairs, what: str, part: str) -> None:
+    """An error where the second dimension of a part does not count positions."""
+    with torch.no_grad(), capture(model, part) as values:
+        model(**pairs.clean)
+    shape = list(getattr(values[part], "shape", ()))
+    if len(shape) < 2 or shape[1] != len(pairs.tokens):
+        raise NothingToPatch(NOT_BY_POSITIONS.format(what=what, shape=shape, part=part))
+
+
+NOT_BY_POSITIONS = (
+    "{what} has no dimension of positions, it is {shape}. To patch some of it, write its path and a subscript, such as "
+    "--sites '{part}[:, 0]'."
+)
 
 
 def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:

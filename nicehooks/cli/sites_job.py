@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from nicehooks import ModulePath, select
-from nicehooks.anatomies.anatomy import Anatomy, anatomy
+from nicehooks.anatomies.anatomy import Anatomy
 from nicehooks.anatomies.parts import Part, Parts
+from nicehooks.cli.part_names import anatomy_if_known, parts_called
 from nicehooks.contexts.listing import SiteTable, sites
-from nicehooks.errors import NiceHooksError, UnsupportedModule
+from nicehooks.errors import NiceHooksError
 
 
 def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> SiteTable:
@@ -24,6 +25,7 @@ def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any
 
     Raises:
         SiteNotFound: a path selects nothing.
+        UnsupportedModule: a path is the name of a part that the model lacks.
     """
     parts = _parts_of(model)
     table = sites(model, **inputs)
@@ -34,16 +36,16 @@ def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any
 
 def _modules(model: nn.Module, parts: Mapping[str, list[Part]], path: str) -> list[str]:
     """The names of the modules that have the sites of `path`."""
-    if path in parts:
-        return [part.name for part in parts[path]]
+    named = parts.get(path) or parts_called(model, path)
+    if named:
+        return [part.name for part in named]
     return [site.path.name for site in select(model, path)]
 
 
 def _parts_of(model: nn.Module) -> dict[str, list[Part]]:
     """The parts of the anatomy by their names; none where the model is not known."""
-    try:
-        found = anatomy(model)
-    except UnsupportedModule:
+    found = anatomy_if_known(model)
+    if not isinstance(found, Anatomy):
         return {}
     return {name: parts for name in dir(found) if (parts := _parts_named(found, name))}
 

@@ -14,6 +14,7 @@ from nicehooks.contexts.patching import Replacement
 from nicehooks.contexts.subspaces import checked_basis
 from nicehooks.contexts.suspending import suspend
 from nicehooks.contexts.user_functions import call_user, show_where, takes_site
+from nicehooks.core.explaining import explained
 from nicehooks.core.rules import Action
 from nicehooks.core.selection import Site, Where, select_groups
 from nicehooks.core.sessions import Session
@@ -125,10 +126,10 @@ def ablate(
 
     Raises:
         NotCaptured: the cache has no value for a site.
-        TypeError: the value is a text, or a function.
+        TypeError: no path is given, or the value is a text, or a function.
     """
     if not where:
-        raise TypeError('ablate(model, where, …) takes at least one path; ablate(model, "**") ablates everything')
+        raise TypeError(explained("misuse.empty", "ablate"))
     if isinstance(value, str) or (callable(value) and not isinstance(value, Tensor)):
         raise TypeError(NO_CONSTANT.format(value=value))
     basis = checked_basis(subspace)

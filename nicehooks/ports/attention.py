@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.ports.packed_heads import mask_with_heads_apart, note_packed_heads, packed_heads, with_heads_apart
+
 _wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
 
 
@@ -71,7 +73,9 @@ class _AsSteps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention and as_steps_wanted():
             return attention_in_steps(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        note_packed_heads(func, args, result)
+        return result
 
 
 def attention_in_steps(
@@ -89,7 +93,12 @@ def attention_in_steps(
     """`scaled_dot_product_attention`, step by step; shapes as there: `[batch, head, pos, d_head]`.
 
     `at("scores", value)` gives what takes the place of the value before the softmax, `at("pattern", value)` after it.
+    Where the heads of a group are packed into the positions, they are apart in the steps: NOTE [Packed heads].
     """
+    if packed_heads(query) > 1 and not is_causal:
+        mask = None if attn_mask is None else mask_with_heads_apart(attn_mask, query)
+        z = attention_in_steps(with_heads_apart(query), key, value, mask, dropout_p, False, scale, True, at=at)
+        return z.reshape(*z.shape[:1], *query.shape[1:3], z.shape[-1])
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)

@@ -35,6 +35,7 @@ from nicehooks.paths.subscripts import fault
 from nicehooks.ports.arguments import arguments_of, by_name, complete, written_back
 from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
 from nicehooks.ports.overrides import StandIn
+from nicehooks.ports.packed_heads import note_packed_heads
 from nicehooks.ports.signatures import parameters_in_call
 from nicehooks.torch_private import evaluated_while_tracing
 from nicehooks.torch_private_tensors import in_compiled_graph, opened
@@ -268,6 +269,11 @@ class _Mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is fused_attention and as_steps_wanted():
             func = self._in_steps()
+        result = self._result(name, func, args, kwargs)
+        note_packed_heads(func, args, result)
+        return result
+
+    def _result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.watcher.wants(name, (func, args, kwargs)) and not in_compiled_graph():
             return self.watcher.call(name, func, args, kwargs)
         if func is attention_of_several_heads and self.watcher.is_here():

@@ -94,7 +94,7 @@ class ParameterRule(SiteRule):
             raise UnsupportedModule(OFFLOADED.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
             return value.clone() if module.training and name in RUNNING else value
-        return value if type(value) in (nn.Parameter, Tensor) else _numbers_of(value, self.key)
+        return value if type(value) in (nn.Parameter, Tensor) else numbers_of_parameter(value, self.key)
 
     def _comes_later(self, frame: Frame) -> bool:
         """Whether FSDP2 brings the whole weight only as its module is called, over what would stand there by then."""
@@ -149,7 +149,7 @@ PACKED = (
 )
 
 
-def _numbers_of(value: Tensor, site: str) -> Tensor:
+def numbers_of_parameter(value: Tensor, site: str) -> Tensor:
     """The numbers of a parameter, which may be kept in another form (those of quantised layers are)."""
     kinds = type(value).__mro__[: type(value).__mro__.index(Tensor)]
     if any(["dequantize" in vars(kind) for kind in kinds]):

@@ -426,3 +426,8 @@ def test_a_name_that_is_nearly_that_of_a_part_is_refused(name: str, says: str) -
 def test_a_cache_of_somebody_elses_text_has_parts() -> None:
     acts = ActivationCache({"transformer.h.1": torch.ones(2, 3, 4)})
     assert acts[anatomy(body("gpt2")).resid_post[1][:, -1]].shape == (2, 4)
+
+
+def test_a_norm_over_nothing_says_no_width() -> None:
+    with pytest.raises(UnsupportedModule, match="no anatomy of Sequential is known"):
+        anatomy(nn.Sequential(nn.LayerNorm([])))

@@ -97,6 +97,7 @@ OWN: dict[str, dict[str, Any]] = {
     "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
     "MinistralForCausalLM": {"head_dim": 8},
     "NemotronForCausalLM": {"head_dim": 8},
+    "Qwen2VLForConditionalGeneration": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
 }
 """What a config needs besides, by the class of the model."""
 
@@ -116,13 +117,19 @@ def tiny(name: str, **settings: Any) -> Any:
     kind = getattr(transformers, name)
     config = kind.config_class
     torch.manual_seed(0)
-    model: nn.Module = kind(config(**{**_small(config()), **OWN.get(name, {}), **settings}))
+    model: nn.Module = kind(config(**_merged(_merged(_small(config()), OWN.get(name, {})), settings)))
     assert sum(parameter.numel() for parameter in model.parameters()) < 5e7, f"{name} is not tiny"
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.requires_grad:  # not tables of sines
                 parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
     return model.eval().requires_grad_(False)
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`one` with what `other` says, inside of inner configs too."""
+    both = {key: _merged(one[key], value) for key, value in other.items() if isinstance(value, dict) and key in one}
+    return {**one, **other, **both}
 
 
 def _small(default: Any, depth: int = 0) -> dict[str, Any]:

@@ -70,6 +70,16 @@ def test_an_empty_list_is_no_selection():
     assert not acts
 
 
+def test_ablate_without_a_path_says_what_it_says_of_an_empty_list():
+    model, heads = make("Mlp"), []
+    with pytest.raises(TypeError) as of_none:
+        ablate(model, *heads)
+    with pytest.raises(SiteNotFound) as of_empty, ablate(model, heads):
+        pass
+    said = "ablate(model, …) was given an empty list of sites, perhaps by a filter. To select none, write False."
+    assert str(of_none.value) == str(of_empty.value) == said
+
+
 def test_a_wildcard_passes_over_modules_that_return_nothing():
     model = WithNoneAndNothing()
     with ablate(model, "pair[0]"), ablate(model, "**@input[0]"):
