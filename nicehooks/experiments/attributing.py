@@ -13,7 +13,7 @@ from nicehooks.experiments.corrections import corrected
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_order, grid_of_effects
 from nicehooks.experiments.straight_lines import along_the_line
-from nicehooks.experiments.telling import Progress, Tell, teller
+from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.verifying import Verified, verified
 
 
@@ -49,7 +49,7 @@ def attribute(
     *args: Any,
     method: str = "gradient",
     points: int = 10,
-    progress: Progress = False,
+    progress: Telling = False,
     **kwargs: Any,
 ) -> Attribution:
     """What each of many interventions would do to a metric, each alone, from a few gradients.

@@ -20,7 +20,7 @@ from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.estimates import Metric, checked_metric
 from nicehooks.experiments.reading import slopes_of
 from nicehooks.experiments.rewiring import rewired
-from nicehooks.experiments.telling import Progress, Tell, teller
+from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.wiring import Wiring
 
 
@@ -80,7 +80,7 @@ def edges(
     senders: Any = None,
     receivers: Any = None,
     points: int = 5,
-    progress: Progress = False,
+    progress: Telling = False,
     **kwargs: Any,
 ) -> Edges:
     """The effect of one part of a transformer *through* another: for each pair, or for chosen ones.

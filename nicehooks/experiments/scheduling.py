@@ -16,7 +16,7 @@ from nicehooks.experiments.items import Base, GridItem, Unfit
 from nicehooks.experiments.lanes import is_close
 from nicehooks.experiments.positions import FromPosition, forwards_for
 from nicehooks.experiments.singly import OneByOne
-from nicehooks.experiments.telling import Progress, teller
+from nicehooks.experiments.telling import Telling, teller
 
 BUDGET = 1 << 30
 """Bytes that a chunk may take, as far as they can be told beforehand; of a GPU half of what is free."""
@@ -54,7 +54,7 @@ class Schedule:
         ways: list[tuple[str, Any]],
         chunk_size: int | Literal["auto"],
         check: bool,
-        progress: Progress,
+        progress: Telling,
     ) -> None:
         self.base = base
         self.items = items

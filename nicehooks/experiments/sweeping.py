@@ -24,7 +24,7 @@ from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
-from nicehooks.experiments.telling import Progress
+from nicehooks.experiments.telling import Telling
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
@@ -42,7 +42,7 @@ def sweep(
     engine: Engine = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     check: bool = True,
-    progress: Progress = False,
+    progress: Telling = False,
     resume: Effects | None = None,
     **kwargs: Any,
 ) -> Effects:

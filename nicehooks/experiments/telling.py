@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 
-Progress = bool | Callable[[int, int], None]
+Telling = bool | Callable[[int, int], None]
 """Whether to show how far an experiment is on stderr; or a function of what is done and of how much there is."""
 
 Tell = Callable[[int, int], None]
 
 
-def teller(progress: Progress, what: str) -> Tell:
+def teller(progress: Telling, what: str) -> Tell:
     """What is told how much is done, and how much there is."""
     return _shown_on_stderr(what) if progress is True else progress or _not_shown
 

@@ -94,7 +94,7 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
     value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
     if value.shape != old.shape:
         return _copied_as(old, value.expand(old.shape))  # in-place layers need memory of its own
-    return value if not _is_plain(old, value) or value.stride() == old.stride() else _copied_as(old, value)
+    return value if not _have_strides(old, value) or value.stride() == old.stride() else _copied_as(old, value)
 
 
 def _copied_as(old: Tensor, value: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def _copied_as(old: Tensor, value: Tensor) -> Tensor:
 
     A model may rely on them (`view`), and a product of matrices is rounded in another way with others.
     """
-    return torch.empty_like(old).copy_(value) if _is_plain(old, value) else value.clone()
+    return torch.empty_like(old).copy_(value) if _have_strides(old, value) else value.clone()
 
 
-def _is_plain(old: Tensor, value: Tensor) -> bool:
+def _have_strides(old: Tensor, value: Tensor) -> bool:
     """Whether both have strides, and are seen here as what they are."""
     seen = not torch.compiler.is_compiling() and not torch_private.transforms_running()
     return seen and type(old) is type(value) is Tensor and old.layout is value.layout is torch.strided
