@@ -75,6 +75,19 @@ def test_what_counts_is_compiled_a_few_times_and_then_never_again(context):
     assert seen[3:] == [seen[3]] * 21
 
 
+def test_a_predicate_is_asked_of_each_number_and_compiled_once_for_it():
+    model, x = chain(), inputs()
+    run = compiled(model)
+
+    def acted(call):
+        with ablate(model, "0", steps=lambda step: step % 2 == 1), capture(model, "0") as acts:
+            return [(call(x), not acts["0"].any())[1] for _ in range(5)]
+
+    for _ in range(2):
+        assert acted(run) == acted(model) == [False, True, False, True, False]
+        assert graphs() == 5
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
