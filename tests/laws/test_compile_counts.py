@@ -108,14 +108,15 @@ def in_threads(work, count):
     assert errors == []
 
 
-def test_threads_share_the_graphs_of_the_contexts_that_they_enter():
+@pytest.mark.parametrize("steps", [None, slice(0, None)], ids=["uncounted", "counted"])
+def test_threads_share_the_graphs_of_the_contexts_that_they_enter(steps):
     model, x = chain(), inputs()
     run = compiled(model)
     run(x)
 
     def work(seed):
         for turn in range(20):
-            with steer(model, "0", torch.full((4,), float(seed + turn))), capture(model, "2") as acts:
+            with steer(model, "0", torch.full((4,), float(seed + turn)), steps=steps), capture(model, "2") as acts:
                 assert torch.equal(run(x), model(x)) and len(acts) == 1
 
     in_threads(work, 6)
