@@ -318,7 +318,7 @@ def interrupted_once(model: nn.Module, make: Callable[[nn.Module], list[Any]], i
     clean, before = model(X), state(model)
     other = copy.deepcopy(model)
     under = work_under(make(other), other)
-    contexts = make(model)
+    contexts, tracer = make(model), sys.gettrace()  # coverage, say
     sys.settrace(interrupt)
     try:
         for context in contexts:
@@ -329,7 +329,7 @@ def interrupted_once(model: nn.Module, make: Callable[[nn.Module], list[Any]], i
     except KeyboardInterrupt:
         pass
     finally:
-        sys.settrace(None)
+        sys.settrace(tracer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for context in contexts:

@@ -21,7 +21,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import cosmic_ray.plugins as plugins
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -173,24 +175,41 @@ def is_killed(folder: Path, mutant: Mutant, tests: list[str]) -> bool:
     for part in rounds(tests):
         path.write_text(after)
         try:
-            failed = fails(folder, part)
+            failed = to_failure(folder, part)
         finally:
             path.write_text(before)
         if failed:
-            assert not fails(folder, part), f"these fail without a mutant, too: {part}"
+            assert not to_failure(folder, failed), f"these fail without a mutant, too: {failed}"
             return True
     return False
 
 
-def fails(folder: Path, tests: list[str]) -> bool:
+def to_failure(folder: Path, tests: list[str]) -> list[str]:
+    """The tests as far as the first that fails; all where none can be said to; no tests where all pass."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
-        run_tests(folder, tests)
-    return wait(child) != 0
+        run_tests(folder, tests, FirstFailure(writer))
+    os.close(writer)
+    code = wait(child)
+    with open(reader) as said:
+        name = said.read()
+    return tests[: tests.index(name) + 1] if name in tests else tests if code else []
 
 
-def run_tests(folder: Path, tests: list[str]) -> None:
+@dataclass(frozen=True)
+class FirstFailure:
+    """A plugin of pytest that writes the name of a test that fails."""
+
+    writer: int
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            os.write(self.writer, report.nodeid.encode())
+
+
+def run_tests(folder: Path, tests: list[str], plugin: object) -> None:
     import pytest
 
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -200,7 +219,9 @@ def run_tests(folder: Path, tests: list[str]) -> None:
     sys.path[:0] = [str(folder), str(folder / "tests")]
     sys.dont_write_bytecode = True
     try:
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+        # plugins that `load` has imported along are not rewritten, which pytest warns of
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore:Module already imported"]
+        code = int(pytest.main([*options, *tests], [plugin]))
     except BaseException:
         code = 1
     os._exit(code)
@@ -223,6 +244,9 @@ def load() -> None:
     """What every test needs but the library itself."""
     import torch._decomp.decompositions_for_jvp
     import torch._dynamo
+
+    for family in ("bert", "gpt2", "llama", "mamba", "t5"):
+        import_module(f"transformers.models.{family}.modeling_{family}")
 
     torch.set_num_threads(1)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator
 from importlib import import_module
 
 import pytest
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     import_module("coverage").Coverage.current().switch_context(item.nodeid)
-    yield
+    tracer = sys.gettrace()
+    done = yield
+    if sys.gettrace() is not tracer:
+        pytest.exit(f"{item.nodeid} has ended coverage: it sets a tracer, and does not set this one again", 1)
+    return done

@@ -22,8 +22,8 @@ from nicehooks.hookpoints import HookCheckFailed, HookCheckWarning, auto_hook, c
 from nicehooks.hooktrees import AtLayers, HookCollection, Hooks, TransformerHooks
 
 ROOT = Path(__file__).parent.parent.parent
-SYSTEMS = ("auto_hookpoint", "nice_hooks", "transformer_debugger", "transformer_lens")
-"""The systems whose surfaces the library has."""
+SYSTEMS = ("auto_hookpoint", "nice_hooks", "transformer_debugger", "transformer_lens", "nnsight", "pyvene", "baukit")
+"""The library has the surfaces of the first four; of the others it says what was called what."""
 
 PAGES = {system: (ROOT / "docs" / f"from_{system}.md").read_text() for system in SYSTEMS}
 
@@ -298,11 +298,112 @@ TRANSFORMER_DEBUGGER = {
     ),
 }
 
+NNSIGHT = {
+    '`model = LanguageModel("gpt2")`, or `NNsight(module)`': "from_nnsight::the_module_is_taken_as_it_is_and_stays_so",
+    "`with model.trace(ids): x = h[1].output.save()`": "from_nnsight::values_are_those_of_hooks_with_their_graph",
+    "`h[1].attn.output[0].save()`": "from_nnsight::values_are_those_of_hooks_with_their_graph",
+    "`h[1].input.save()`, `h[1].inputs`": "from_nnsight::inputs_are_those_of_a_hook",
+    "a loop over `h` that saves each": "from_nnsight::values_are_those_of_hooks_with_their_graph",
+    "`tracer.cache()`": "from_nnsight::values_are_those_of_hooks_with_their_graph",
+    "`h[1].output[:, -1] = v`": "from_nnsight::changes_are_those_of_hooks_and_nothing_is_written_in_place",
+    "`h[1].output = fn(h[1].output)`": "from_nnsight::changes_are_those_of_hooks_and_nothing_is_written_in_place",
+    "`h[1].output[:] += v`": "from_nnsight::changes_are_those_of_hooks_and_nothing_is_written_in_place",
+    "a value of one `invoke` put into another": (
+        "from_nnsight::a_value_of_one_run_in_another_and_both_in_one_batch "
+        "from_nnsight::a_run_that_does_not_come_by_is_an_error_and_waits_for_nothing"
+    ),
+    "`with tracer.invoke(a): …`, `with tracer.invoke(b): …`": "from_nnsight::invokes_are_a_batch_or_a_map_over_patches",
+    "`with loss.backward(): g = h[1].output.grad.save()`": "from_nnsight::gradients_are_those_that_a_tensor_retains",
+    "`h[1].attn.source.…output`": "from_nnsight::calls_inside_a_forward_have_paths_by_their_names",
+    "`tracer.stop()`": "from_nnsight::stop_runs_nothing_behind_it",
+    "`h[1].skip(value)`": "from_nnsight::a_module_whose_output_is_put_still_runs_and_is_seen_inside",
+    "`with model.generate(…) as tracer: for step in tracer.iter[:3]: …`": "from_nnsight::steps_of_a_generation",
+    "`with model.edit() as edited: …`": "from_nnsight::an_edit_that_stays_is_a_handle_and_listed",
+    "`with model.scan(ids): …shape`": "from_nnsight::shapes_without_a_context_and_the_models_own_print",
+    "`print(model)`": "from_nnsight::shapes_without_a_context_and_the_models_own_print",
+    "`remote=True` (NDIF), vLLM, diffusion pipelines": "from_nnsight::no_context_asks_where_a_model_runs",
+    "Ordinary Python.": "from_nnsight::the_body_runs_once_line_by_line",
+    "Any order of lines.": "from_nnsight::places_are_given_in_any_order_and_kept_in_that_of_the_model",
+    "Transforms.": "from_nnsight::contexts_act_inside_transforms",
+    "By the line, or by the name.": "from_nnsight::calls_inside_a_forward_have_paths_by_their_names",
+}
+
+PYVENE = {
+    "`IntervenableModel(config, model)`": "from_pyvene::the_model_is_called_itself_and_returns_what_it_returns",
+    '`{"layer": 1, "component": "block_output"}`': "from_pyvene::components_have_names",
+    "`block_input` · `mlp_output` · `mlp_activation`": "from_pyvene::components_have_names",
+    "`attention_output` · `attention_value_output`": "from_pyvene::components_have_names",
+    "`head_attention_value_output`, with a head as unit": "from_pyvene::components_have_names",
+    "`query_output` · `key_output` · `value_output`, `head_…`": "from_pyvene::components_have_names",
+    '`component="h[1].attn.output"`, a string': "from_pyvene::any_module_is_a_component_by_its_path",
+    '`unit="pos"` and `unit_locations={"sources->base": (…)}`': "from_pyvene::an_interchange_is_a_capture_and_a_patch",
+    "`VanillaIntervention`, called with `base, [source]`": (
+        "from_pyvene::what_a_source_run_gave_is_a_cache_that_is_patched"
+    ),
+    "`ZeroIntervention` · `AdditionIntervention`": "from_pyvene::zeros_sums_and_noise",
+    "`NoiseIntervention`": "from_pyvene::zeros_sums_and_noise",
+    "`CollectIntervention`": "from_pyvene::collected_values_are_those_of_hooks",
+    "`intervention=lambda base, source: …`": "from_pyvene::a_function_closes_over_what_it_needs",
+    "`source_representation=tensor`": "from_pyvene::zeros_sums_and_noise",
+    "`RotatedSpaceIntervention`, `LowRankRotatedSpaceIntervention`": (
+        "from_pyvene::a_rotation_is_learned_and_some_of_its_columns_are_used"
+    ),
+    "`subspaces=[…]`": (
+        "from_pyvene::a_rotation_is_learned_and_some_of_its_columns_are_used "
+        "from_pyvene::a_subspace_of_neurons_is_a_subscript"
+    ),
+    "several sources, parallel or serial": "from_pyvene::several_sources_parallel_and_serial",
+    "`.generate(…, intervene_on_prompt=True)`": "from_pyvene::generation_on_the_prompt_and_on_the_rest",
+    "`.save`, `.load`, sharing on a hub": "from_pyvene::values_are_saved_and_descriptions_are_code",
+    "`CausalModel`, counterfactual data sets, `train_alignment`": (
+        "from_pyvene::a_rotation_is_learned_and_some_of_its_columns_are_used"
+    ),
+    "The output is the model's.": "from_pyvene::the_model_is_called_itself_and_returns_what_it_returns",
+    "A wrong place is an error": "from_pyvene::a_wrong_place_is_an_error_that_names_the_nearest",
+    "Gradients are not switched off or on.": "from_pyvene::gradients_are_not_switched",
+    "Any module.": "from_pyvene::any_module_has_paths",
+}
+
+BAUKIT = {
+    '`with Trace(model, "1") as ret: model(x)`, then `ret.output`': "from_baukit::outputs_are_those_of_a_hook",
+    '`TraceDict(model, ["1", "3"])`, then `ret["3"].output`': "from_baukit::outputs_are_those_of_a_hook",
+    "`retain_input=True`, then `ret.input`": "from_baukit::inputs_are_those_of_a_hook_and_keywords_are_seen",
+    "`retain_output=False`": "from_baukit::inputs_are_those_of_a_hook_and_keywords_are_seen",
+    "`clone=True` · `detach=True`": "from_baukit::clone_and_detach_reach_into_what_a_module_returns",
+    "`retain_grad=True`, then `ret.output.grad`": "from_baukit::the_gradient_is_that_which_a_tensor_retains",
+    "`stop=True`": "from_baukit::stop_runs_that_far_and_the_block_goes_on",
+    "`edit_output=fn`": "from_baukit::an_edit_is_a_hook_that_returns_a_value",
+    "`edit_output=fn` with `fn(output, layer)`": "from_baukit::an_edit_is_a_hook_that_returns_a_value",
+    "`fn` that returns zeros · adds a vector · puts another run's value": (
+        "from_baukit::zeros_a_vector_and_another_runs_value"
+    ),
+    "`output[0][:, -1] = vector; return output`": "from_baukit::a_patch_of_a_part_writes_nothing_in_place",
+    "`get_module(model, name)`": "from_baukit::names_are_those_of_the_modules",
+    "`module_names(model)`": "from_baukit::names_are_those_of_the_modules",
+    "`get_parameter(model, name)`, changed by hand and put back": (
+        "from_baukit::a_weight_is_put_for_the_time_of_the_context_alone"
+    ),
+    '`subsequence(model, last_layer="1")`': "from_baukit::stop_runs_that_far_and_the_block_goes_on",
+    "`replace_module(model, name, new)`": "from_baukit::values_go_through_a_module_that_is_spliced_in",
+    "`runningstats`, `show`, `PlotWidget`, data sets": "from_baukit::the_tensors_of_a_cache_are_tensors",
+    "Entering acts, not making.": "from_baukit::a_capture_acts_when_it_is_entered_and_again",
+    "A wrong name is an error with the nearest names": (
+        "from_baukit::a_wrong_name_and_a_module_that_never_ran_are_errors"
+    ),
+    "Only in this thread.": "from_baukit::a_context_acts_in_its_thread_alone",
+    "`clone` and `detach` reach everywhere.": "from_baukit::clone_and_detach_reach_into_what_a_module_returns",
+    "What the model overwrites raises.": "from_baukit::what_the_model_overwrites_raises",
+    "Order.": "from_baukit::contexts_act_in_the_order_in_which_they_were_entered",
+}
+
 PROOFS = {
     "nice_hooks": NICE_HOOKS,
     "transformer_lens": TRANSFORMER_LENS,
     "auto_hookpoint": AUTO_HOOKPOINT,
     "transformer_debugger": TRANSFORMER_DEBUGGER,
+    "nnsight": NNSIGHT,
+    "pyvene": PYVENE,
+    "baukit": BAUKIT,
 }
 
 # --- tests of rows that no other file has -----------------------------------------------------------------------------

@@ -62,6 +62,18 @@ def test_an_interrupt_at_any_line_of_coming_and_going_leaves_nothing(with_its_ow
     pytest.fail("it never got to the end")
 
 
+def test_who_traced_before_an_interrupt_traces_behind_it() -> None:
+    def tracer(frame: Any, event: str, argument: Any) -> None: ...
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        fuzz.interrupted_once(fuzz.chain(), stacked, fuzz.Interrupt(5))
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+
+
 @pytest.mark.slow
 def test_compiled_models_with_layers_in_place() -> None:
     fuzz.run_programs(25, seed=secrets.randbelow(10**6), kind="compiled")

@@ -75,6 +75,19 @@ def test_what_counts_is_compiled_a_few_times_and_then_never_again(context):
     assert seen[3:] == [seen[3]] * 21
 
 
+def test_a_predicate_is_asked_of_each_number_and_compiled_once_for_it():
+    model, x = chain(), inputs()
+    run = compiled(model)
+
+    def acted(call):
+        with ablate(model, "0", steps=lambda step: step % 2 == 1), capture(model, "0") as acts:
+            return [(call(x), not acts["0"].any())[1] for _ in range(5)]
+
+    for _ in range(2):
+        assert acted(run) == acted(model) == [False, True, False, True, False]
+        assert graphs() == 5
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
@@ -95,14 +108,15 @@ def in_threads(work, count):
     assert errors == []
 
 
-def test_threads_share_the_graphs_of_the_contexts_that_they_enter():
+@pytest.mark.parametrize("steps", [None, slice(0, None)], ids=["uncounted", "counted"])
+def test_threads_share_the_graphs_of_the_contexts_that_they_enter(steps):
     model, x = chain(), inputs()
     run = compiled(model)
     run(x)
 
     def work(seed):
         for turn in range(20):
-            with steer(model, "0", torch.full((4,), float(seed + turn))), capture(model, "2") as acts:
+            with steer(model, "0", torch.full((4,), float(seed + turn)), steps=steps), capture(model, "2") as acts:
                 assert torch.equal(run(x), model(x)) and len(acts) == 1
 
     in_threads(work, 6)

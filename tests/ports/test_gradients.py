@@ -356,3 +356,24 @@ def test_the_gradients_before_and_behind_a_module_that_returns_its_argument_are_
     with edit(model, "0@input.grad[0]", lambda g: g + 1), edit(model, "0@grad", lambda g: g * 3):
         model(x).sum().backward()
     assert x.grad.tolist() == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("path", ["1@grad", "1@input.grad[0]"])
+def test_a_backward_behind_its_context_is_left_alone_also_by_the_next_one_at_the_same_site(path):
+    """Its graph was made under another context, whose rules no one takes over."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), inputs()
+    expected = torch.autograd.grad(model(x).sum(), model[0].weight)[0]
+    with edit(model, path, lambda gradient: gradient * 2):
+        model(x).sum().backward()
+        left, last = model(x).sum(), model(x).sum()
+    model.zero_grad()
+    left.backward()
+    assert torch.equal(model[0].weight.grad, expected)
+    seen = []
+    with edit(model, path, seen.append):
+        model.zero_grad()
+        last.backward()
+        assert seen == [] and torch.equal(model[0].weight.grad, expected)
+        model(x).sum().backward()
+    assert len(seen) == 1
