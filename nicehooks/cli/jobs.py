@@ -58,7 +58,7 @@ def _check_extras(options: argparse.Namespace) -> None:
 def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows, pairs = asked(options, tokenizer)
     clean, corrupted = [each.item() for each in differences(model, pairs)]
-    with terminal.bar("patching") as show:
+    with terminal.bar("patching" if options.method == EXACT else "estimating") as show:
         effects = patched(model, pairs, options.sites, options.layers, options.positions, show, method=options.method)
     say_doubts(clean, corrupted)
     print_differences(rows, clean, corrupted)
