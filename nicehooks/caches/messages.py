@@ -48,13 +48,13 @@ NO_WHERE = (
 NOTHING_IN_COMMON = "these caches have no site in common: {mine}, and {theirs}."
 
 
-def not_captured(cache: Mapping[str, Any], key: Any) -> str:
-    """Says that `key` is not in a cache, and what is."""
+def not_captured(cache: Mapping[str, Any], key: Any, may_be_several: bool = False) -> str:
+    """Says that `key`, which `may_be_several` sites, is not in a cache, and what is."""
     shown, sites, keys = text_of(key), sites_in(cache), [str(one) for one in cache]
     about_calls = None if shown is None else _about_calls(cache, parsed(shown))
     if about_calls is not None:
         return about_calls
-    if shown is not None and _means_several(shown):
+    if shown is not None and not may_be_several and _means_several(shown):
         return SEVERAL.format(key=shown, sites=sites)
     near = difflib.get_close_matches(str(key), keys, n=3, cutoff=0.3) or keys[:3]
     have = f"nearest: {', '.join(near)}" if near else "it is empty"

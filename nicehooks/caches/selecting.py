@@ -57,7 +57,7 @@ def _at_path(cache: Cache, text: str, names: Names) -> list[str]:
     for option in wanted.alternatives():
         if option.name not in reached:
             if option not in cache:  # under another name of the module
-                raise SiteNotFound(not_captured(cache, option))
+                raise SiteNotFound(not_captured(cache, option, may_be_several=True))
             keys.append(str(option))
     return keys
 

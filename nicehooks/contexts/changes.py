@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
+from nicehooks.caches.containment import means_several
 from nicehooks.contexts.intervention import Actions, Intervention
 from nicehooks.contexts.patching import Replacement
 from nicehooks.contexts.subspaces import checked_basis
@@ -21,6 +23,7 @@ from nicehooks.core.sessions import Session
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS, refused
+from nicehooks.values.regions import STAR
 
 
 class edit(Intervention):
@@ -135,11 +138,24 @@ def ablate(
     basis = checked_basis(subspace)
     if isinstance(value, ActivationCache):
         sites = [site for group in select_groups(model, list(where), "ablate") for site in group.sites]
-        places, constants = {site: value[site] for site in sites}, None
+        places, constants = {at: one for site in sites for at, one in _values_at(site, value)}, None
     else:
         places, constants = list(where), value
     # A replacement is a copy: a later in-place layer must not reach the user's own mean.
     return _changed("ablate", model, places, constants, lambda each: Replacement(each, basis).instead_of, steps, calls)
+
+
+def _values_at(site: Site, cache: ActivationCache) -> list[tuple[Where, Any]]:
+    """The places that `site` stands for, each with its value in the cache: a value with its `*` has all of them."""
+    if not means_several(site.path):
+        return [(site, cache[site])]
+    chain = site.path.chain[:-1] if site.path.chain and site.path.chain[-1] is STAR else site.path.chain
+    whole = site.at(replace(site.path, chain=tuple(map(_whole_step, chain))))
+    return [(whole, cache[whole])] if STAR not in chain and whole in cache else [*cache.select(str(site)).items()]
+
+
+def _whole_step(step: Any) -> Any:
+    return tuple([slice(None) if item is STAR else item for item in step]) if isinstance(step, tuple) else step
 
 
 NO_CONSTANT = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nicehooks.core.selection import Site, Where
+from nicehooks.core.selection import Group, Site, Where
 from nicehooks.paths.grammar import ModulePath
 
 
@@ -33,6 +33,8 @@ def call_user(fn: Callable[..., Any], with_site: bool, value: Any, key: str, sit
 
 def show_where(where: Where) -> str:
     """A `where` as it was written, as far as there is room."""
+    if isinstance(where, Group):
+        return show_where(where.where)
     if isinstance(where, tuple | list):
         more = [f"… {len(where) - 3} more"] if len(where) > 4 else []
         return ", ".join([show_where(item) for item in (where[:3] if more else where)] + more)

@@ -92,6 +92,7 @@ class Session:
         called: whether the root model was called here.
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
+        stopped: whether something has ended a forward of the root model early.
         order: of the gradient that is on its way: when its value was made.
         ticket: by which compiled code comes back to `rules` in backward, if any of them is about a gradient.
         rules: the rules of the sites; empty without a ticket.
@@ -103,7 +104,7 @@ class Session:
     __slots__ = (
         "__weakref__", "_progresses", "acts_in", "attached", "called", "checkpointed", "counting", "elsewhere",
         "ended", "exporting", "label", "level", "mine", "no_step", "number", "order", "reached", "recomputed",
-        "round", "rules", "suspended", "tapped", "ticket"
+        "round", "rules", "stopped", "suspended", "tapped", "ticket"
     )  # fmt: skip
 
     def __init__(self, label: str, attached: bool = False) -> None:
@@ -115,7 +116,7 @@ class Session:
         self.ended = False
         self.acts_in: frozenset[Session] | None = None
         self.order = self.round = self.checkpointed = self.number = 0
-        self.called = self.elsewhere = self.suspended = self.recomputed = False
+        self.called = self.elsewhere = self.suspended = self.recomputed = self.stopped = False
         self.reached: dict[str, bool] = {}
         self.tapped: Mapping[int, tuple[Any, ...]] = NOTHING
         self.no_step: Any = None

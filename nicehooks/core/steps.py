@@ -33,6 +33,7 @@ class StepRule(Rule):
         frame.enter(Deeper(progress))
 
     def caught(self, stop: StopForward) -> bool:
+        self.session.stopped = True
         return stop.session is self.session and self.session.progress().depth == 1
 
 

@@ -20,6 +20,7 @@ from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.estimates import Metric, checked_metric
 from nicehooks.experiments.reading import slopes_of
 from nicehooks.experiments.rewiring import rewired
+from nicehooks.experiments.runs import refuse_steps
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.wiring import Wiring
 
@@ -60,6 +61,7 @@ class TwoRuns:
     @staticmethod
     def of(wiring: Wiring, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TwoRuns:
         """Runs the model once, without an intervention."""
+        refuse_steps(wiring.model, "edges")
         output, base = base_of(wiring, args, kwargs)
         target = values_for(wiring, values, base)
         baseline = checked_metric(metric(output)).detach()

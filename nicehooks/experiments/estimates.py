@@ -17,6 +17,7 @@ from nicehooks.core.selection import Where
 from nicehooks.errors import NotCaptured, TreeMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
+from nicehooks.experiments.runs import refuse_steps
 from nicehooks.values import trees
 
 Metric = Callable[[Any], Tensor]
@@ -103,6 +104,7 @@ def experiment_of(
     model: nn.Module, where: Where, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Experiment:
     """The experiment, after one forward and one backward that give everything that it needs of the base run."""
+    refuse_steps(model, "attribute")
     if isinstance(values, Mapping) and not isinstance(values, ActivationCache):
         values = ActivationCache({str(path): value for path, value in values.items()})
     stems, baseline = stems_of(model, where, "attribute"), list[Tensor]()

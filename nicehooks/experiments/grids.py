@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.core.selection import Group, Site, Where, select_groups
+from nicehooks.errors import SiteNotReached, TreeMismatch
 from nicehooks.experiments.effects import Axis, is_grid
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
@@ -95,7 +96,8 @@ def grid_of(model: nn.Module, where: Where, seen: ActivationCache, verb: str = "
     found: dict[str, Cell] = {}
     wild = False
     for group in select_groups(model, where, verb):
-        reached = [site for site in group.sites if not group.wild or str(_recorded_at(site)) in seen]
+        sites = [one for site in group.sites for one in _each_call_in_forward(site, seen)]
+        reached = [site for site in sites if not group.wild or str(_recorded_at(site)) in seen]
         wild = wild or group.wild
         for cell in [cell for site in reached for cell in _cells_at(site, seen)]:
             found.setdefault(str(cell.path), cell)
@@ -123,6 +125,15 @@ def _recorded_at(site: Site) -> ModulePath:
     return replace(stem_of(site.path), call=None)
 
 
+def _each_call_in_forward(site: Site, seen: ActivationCache) -> Iterator[Site]:
+    """`site`, or where it is every call of a function, or every use of a parameter, that of each."""
+    if site.path.port.call != EVERY_CALL:
+        yield site
+        return
+    for key in seen.select(str(_recorded_at(site))):
+        yield site.at(replace(ModulePath.parse(key), call=site.path.call, chain=site.path.chain))
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -132,12 +143,27 @@ def _cells_at(site: Site, seen: ActivationCache) -> Iterator[Cell]:
     values = seen.calls(_recorded_at(site))
     every = site.path.call == EVERY_CALL
     last: Any = len(values) - 1 if site.path.call is None else site.path.call
+    if not every and last >= len(values):
+        raise SiteNotReached(NOT_SO_OFTEN.format(path=site, count=len(values)))
     for call in range(len(values)) if every else [last]:
         number = call if every else site.path.call
         at = replace(stem, call=number)
-        for chain in trees.each_index(values[call], site.path.chain[len(stem.chain) :]):
+        for chain in _chains_at(site, values[call], site.path.chain[len(stem.chain) :]):
             path = replace(at, chain=(*stem.chain, *chain))
             yield Cell(site, path, at, chain, tuple(_columns(site, path, values[call], len(stem.chain))))
+
+
+NOT_SO_OFTEN = "{path!s} was never reached: its module was called, but only {count} times in a run."
+
+
+def _chains_at(site: Site, value: Any, chain: Chain) -> list[Chain]:
+    """The chains that `chain` stands for in `value`, each of which leads to something."""
+    try:
+        chains = list(trees.each_index(value, chain))
+        trees.get(value, chains[0] if chains else ())
+    except TreeMismatch as error:
+        raise TreeMismatch(f"{str(site)!r}: {error}.") from None
+    return chains
 
 
 def _columns(site: Site, path: ModulePath, value: Any, known: int) -> Iterator[Column]:

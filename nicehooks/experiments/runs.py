@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.errors import TreeMismatch
+from nicehooks.core.children import unwrap
+from nicehooks.core.sessions import is_acting
+from nicehooks.core.tap import tap_of
+from nicehooks.errors import SweepMismatch, TreeMismatch
 from nicehooks.values import trees
 
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -59,6 +62,24 @@ class Run:
             budget = torch.cuda.mem_get_info(self.inputs[0].device)[0] // 2
         tensors = [leaf for leaf in trees.leaves(self.sample) if isinstance(leaf, Tensor)]
         return max(1, budget // max(1, 3 * sum(map(trees.bytes_of, tensors))))
+
+
+def refuse_steps(model: nn.Module, verb: str) -> None:
+    """Refuses interventions that act here and count steps: the runs of an experiment are one step, and not several.
+
+    Raises:
+        SweepMismatch: there is one; the message names it.
+    """
+    taps = [tap for module in unwrap(model).modules() if (tap := tap_of(module)) is not None]
+    for session in [rule.session for tap in taps for rule in tap.rules]:
+        if session.no_step is not None and is_acting(session):
+            raise SweepMismatch(STEPS_AROUND.format(verb=verb, label=session.label))
+
+
+STEPS_AROUND = (
+    "{verb} runs the model many times, and {label} acts at some steps alone, so that its runs would not be equal.\n"
+    "  Enter it without steps=, or {verb} outside of it."
+)
 
 
 def is_plain(tree: Any) -> bool:

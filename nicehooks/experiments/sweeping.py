@@ -21,7 +21,7 @@ from nicehooks.experiments.lanes import Growing
 from nicehooks.experiments.positions import FromPosition, fits_positions
 from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
-from nicehooks.experiments.runs import Run
+from nicehooks.experiments.runs import Run, refuse_steps
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
 from nicehooks.experiments.telling import Telling
@@ -99,9 +99,13 @@ def sweep(
         SiteNotFound: `where` selects nothing.
         NotCaptured: `values` is a cache that has no value for a site.
         TreeMismatch: a value does not fit its site, or the metric is not one number for each example.
-        SweepMismatch: runs of the model differ from each other, as with dropout in training mode.
+        SweepMismatch: runs of the model differ from each other, as with dropout in training mode, or under an
+            intervention with `steps=`.
     """
+    refuse_steps(model, "sweep")
     run = Run(model, metric, args, kwargs)
+    if run.inputs and run.batch == 0 and run.inputs[0].ndim:
+        raise NiceHooksError("sweep(model, where, values, metric, …): there are no examples in the batch.")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         base, seen = _recorded(run, where, check)
         grid = grid_of(model, where, seen)
@@ -203,8 +207,14 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
     chosen = ("growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
     found = [(name, way) for name in chosen for way in ways[name]]
     if not found:
-        raise NiceHooksError(NO_POSITIONS)
+        raise NiceHooksError(NO_POSITIONS if engine == "positions" else NOT_IN_A_CALL.format(engine=engine))
     return found
+
+
+NOT_IN_A_CALL = (
+    "sweep(…, engine={engine!r}) begins where a module is called, and none of these places is in a call: they are "
+    "parameters.\n    engine='auto' finds a way that fits."
+)
 
 
 NO_POSITIONS = (
@@ -223,7 +233,9 @@ def _levels(base: Base, items: list[GridItem]) -> list[tuple[int, bool]]:
     """At which level lanes may begin, deepest first: each site in a call of its own, if there are several."""
     around = [item.call.around for item in items if item.call is not None]
     common = 0
-    while around and all([len(a) > common and a[common] is around[0][common] for a in around]):
+    for calls in zip(*around, strict=False):
+        if any([call is not calls[0] for call in calls]):
+            break
         common += 1
     deepest = common if len(set(around)) > 1 else common - 1
     widths = (True,) if base.run.batch > 1 else (False, True)

@@ -44,6 +44,10 @@ def _reason(rule: SiteRule, session: Session) -> str:
         )
     if session.elsewhere:
         return f"its module ran in another thread or task, {NOT_THERE}"
+    if session.stopped:
+        return (
+            "a capture with stop=True ended the forward before it. Enter this context first, or let the model run on."
+        )
     if rule.reason:
         return rule.why_not_reached()
     if rule.chain and session.called:

@@ -219,3 +219,12 @@ def test_a_part_is_in_a_cache_where_it_can_be_read() -> None:
         model(torch.ones(4, 2)), model(torch.ones(5, 2))
     assert [text in acts for text in ("1[3]", "1[4]", "1[:, -3]", "1[:, 3]", "1['x']")] == [1, 0, 1, 0, 0]
     assert acts.get("1[4]") is None and [call.shape[0] for call in acts.get("1[:, 2]")] == [4, 5]
+
+
+def test_what_selects_nothing_is_told_what_there_is_and_not_to_select() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    with capture(model, "*[:, -1]") as acts:
+        model(torch.ones(4, 2))
+    for wanted in (lambda: acts.select("*"), lambda: acts.stack("*[:, 0]")):
+        with pytest.raises(SiteNotFound, match=r"nearest: .*\[:, -1\]"):
+            wanted()

@@ -75,6 +75,22 @@ def test_ablation_takes_the_means_of_each_site_and_of_a_part_of_it():
             assert torch.equal(ablated, model(tokens(5)).logits)
 
 
+@pytest.mark.parametrize(
+    ("where", "captured"), [("h.*[:, *]", "h.*"), ("h.*[:, *]", "h.*[:, *]"), ("h.0#*", "h.0#*"), ("h.*[*]", "h.*")]
+)
+def test_a_star_in_a_place_of_ablation_is_all_that_it_stands_for(where, captured):
+    where, captured = f"transformer.{where}", f"transformer.{captured}"
+    model, ids = ARCHITECTURES["gpt2"].build(), tokens(5)
+    with torch.no_grad():
+        with capture(model, captured) as acts:
+            clean = model(ids).logits
+        with ablate(model, where, value=acts):
+            assert torch.equal(model(ids).logits, clean)
+        with ablate(model, where, value=acts * 0), capture(model, "transformer.h.0") as seen:
+            model(ids)
+    assert not seen["transformer.h.0"].any()
+
+
 def test_what_is_no_mean_of_a_site_is_refused_before_anything_runs():
     model, means = ARCHITECTURES["gpt2"].build(), ActivationCache({"transformer.h.1": torch.zeros(1)})
     with pytest.raises(NotCaptured, match=r"'transformer\.h\.0' is not in this cache"):

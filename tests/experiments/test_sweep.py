@@ -7,12 +7,19 @@ import re
 import pytest
 import torch
 from gallery.architectures import ARCHITECTURES, answer
-from gallery.swept import Convolutions, Looped, MeanOfBatch, SequenceFirst, Tagger
+from gallery.swept import Convolutions, Looped, MeanOfBatch, ResidualBlock, SequenceFirst, Tagger
 from sweep_by_hand import far_from_loop, made, recorded
 from torch import nn
 
-from nicehooks import capture, sweep
-from nicehooks.errors import NiceHooksError, NotCaptured, SiteNotFound, SweepMismatch, TreeMismatch
+from nicehooks import attribute, capture, steer, sweep
+from nicehooks.errors import (
+    NiceHooksError,
+    NotCaptured,
+    SiteNotFound,
+    SiteNotReached,
+    SweepMismatch,
+    TreeMismatch,
+)
 
 FAR = 1e-4
 WAYS = ["auto", "growing", "batch", "vmap", "loop"]
@@ -264,3 +271,43 @@ def test_a_function_that_returns_nothing_changes_nothing(engine):
         architecture.build(), "transformer.h.*", lambda region: None, metric, engine=engine, **architecture.inputs(0)
     )
     assert not effects.values.any()
+
+
+@pytest.mark.parametrize("engine", WAYS)
+@pytest.mark.parametrize("where", [["0", "0.a"], ["0.a", "0"], ["", "1"], ["1", "1.a", "0"], "**"])
+def test_a_module_and_what_is_in_it(where, engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ResidualBlock(), ResidualBlock()), torch.randn(3, 4)
+    effects = sweep(model, where, 0.25, lambda out: out[:, 0], x, engine=engine)
+    assert far_from_loop(model, effects, lambda path: 0.25, lambda out: out[:, 0], x) < FAR
+
+
+@pytest.mark.parametrize("where", ["0@tanh#*()", "*@tanh#*()", "0.a@weight.uses#*()"])
+def test_each_call_in_a_forward_is_a_cell(where):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ResidualBlock(), ResidualBlock()), torch.randn(3, 4)
+    effects = sweep(model, where, 0.25, lambda out: out[:, 0], x)
+    assert len(effects.sites) == 1 + where.startswith("*") and "#0" in effects.sites[0]
+    assert far_from_loop(model, effects, lambda path: 0.25, lambda out: out[:, 0], x) < FAR
+
+
+def test_what_is_not_there_is_refused_with_the_place():
+    model, x = nn.Sequential(ResidualBlock(), ResidualBlock()), torch.randn(3, 4)
+    metric = lambda out: out[:, 0]  # noqa: E731
+    with pytest.raises(SiteNotReached, match=r"^0#1 was never reached: its module was called, but only 1 times"):
+        sweep(model, ["0#0", "0#1"], 0.0, metric, x)
+    with pytest.raises(TreeMismatch, match=r"^'0\[\*, 9\]': \[0, 9\] is out of range for Tensor\[3, 4\]"):
+        sweep(model, "0[*, 9]", 0.0, metric, x)
+    with pytest.raises(NiceHooksError, match=r"engine='growing'.*they are parameters"):
+        sweep(model, "0.a@bias[*]", 0.0, metric, x, engine="growing")
+    with pytest.raises(NiceHooksError, match="there are no examples"):
+        sweep(model, "*", 0.0, metric, x[:0])
+
+
+@pytest.mark.parametrize("steps", [0, slice(1, None), lambda step: step % 2 == 0])
+def test_under_an_intervention_at_some_steps_no_two_runs_are_equal(steps):
+    model, x = nn.Sequential(ResidualBlock(), ResidualBlock()), torch.randn(3, 4)
+    for experiment in (sweep, attribute):
+        with pytest.raises(SweepMismatch, match=r"steer\(model, '1', …\) acts at some steps alone"):
+            with steer(model, "1", torch.ones(4), steps=steps):
+                experiment(model, "*", 0.0, lambda out: out[:, 0], x)

@@ -87,3 +87,14 @@ class Small(nn.Module):
         if x.shape[0] > self.most:
             raise torch.OutOfMemoryError("no memory left")
         return x
+
+
+class ResidualBlock(nn.Module):
+    """Adds to its input what two layers make of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.b(torch.tanh(self.a(x)))

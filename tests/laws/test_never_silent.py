@@ -467,6 +467,16 @@ def test_a_path_with_a_mistake_is_noticed_on_entry():
         pytest.fail("entered")
 
 
+def test_what_a_capture_that_stops_has_kept_from_running_is_said_so():
+    model = make("Mlp")
+    with (
+        pytest.raises(SiteNotReached, match="a capture with stop=True ended the forward before it"),
+        capture(model, "blocks.0", stop=True),
+        capture(model, "head"),
+    ):
+        model(inputs())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_context_that_is_a_part_of_the_checkpointed_region_does_not_warn(reentrant):
     """Backward runs it again along with the region."""
