@@ -40,7 +40,7 @@ from nicehooks.ports.gradient_lines import (
     may_have_gradient,
 )
 from nicehooks.values import trees
-from nicehooks.values.trees import Chain, place_in
+from nicehooks.values.trees import STAR, Chain, place_in
 
 NO_GRADIENT = (
     "no gradient came by. Run backward inside the context, of something that depends on this value, with gradients "
@@ -64,7 +64,9 @@ def act_on_gradient(rule: SiteRule, gradient: Tensor, key: str, steps: int, orde
         mapped: how many dimensions in front are those of examples, which an edit sees one by one.
     """
     rule.session.order = order
-    act: Any = partial(rule.act, chain=rule.chain[len(rule.chain) - steps :], key=key)
+    rest = rule.chain[len(rule.chain) - steps :]
+    filled_in = rule.stars and not any([STAR in step if isinstance(step, tuple) else step is STAR for step in rest])
+    act: Any = partial(rule.act_at if filled_in else rule.act, chain=rest, key=key, call=None)
     for _ in range(mapped if rule.action.changes else 0):
         act = torch.vmap(act, randomness="different")
     return act(gradient)
@@ -128,13 +130,28 @@ def watched(rule: SiteRule, frame: Frame, value: Any, chain: Chain) -> Any:
 
 def watched_at(rule: SiteRule, frame: Frame, key: str, value: Any, chain: Chain, used: list[Tensor]) -> Any:
     """As `watched`, at the path `key`; `used` are the tensors that have another use than this one."""
+    spelled = rule.path.chain
+    lead = spelled[: len(spelled) - len(chain)]
     try:
-        way, rest = _split_at_tensor(value, chain)
-        lines = lines_of(frame, rule.path.port.kind)
-        found = _Found(rule, key, len(way), rest, used, [], lines)
-        return trees.rewrite(value, way, lambda part: _watch_part(found, part))
+        for one in _each_in_trees(value, chain):
+            way, rest = _split_at_tensor(value, one)
+            own = tuple([new if old is STAR else old for old, new in zip(spelled, (*lead, *one), strict=True)])
+            text = key if one is chain else with_chain(key, own)
+            found = _Found(rule, text, own, len(way), rest, used, [], lines_of(frame, rule.path.port.kind))
+            value = trees.rewrite(value, way, partial(_watch_part, found))
     except TreeMismatch as error:
         raise rule.at_edge(error, value, key) from None
+    return value
+
+
+def _each_in_trees(value: Any, chain: Chain) -> list[Chain]:
+    """`chain` with each element that trees have in the place of a `*`; the `*` of a tensor is one of its gradient."""
+    for taken, step in enumerate(chain):
+        if step is STAR and not isinstance(trees.get(value, chain[:taken]), Tensor):
+            each = [one[taken] for one in trees.each_index(value, chain[: taken + 1])]
+            rest = chain[taken + 1 :]
+            return [more for entry in each for more in _each_in_trees(value, (*chain[:taken], entry, *rest))]
+    return [chain]
 
 
 def used_by(frame: Frame, value: Any) -> list[Tensor]:
@@ -165,6 +182,7 @@ class _Found(NamedTuple):
     Attributes:
         rule: the rule whose action the gradients go through.
         text: the path of the site in this call.
+        chain: its subscripts, as they are spelled.
         taken: how many steps of the path lead to the tensors.
         rest: the steps that lead on in them.
         used: the tensors that have another use than this one.
@@ -174,6 +192,7 @@ class _Found(NamedTuple):
 
     rule: SiteRule
     text: str
+    chain: Chain
     taken: int
     rest: Chain
     used: list[Tensor]
@@ -182,8 +201,9 @@ class _Found(NamedTuple):
 
     def key(self, more: Chain) -> str:
         """The path of the tensor at the end of `more`."""
-        chain = self.rule.path.chain
-        return with_chain(self.text, (*chain[: self.taken], *more, *chain[self.taken :]))
+        if not more:
+            return self.text
+        return with_chain(self.text, (*self.chain[: self.taken], *more, *self.chain[self.taken :]))
 
 
 def _watch_part(found: _Found, part: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gallery.checkpointed import Checkpointed
-from gallery.returning import UsesJoined
+from gallery.returning import Gives, UsesJoined
 from gallery.trees import Nested
 from gallery.values import Pair
 from torch import nn
@@ -67,6 +67,23 @@ def test_trees_have_a_gradient_for_each_tensor():
     with edit(model, "nest", lambda value: (Pair(value[0].left * 2, value[0].right), *value[1:])):
         assert type(model) is Nested
         model(inputs())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_star_is_each_element_of_a_tree_or_each_index_of_a_gradient(compiled):
+    model = nn.Sequential(Gives(lambda x: (x * 2, {"a": x * 3})), Gives(lambda pair: pair[0] * pair[1]["a"]))
+    run = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(2, 3, requires_grad=True)
+    for path in ("0@grad[*]", "0@grad[1][*]", "0@grad[0][*]"):
+        with capture(model, path) as acts:
+            run(x).sum().backward()
+        expected = {"0@grad[0]": x * 3, "0@grad[1]['a']": x * 2, "0@grad[0][0]": x[0] * 3, "0@grad[0][1]": x[1] * 3}
+        assert len(acts) == 1 + (path != "0@grad[1][*]")
+        assert all(torch.allclose(value, expected[key]) for key, value in acts.items())
+    x.grad = None
+    with ablate(model, "0@grad[*]"):
+        run(x).sum().backward()
+    assert not x.grad.any()
 
 
 def test_frozen_parameters_and_plain_inputs():
