@@ -46,6 +46,7 @@ html_theme = "furo"
 html_title = f"nicehooks {version}"
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 CONTENTS = {
