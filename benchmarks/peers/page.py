@@ -30,11 +30,11 @@ peer: tell us where another way is quicker.
 """
 
 
-WHY = """Where nicehooks is not the quickest: raw hooks, and interp-engine, which is a thin layer over them, cost less
-at one place and at a few. A context here reads a path, looks whether the model is still what it was, acts in its own
-thread alone, and sees on leaving whether each place was reached. `grad_at` also walks the graph once, to find what
-lies outside of the forward. [Benchmarks](../README.md) has where the time goes. torchlens logs every operation with
-its metadata whatever is kept of it, so its figures are those of another job.
+WHY = """Where nicehooks is not the quickest: raw hooks cost less in each row but the sweep, and interp-engine, a thin
+layer over them, at one place and for gradients. A context here reads a path, looks whether the model is still what it
+was, acts in its own thread alone, and sees on leaving whether each place was reached. `grad_at` also walks the graph
+once, to find what lies outside of the forward. [Benchmarks](../README.md) has where the time goes. torchlens logs
+every operation with its metadata, so its figures are those of a larger job.
 """
 
 
@@ -74,8 +74,8 @@ AROUND_WORDS = (
     "seconds that importing it adds, in a new process which has torch and the model's code already; the median of five",
     "a call of the model that the peer was given, when all is done and left, over a bare call of an untouched copy",
     "how many of the modules of that model then have another class, other attributes or hooks than before, or are gone",
-    "a bare call of the untouched copy when all is done, over one before the peer was imported; what differs from 1 by "
-    "more than a tenth is a change to torch itself",
+    "a bare call of the untouched copy when all is done, over one before the peer was imported: above 1 where "
+    "torch itself was changed; within a tenth or so it is noise",
     "MB that importing it adds to the peak of the process",
     "MB that doing each job in each way once adds to that",
 )
