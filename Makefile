@@ -11,6 +11,8 @@
 # make docs          the site, in build/site
 # make dist          wheel and sdist, in dist/, and the quick tier against them in an empty environment
 # make bench         what the library costs, against raw hooks
+# make bench-peers   the same jobs with other libraries, each in an environment of its own; writes benchmarks/peers/README.md
+# make lock-peers    the newest releases of those libraries, into benchmarks/peers/locks, and measures them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,7 +37,8 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 # Threads that wait without spinning: several times faster where other programs want the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages notebooks bench clean
+.PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages notebooks bench \
+	bench-peers lock-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -114,8 +117,14 @@ bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/compiled.py
 	$(BIN)/python benchmarks/harvest.py
 
+bench-peers: $(VENV)/.demo
+	$(BIN)/python benchmarks/peers/run.py
+
+lock-peers: $(VENV)/.demo
+	$(BIN)/python benchmarks/peers/run.py --lock
+
 clean:
-	rm -rf .venv .venv-newest .venv-libraries .venv-mutants .venv-dist build dist
+	rm -rf .venv .venv-newest .venv-libraries .venv-mutants .venv-dist .venv-peers build dist
 
 # The stamps .demo and .dev make repeated runs quick: an environment is made or changed only after one of these files.
 $(VENV)/.demo: pyproject.toml $(LOCK) Makefile

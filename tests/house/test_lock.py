@@ -37,3 +37,13 @@ def test_the_lock_serves_every_machine() -> None:
     assert [line for line in LINES if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
     assert len(LOCKED) == len(LINES)
     assert "nicehooks" not in LOCKED
+
+
+@pytest.mark.parametrize("peer", sorted((ROOT / "benchmarks" / "peers").glob("with_*.py")), ids=lambda path: path.stem)
+def test_each_peer_is_measured_with_the_same_torch(peer: Path) -> None:
+    """From a lock of its own, but for those that run in the environment of this checkout."""
+    lock = ROOT / "benchmarks" / "peers" / "locks" / f"{peer.stem.removeprefix('with_')}.txt"
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)$", lock.read_text(), re.MULTILINE)) if lock.exists() else LOCKED
+    assert lock.exists() or peer.stem in ("with_hooks", "with_nicehooks")
+    for package in ("torch", "transformers", "safetensors"):
+        assert locked[package] == LOCKED[package]

@@ -46,7 +46,7 @@ def test_a_notebook_is_kept_as_it_was_run_from_its_first_cell_to_its_last(file: 
 def test_a_notebook_says_what_was_expected_what_came_out_and_leads_to_files_that_are_there(file: Path) -> None:
     cells = notebooks.read(file)["cells"]
     prose = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    assert prose.startswith("# ") and "**Expected.**" in prose and "## What came out" in prose and "arXiv:" in prose
+    assert re.match("# [^#]", prose) and "**Expected.**" in prose and "## What came out" in prose and "arXiv:" in prose
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", prose)
     assert links and [link for link in links if not (file.parent / link).exists()] == []
 
