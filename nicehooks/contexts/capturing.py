@@ -172,7 +172,7 @@ class _Capture(Action):
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
         if not site.path.port.is_gradient and runs_again(self.cache, key):
             return value
-        unwatched = torch.compiler.is_dynamo_compiling() and self.is_unwatched and not site.path.port.is_output
+        unwatched = torch.compiler.is_dynamo_compiling() and self.is_unwatched and site.path.port.is_of_arguments
         kept = trees.map_tensors(_copied_unless_traced_back, value) if unwatched else value
         self.keeper.keep(kept, session.level, lambda seen: self._put(session, seen, key, site))
         if self.stop:

@@ -269,17 +269,15 @@ class _Mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is fused_attention and as_steps_wanted():
             func = self._in_steps()
-        result = self._result(name, func, args, kwargs)
+        if self.watcher.wants(name, (func, args, kwargs)) and not in_compiled_graph():
+            result = self.watcher.call(name, func, args, kwargs)
+        elif func is attention_of_several_heads and self.watcher.is_here():
+            with self:  # its lines are calls in the module's own forward, too: it is all that the forward consists of
+                result = opened(func)(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         note_packed_heads(func, args, result)
         return result
-
-    def _result(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.watcher.wants(name, (func, args, kwargs)) and not in_compiled_graph():
-            return self.watcher.call(name, func, args, kwargs)
-        if func is attention_of_several_heads and self.watcher.is_here():
-            with self:  # its lines are calls in the module's own forward, too: it is all that the forward consists of
-                return opened(func)(*args, **kwargs)
-        return func(*args, **kwargs)
 
     def _in_steps(self) -> Callable[..., Tensor]:
         @wraps(attention_in_steps)
