@@ -215,7 +215,7 @@ class _StepOfCapture(StepRule):
     def __init__(self, action: _Capture) -> None:
         self.action = action
 
-    def given(self, actions: list[Any]) -> None:
+    def take_actions(self, actions: list[Any]) -> None:
         (self.action,) = actions
 
     def before(self, frame: Frame) -> None:

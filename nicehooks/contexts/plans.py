@@ -84,9 +84,9 @@ class Plans:
 
     NOTE [Plans are used again]
     What a plan consists of depends on the model and on the paths alone, and not on the values that a context brings: a
-    rule is given the action of whoever enters (`SiteRule.given`). So a context that is left leaves its plan here, and
-    the next one of its kind on the same paths takes it, as long as the paths still select the very same sites. A plan
-    holds no module and no value.
+    rule is given the action of whoever enters (`SiteRule.take_actions`). So a context that is left leaves its plan
+    here, and the next one of its kind on the same paths takes it, as long as what its selections have looked at is
+    still there. A plan holds no module and no value.
     """
 
     MOST = 4
@@ -115,7 +115,7 @@ class Plans:
         """Keeps `plan`, without the values that its actions hold."""
         nothing: list[Any] = [None] * plan.size
         for _, rule, _ in plan.taps:
-            rule.given(nothing)
+            rule.take_actions(nothing)
         kept = self.of_model.setdefault(model, {}).setdefault(plan.key, [])
         if len(kept) < self.MOST:
             kept.append(plan)

@@ -31,7 +31,7 @@ def bind(taps: list[Bound], session: Session, actions: list[Any] | None = None, 
         for tap, rule, alone in reversed(taps) if first else taps:
             rule.session = session
             if actions is not None:
-                rule.given(actions)
+                rule.take_actions(actions)
             module: Any = tap.module()
             if module is None:
                 continue

@@ -69,7 +69,7 @@ class Rule:
     suspends = False
     session: Session
 
-    def given(self, actions: list[Any]) -> None:
+    def take_actions(self, actions: list[Any]) -> None:
         """The actions of the intervention that uses the rule from now on."""
 
     def output(self, value: Any) -> Any:

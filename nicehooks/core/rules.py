@@ -86,7 +86,7 @@ class SiteRule(Rule):
         self.of = 0
         self.wild = False
 
-    def given(self, actions: list[Any]) -> None:
+    def take_actions(self, actions: list[Any]) -> None:
         self.action = actions[self.of]
 
     def was_reached(self, session: Session) -> bool:

@@ -181,8 +181,8 @@ class StandIn(AbstractContextManager[nn.Module]):
             self.attributes.__enter__()
             return self.module
         self.other: nn.Module = object.__new__(type(self.module))
-        self.given = {**self.module.__dict__, **self.changes}
-        self.other.__dict__.update(self.given)
+        self.standing = {**self.module.__dict__, **self.changes}
+        self.other.__dict__.update(self.standing)
         return self.other
 
     def __exit__(self, *_: object) -> None:
@@ -190,5 +190,5 @@ class StandIn(AbstractContextManager[nn.Module]):
             self.attributes.__exit__()
             return
         for name, value in self.other.__dict__.items():
-            if value is not self.given.get(name, _MISSING) and name not in self.private:
+            if value is not self.standing.get(name, _MISSING) and name not in self.private:
                 self.module.__dict__[name] = value

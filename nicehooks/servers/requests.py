@@ -211,7 +211,7 @@ class _Context:
         ]
         for _, rule in self.rules:
             rule.session = self.session
-            rule.given([action for _, action in actions])
+            rule.take_actions([action for _, action in actions])
             _refuse_if_shared(self.own, rule)
         cache = self.own._entered(self.session)
         self.cache: ActivationCache | None = cache if isinstance(cache, ActivationCache) else None
