@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from nicehooks.values.trees import Chain
+from nicehooks.values.trees import Chain, items_of
 
 MOST_DIMENSIONS = 4
 """Of more subscripted dimensions than these not every grouping is tried."""
@@ -38,15 +38,11 @@ def regrouped(chain: Chain) -> Iterator[tuple[Chain, Chain]]:
 def _start_of_tensor(chain: Chain) -> int:
     """From where on `chain` has subscripts of a tensor alone: a step before may split dimensions, or be of a tree."""
     start = len(chain)
-    while start > 0 and all(map(_is_subscript, _subscripts_in(chain[start - 1]))):
+    while start > 0 and all(map(_is_subscript, items_of(chain[start - 1]))):
         start -= 1
     while start < len(chain) and not isinstance(chain[start], tuple | slice):
         start += 1
     return start
-
-
-def _subscripts_in(step: Any) -> tuple[Any, ...]:
-    return step if isinstance(step, tuple) else (step,)
 
 
 def _is_subscript(item: Any) -> bool:
@@ -57,7 +53,7 @@ def _taken_of(steps: Chain) -> dict[int, Any]:
     """What `steps` take of each dimension of the tensor; nothing where one takes some of what another took."""
     taken: dict[int, Any] = {}
     for step in steps:
-        items = _subscripts_in(step)
+        items = items_of(step)
         ints = [dim for dim, item in taken.items() if isinstance(item, int)]
         there = [dim for dim in range(len(ints) + len(items)) if dim not in ints]
         for dim, item in zip(there, items, strict=False):

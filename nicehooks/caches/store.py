@@ -59,7 +59,8 @@ class Store(dict[str, Any]):
         return self._read(path, *found)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        found = self._find(key)
+        return default if found is None or not self._has(*found) else self._read(key, *found)
 
     def __contains__(self, key: object) -> bool:
         found = self._find(key)

@@ -270,8 +270,8 @@ class _CapturedOutput(OutputRule):
     A graph gives out what is in a tensor at its end, and `GraphWatch` counts the writes to it up to there. It needs the
     call of the model in the graph. Where only a part of the model is compiled nothing tells the end of its graph, so
     the model goes on with a copy, and what it writes into that is not seen in the cache. What the module was given and
-    returns as it is stays the same tensor for the model, which may know it by another name. So does what is seen in
-    another place than the output of a module: there the cache gets the copy, unless gradients are to come back to it.
+    returns as it is stays the same tensor for the model, which may know it by another name. So do its arguments: of
+    these the cache gets the copy, unless gradients are to come back to them.
     """
 
     __slots__ = ()

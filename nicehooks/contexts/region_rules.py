@@ -23,6 +23,7 @@ from nicehooks.core.when import When
 from nicehooks.torch_private import transforms_running
 from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS
+from nicehooks.values.regions import items_of
 
 Shape = tuple[bool, ...]
 """Of a subscript: which of its items are indices; the others are whole dimensions."""
@@ -34,7 +35,7 @@ def shape_of(site: Site) -> Shape | None:
     if not path.port.is_output or path.call is not None or len(path.chain) != 1:
         return None
     step = path.chain[0]
-    items = step if isinstance(step, tuple) else (step,)
+    items = items_of(step)
     shape = tuple([type(item) is int for item in items])
     plain = all([index or item == slice(None) for index, item in zip(shape, items, strict=True)])
     at = shape.index(True) if any(shape) else 0
@@ -96,7 +97,7 @@ class RegionRule(OutputRule):
             return None
         if torch_private.innermost_transform() is not None or value.is_nested:  # which has no sizes
             return None
-        shape = _subscript_items(self)
+        shape = items_of(self.chain[0])
         dims = [dim for dim, item in enumerate(shape) if type(item) is int]
         if len(shape) > value.ndim or not (places := _places_in_region(self.together, dims, value)):
             return None
@@ -118,15 +119,10 @@ class RegionRule(OutputRule):
         self.note_checkpoint(first, written)
 
 
-def _subscript_items(rule: RegionRule) -> tuple[Any, ...]:
-    step = rule.chain[0]
-    return step if isinstance(step, tuple) else (step,)
-
-
 def _places_in_region(rules: list[RegionRule], dims: list[int], value: Tensor) -> list[tuple[int, ...]]:
     """The indices of each rule, counted from the start; empty where one is out of range or two are one place."""
     sizes = [value.shape[dim] for dim in dims]
-    given = [[_subscript_items(rule)[dim] for dim in dims] for rule in rules]
+    given = [[items_of(rule.chain[0])[dim] for dim in dims] for rule in rules]
     if any([not -size <= at < size for each in given for at, size in zip(each, sizes, strict=True)]):
         return []
     places = [tuple([at % size for at, size in zip(each, sizes, strict=True)]) for each in given]

@@ -21,7 +21,7 @@ from nicehooks.paths.grammar import ModulePath, with_chain
 from nicehooks.paths.ports import EVERY_CALL, OutputSpelling
 from nicehooks.values.nodes import leaves
 from nicehooks.values.parts import each_index, rewrite
-from nicehooks.values.regions import Chain, Rows
+from nicehooks.values.regions import STAR, Chain, Rows, items_of
 
 
 class Action:
@@ -160,7 +160,7 @@ class SiteRule(Rule):
         if self.rows:
             rows = Rows(self.session.progress().rows)
             chain = tuple([rows if isinstance(step, Rows) else step for step in chain])
-        if not self.stars:
+        if not self.stars or not any([item is STAR for step in chain for item in items_of(step)]):
             return self.act_at(value, chain, key, call)
         lead = self.path.chain[: len(self.path.chain) - len(chain)]
         try:

@@ -24,7 +24,7 @@ from nicehooks.experiments.effects import Axis, is_grid
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
-from nicehooks.values.trees import STAR, Chain, Heads, Rows
+from nicehooks.values.trees import STAR, Chain, Heads, Rows, items_of
 
 
 class Cell(NamedTuple):
@@ -177,8 +177,8 @@ def _columns(site: Site, path: ModulePath, value: Any, known: int) -> Iterator[C
     yield Column("call", "call", str(path.call), site.path.call == EVERY_CALL)
     names = _names_of_dimensions(path, value, known)
     for at in range(known, len(path.chain)):
-        items = _items_of_step(path.chain[at])
-        for place, (star, item) in enumerate(zip(_items_of_step(site.path.chain[at]), items, strict=True)):
+        items = items_of(path.chain[at])
+        for place, (star, item) in enumerate(zip(items_of(site.path.chain[at]), items, strict=True)):
             name = names[place] if place < len(names) else "element"
             yield Column(f"step {at - known} item {place}", name, _shown_label(item), star is STAR)
         was_tensor, value = isinstance(value, Tensor), trees.get(value, path.chain[at : at + 1])
@@ -222,10 +222,6 @@ def _left(names: tuple[str, ...], items: Sequence[Any]) -> tuple[str, ...]:
     """The names of the dimensions that an index leaves."""
     taken = {place for place, item in enumerate(items) if type(item) is int}
     return tuple([name for place, name in enumerate(names) if place not in taken])
-
-
-def _items_of_step(step: Any) -> tuple[Any, ...]:
-    return step if isinstance(step, tuple) else (step,)
 
 
 def _shown_label(item: Any) -> str:

@@ -29,7 +29,7 @@ from nicehooks.experiments.recording import CallsAround, FrameAction, RecordedCa
 from nicehooks.experiments.replacements import Replacements
 from nicehooks.experiments.runs import Run
 from nicehooks.values import trees
-from nicehooks.values.trees import Chain
+from nicehooks.values.trees import Chain, items_of
 
 
 class Growing:
@@ -290,7 +290,7 @@ def _rows_of_lanes(value: Any, base: Any, count: int) -> list[int]:
 
 def write_lane(block: Any, chain: Chain, region: Any, new: Any) -> None:
     """Writes `new` into the `region` at the end of `chain` in `block`, in place."""
-    if any([isinstance(item, list) for step in chain for item in (step if isinstance(step, tuple) else (step,))]):
+    if any([isinstance(item, list) for step in chain for item in items_of(step)]):
         region, new = block, trees.rewrite(block, chain, lambda _: new)  # such a region is no view
     for old, other in zip(trees.leaves(region), trees.leaves(new), strict=True):
         if isinstance(old, Tensor):

@@ -20,7 +20,7 @@ from nicehooks.paths.patterns import Choice, Pattern
 from nicehooks.paths.ports import EVERY_CALL, OUTPUT, Port, read_port
 from nicehooks.paths.subscripts import fault, read_chain
 from nicehooks.torch_private import evaluated_while_tracing
-from nicehooks.values.regions import STAR, Chain, show_step
+from nicehooks.values.regions import STAR, Chain, items_of, show_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class ModulePath:
         if not (index is None or isinstance(index, int | str)):
             object.__setattr__(self, "chain", (_as_step(index), *self.chain))
             object.__setattr__(self, "call", None)
-        stars = any(item is STAR for step in self.chain for item in _items(step))
+        stars = any(item is STAR for step in self.chain for item in items_of(step))
         object.__setattr__(self, "has_stars", stars)  # a field: Dynamo reads nothing else of a frozen dataclass
 
     @staticmethod
@@ -150,7 +150,7 @@ def with_chain(text: str, chain: Chain) -> str:
     """The path `text` with other subscripts; where these only fill in its `*`s, the rest stays as it was spelled."""
     path = _parse(text)
     if len(path.chain) == len(chain):
-        chain = tuple([new if STAR in _items(own) else own for own, new in zip(path.chain, chain, strict=True)])
+        chain = tuple([new if STAR in items_of(own) else own for own, new in zip(path.chain, chain, strict=True)])
     return str(replace(path, chain=chain))
 
 
@@ -160,10 +160,6 @@ def _as_step(index: Any) -> Any:
         return index
     items: tuple[Any, ...] = tuple([STAR if type(item) is str and item == "*" else item for item in index])
     return items[0] if len(items) == 1 else items
-
-
-def _items(step: Any) -> tuple[Any, ...]:
-    return step if isinstance(step, tuple) else (step,)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -64,9 +64,7 @@ def act_on_gradient(rule: SiteRule, gradient: Tensor, key: str, steps: int, orde
         mapped: how many dimensions in front are those of examples, which an edit sees one by one.
     """
     rule.session.order = order
-    rest = rule.chain[len(rule.chain) - steps :]
-    filled_in = rule.stars and not any([STAR in step if isinstance(step, tuple) else step is STAR for step in rest])
-    act: Any = partial(rule.act_at if filled_in else rule.act, chain=rest, key=key, call=None)
+    act: Any = partial(rule.act, chain=rule.chain[len(rule.chain) - steps :], key=key)
     for _ in range(mapped if rule.action.changes else 0):
         act = torch.vmap(act, randomness="different")
     return act(gradient)

@@ -14,7 +14,7 @@ from nicehooks import torch_private
 from nicehooks.errors import TreeMismatch
 from nicehooks.values import regions
 from nicehooks.values.nodes import Node, is_nested, is_same, open_node, structure_of
-from nicehooks.values.regions import STAR, Chain, Heads, Rows, show_step
+from nicehooks.values.regions import STAR, Chain, Heads, Rows, items_of, show_step
 
 
 def get(tree: Any, chain: Chain) -> Any:
@@ -58,7 +58,7 @@ def length(tree: Any, items: list[Any], position: int) -> int:
 def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
     """`chain` with each index that `tree` has in the place of a `*`: positions, and in a mapping its keys."""
     for done, step in enumerate(chain):
-        items = list(step) if isinstance(step, tuple) else [step]
+        items = list(items_of(step))
         stars = [position for position, item in enumerate(items) if item is STAR]
         if stars:
             for index in _indices(get(tree, chain[:done]), items, stars[0]):

@@ -61,6 +61,11 @@ STAR = Constant(__name__, "STAR", "*")
 """`*` in a subscript: one site per index."""
 
 
+def items_of(step: Any) -> tuple[Any, ...]:
+    """The items of a subscript: of a tuple its own, otherwise the one that it is."""
+    return step if isinstance(step, tuple) else (step,)
+
+
 def show_step(step: Any) -> str:
     """A step of a chain as it is written in a path."""
     if isinstance(step, Heads | Rows):
@@ -95,7 +100,7 @@ def _read_unchecked(tensor: Tensor, step: Any) -> Tensor:
         return _split(tensor, step.count)
     if isinstance(step, Rows):
         return _split_rows(tensor, step.sizes)
-    items = step if isinstance(step, tuple) else (step,)
+    items = items_of(step)
     if any(isinstance(item, str) for item in items):
         raise TreeMismatch(f"{show_step(step)} is a key, but the value is {structure_of(tensor)}")
     if any(isinstance(item, slice) and item.step is not None and item.step < 1 for item in items):
@@ -115,7 +120,7 @@ def _is_within(tensor: Tensor, step: Any) -> bool:
 
 def _by_dimension(tensor: Tensor, step: Any) -> list[Any]:
     """The items of a subscript, with whole dimensions for its `...`."""
-    items = list(step) if isinstance(step, tuple) else [step]
+    items = list(items_of(step))
     if Ellipsis in items:
         at = items.index(Ellipsis)
         fill = tensor.ndim - sum(item is not None and item is not Ellipsis for item in items)

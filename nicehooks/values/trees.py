@@ -3,7 +3,7 @@
 from nicehooks.values.assignment import KEEP, assign, fits, is_complex, is_distributed, usable
 from nicehooks.values.nodes import Node, is_nested, is_same, leaves, open_node, structure_of
 from nicehooks.values.parts import each_index, get, length, rewrite
-from nicehooks.values.regions import STAR, Chain, Heads, Rows, show_step
+from nicehooks.values.regions import STAR, Chain, Heads, Rows, items_of, show_step
 from nicehooks.values.whole import as_it_is, bytes_of, has_spine_of, map_children, map_tensors, place_in
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_distributed",
     "is_nested",
     "is_same",
+    "items_of",
     "leaves",
     "length",
     "map_children",
