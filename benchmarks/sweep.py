@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import capture, patch, sweep
+from nicehooks.cli.prompts import last_logits_only
 
 LAYERS, POSITIONS = 12, 16
 Work = Callable[[], Tensor]
@@ -73,6 +74,25 @@ def raw_loop(model: nn.Module, names: list[str], clean: dict[str, Tensor], **inp
     return torch.stack(effects).reshape(len(names), -1)
 
 
+def one_growing_forward(model: nn.Module, names: list[str], clean: dict[str, Tensor], **inputs: Any) -> Tensor:
+    """One forward in which a raw hook on each layer appends a row for each position: as quick as it is by hand."""
+    places = torch.arange(POSITIONS)
+
+    def appending(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            rows = output[:1].repeat(POSITIONS, 1, 1)
+            rows[places, places] = clean[name][0]
+            return torch.cat([output, rows])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(appending(name)) for name in names]
+    metrics = metric(model(**inputs))
+    for handle in handles:
+        handle.remove()
+    return (metrics[1:] - metrics[0]).reshape(len(names), -1)
+
+
 def residual_grid(model: nn.Module, what: str, targets: dict[str, float], ways: dict[str, Any], **more: Any) -> Grid:
     """Layers × positions of the residual stream of a GPT-2."""
     names = [f"transformer.h.{layer}" for layer in range(LAYERS)]
@@ -85,7 +105,10 @@ def residual_grid(model: nn.Module, what: str, targets: dict[str, float], ways: 
         given: Any = {**options, **inputs}
         return lambda: sweep(model, "transformer.h.*[:, *]", clean, metric, **given).values
 
-    all_ways: dict[str, Work] = {"raw hooks": lambda: raw_loop(model, names, clean, **inputs)}
+    all_ways: dict[str, Work] = {
+        "raw hooks": lambda: raw_loop(model, names, clean, **inputs),
+        "raw hooks, growing": lambda: one_growing_forward(model, names, clean, **inputs),
+    }
     return Grid(what, {**all_ways, **{name: by(options) for name, options in ways.items()}}, targets)
 
 
@@ -123,10 +146,13 @@ def demo_grid() -> Grid:
         return batched_loop(model, pair, clean)
 
     def swept(engine: Any) -> Work:
-        given: Any = {"engine": engine, **pair.corrupted}
+        given: Any = {"engine": engine, **pair.corrupted, **last_logits_only(model)}
         return lambda: sweep(model, "model.layers.*[:, *]", clean, pair.logit_difference, **given).values
 
-    ways = {"batched loop": loop, "sweep": swept("auto"), "growing": swept("growing")}
+    ways = {
+        name: swept(engine) for name, engine in (("sweep", "auto"), ("positions", "positions"), ("growing", "growing"))
+    }
+    ways = {"batched loop": loop, **ways}
     return Grid("SmolLM2, 30 layers × 14 positions", ways, {"sweep": 3.0})
 
 
@@ -145,9 +171,10 @@ def heads_grid() -> Grid:
                 effects.append((metric(model(ids)) - baseline).mean())
         return torch.stack(effects)
 
+    last: Any = last_logits_only(model)
     ways: dict[str, Work] = {
         "loop": loop,
-        "sweep": lambda: sweep(model, where, 0.0, metric, ids).values.flatten()[::HEADS_SKIPPED],
+        "sweep": lambda: sweep(model, where, 0.0, metric, ids, **last).values.flatten()[::HEADS_SKIPPED],
     }
     return Grid(
         f"SmolLM2, 30 × 9 heads, 4 prompts (loop: one in {HEADS_SKIPPED})", ways, {"sweep": 5.0 / HEADS_SKIPPED}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nicehooks import attribute, capture, sweep
 from nicehooks.anatomies.residual import residual_stream
 from nicehooks.cli.part_names import is_single, parts_called
-from nicehooks.cli.prompts import PromptPairs
+from nicehooks.cli.prompts import PromptPairs, last_logits_only
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.grids import stems_of
@@ -71,14 +71,17 @@ def patched(
         model(**pairs.clean)
     given: dict[str, Any] = {"engine": engine} if method == EXACT else {"method": method}
     run: Any = sweep if method == EXACT else attribute
-    effects: Effects = run(model, where, values, pairs.logit_difference, progress=show, **given, **pairs.corrupted)
+    spared = last_logits_only(model) if axes and what != "logits" else {}  # not where a path may ask for all of them
+    given |= {"progress": show, **spared}
+    effects: Effects = run(model, where, values, pairs.logit_difference, **given, **pairs.corrupted)
     return labelled(effects.normalized(clean, corrupted), axes)
 
 
 def differences(model: nn.Module, pairs: PromptPairs) -> tuple[Tensor, Tensor]:
     """The mean logit difference of the clean prompts, and of the corrupted ones."""
     with torch.no_grad():
-        clean, corrupted = [pairs.logit_difference(model(**inputs)) for inputs in (pairs.clean, pairs.corrupted)]
+        outputs = [model(**inputs, **last_logits_only(model)) for inputs in (pairs.clean, pairs.corrupted)]
+    clean, corrupted = map(pairs.logit_difference, outputs)
     return clean.mean(), corrupted.mean()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nicehooks.errors import NiceHooksError
 
@@ -44,6 +45,11 @@ class PromptPairs:
         rows = torch.arange(len(logits), device=logits.device)
         answer, wrong = [tokens.to(rows.device).expand(len(rows)) for tokens in (self.answer, self.wrong)]
         return logits[rows, answer] - logits[rows, wrong]
+
+
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """What to call `model` with so that it leaves out the logits that no `logit_difference` reads, if it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:

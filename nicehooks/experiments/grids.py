@@ -146,11 +146,11 @@ def _cells_at(site: Site, seen: ActivationCache) -> Iterator[Cell]:
     if not every and last >= len(values):
         raise SiteNotReached(NOT_SO_OFTEN.format(path=site, count=len(values)))
     for call in range(len(values)) if every else [last]:
-        number = call if every else site.path.call
-        at = replace(stem, call=number)
-        for chain in _chains_at(site, values[call], site.path.chain[len(stem.chain) :]):
+        at, value = replace(stem, call=call if every else site.path.call), values[call]
+        named, dimensions = tuple(_columns_of_name(site, at)), _names_of_dimensions(at, value)
+        for chain in _chains_at(site, value, site.path.chain[len(stem.chain) :]):
             path = replace(at, chain=(*stem.chain, *chain))
-            yield Cell(site, path, at, chain, tuple(_columns(site, path, values[call], len(stem.chain))))
+            yield Cell(site, path, at, chain, (*named, *_columns_of_chain(site, at, chain, value, dimensions)))
 
 
 NOT_SO_OFTEN = "{path!s} was never reached: its module was called, but only {count} times in a run."
@@ -166,23 +166,29 @@ def _chains_at(site: Site, value: Any, chain: Chain) -> list[Chain]:
     return chains
 
 
-def _columns(site: Site, path: ModulePath, value: Any, known: int) -> Iterator[Column]:
-    """What `path` says, place by place; `value` stands behind the first `known` steps of its chain."""
-    parts = path.plain_name.split(".")
+def _columns_of_name(site: Site, stem: ModulePath) -> Iterator[Column]:
+    """What the name of a cell says, and the number of its call, place by place."""
+    parts = stem.plain_name.split(".")
     skeleton = ".".join(["*" if part.isdigit() else part for part in parts])
-    fixed = "".join(map(trees.show_step, path.chain[:known]))
-    yield Column("module", "module", f"{skeleton}{path.port}{fixed}", False)
+    yield Column("module", "module", f"{skeleton}{stem.port}{stem.subscripts}", False)
     for count, (before, number) in enumerate(_numbers_in(parts)):
         yield Column(f"number {count}", before, number, False)
-    yield Column("call", "call", str(path.call), site.path.call == EVERY_CALL)
-    names = _names_of_dimensions(path, value, known)
-    for at in range(known, len(path.chain)):
-        items = items_of(path.chain[at])
-        for place, (star, item) in enumerate(zip(items_of(site.path.chain[at]), items, strict=True)):
+    yield Column("call", "call", str(stem.call), site.path.call == EVERY_CALL)
+
+
+def _columns_of_chain(
+    site: Site, stem: ModulePath, chain: Chain, value: Any, names: tuple[str, ...]
+) -> Iterator[Column]:
+    """What the `chain` from a `stem` to a cell says, place by place; `names` are those of the dimensions of `value`."""
+    asked = site.path.chain[len(stem.chain) :]
+    for number, (step, own) in enumerate(zip(asked, chain, strict=True)):
+        items = items_of(own)
+        for place, (star, item) in enumerate(zip(items_of(step), items, strict=True)):
             name = names[place] if place < len(names) else "element"
-            yield Column(f"step {at - known} item {place}", name, _shown_label(item), star is STAR)
-        was_tensor, value = isinstance(value, Tensor), trees.get(value, path.chain[at : at + 1])
-        names = _left(names, items) if was_tensor else _names_of_dimensions(path, value, 0)
+            yield Column(f"step {number} item {place}", name, _shown_label(item), star is STAR)
+        if number + 1 < len(chain):
+            was_tensor, value = isinstance(value, Tensor), trees.get(value, (own,))
+            names = _left(names, items) if was_tensor else _names_of_dimensions(replace(stem, chain=()), value)
 
 
 def _numbers_in(parts: list[str]) -> Iterator[tuple[str, str]]:
@@ -205,12 +211,11 @@ _NAMES = {
 _OF_CALLS = {**_NAMES, 4: ("example", "head", "query", "key")}
 
 
-def _names_of_dimensions(path: ModulePath, value: Any, known: int) -> tuple[str, ...]:
-    """What the dimensions of a tensor mean, as far as its port and their number tell."""
+def _names_of_dimensions(path: ModulePath, value: Any) -> tuple[str, ...]:
+    """What the dimensions of the tensor at `path` mean, as far as its port and their number tell."""
     if not isinstance(value, Tensor):
         return ()
-    split = known > 0 and isinstance(path.chain[known - 1], Heads)
-    if split:
+    if path.chain and isinstance(path.chain[-1], Heads):
         return (*_NAMES.get(value.ndim - 1, ())[:-1], "head", "neuron")
     is_call = str(path.port).endswith(")") or ")." in str(path.port)
     if path.port.name and not is_call:  # a parameter

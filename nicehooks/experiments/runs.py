@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,13 @@ class Run:
         if value.ndim > 1:
             raise TreeMismatch(NO_NUMBER.format(shape=trees.structure_of(value)))
         return value if value.is_floating_point() else value.float()
+
+    @functools.cached_property
+    def scale(self) -> tuple[float, float]:
+        """The largest number in `sample`, and the spacing of its floating-point numbers at 1: how exact others are."""
+        tensors = [leaf for leaf in trees.leaves(self.sample) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        largest = max([1e-6, *[tensor.abs().max().item() for tensor in tensors if tensor.numel()]])
+        return largest, max([0.0, *[torch.finfo(tensor.dtype).eps for tensor in tensors]])
 
     def lanes_in(self, budget: int) -> int:
         """How many batches side by side take about `budget` bytes, if three tensors as large as the output live."""

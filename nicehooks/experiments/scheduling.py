@@ -167,7 +167,7 @@ class Schedule:
 
     def _is_as_expected(self, item: GridItem, metric: Tensor) -> None:
         expected = self.expected[item.at]
-        if not is_close(metric, expected, self.base.metric, self.base.run.sample):
+        if not is_close(self.base.run, metric, expected, self.base.metric):
             raise Differs(
                 f"{str(item.cell.path)!r} is {_shown_notes(metric)}, and in the plain loop {_shown_notes(expected)}"
             )
