@@ -48,7 +48,7 @@ class Reduce(Copying):
     __slots__ = ()
     name = "__reduce_ex__"
 
-    def __call__(self, protocol: Any = 2) -> Any:
+    def __call__(self, protocol: Any) -> Any:
         reduced = self.of_model(protocol)
         if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced

@@ -49,6 +49,7 @@ def attribute(
     *args: Any,
     method: str = "gradient",
     points: int = 10,
+    subspace: Tensor | None = None,
     progress: Telling = False,
     **kwargs: Any,
 ) -> Attribution:
@@ -75,7 +76,8 @@ def attribute(
     Args:
         model: any module.
         where: what to intervene on, as for `sweep`: `"h.*[:, *]"` is layers × positions.
-        values: what takes the place of the values there: a cache from another run, a number, or a tensor.
+        values: what takes the place of the values there, as for `sweep`: a cache from another run or of means, a
+            number, a tensor, a function of the value, `"resample"`, or several alternatives, which are the first axis.
         metric: `metric(output)` is a scalar tensor, or one number per example, `[batch]`.
         args: what the model is called with, in the run that is intervened on.
         method: `"gradient"`; `"integrated"`, along the straight line from the value to what replaces it (Sundararajan
@@ -85,6 +87,7 @@ def attribute(
             effects that cancel each other are seen. Its sizes are means of sizes, with the sign of the estimate that
             leaves nothing out.
         points: how many gradients `"integrated"` takes along each line.
+        subspace: an orthonormal basis, `[d, k]`, of the last dimension: only the component within it is replaced.
         progress: shows how far it is, in gradients; or a function of how many there are, and of how many there will be.
         kwargs: what the model is called with.
 
@@ -97,14 +100,24 @@ def attribute(
     if method not in ESTIMATES:
         known = ", ".join(map(repr, ESTIMATES))
         raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
-    experiment = experiment_of(model, where, values, metric, args, kwargs)
-    estimates = ESTIMATES[method](experiment, points, teller(progress, "attribute"))
-    effects = grid_of_effects(estimates, experiment.grid, experiment.baseline)
+    experiment = experiment_of(model, where, values, subspace, metric, args, kwargs)
+    tell, count = teller(progress, "attribute"), len(experiment.replacements.sources)
+    estimates = [
+        effect
+        for at, one in enumerate(experiment.each_alternative())
+        for effect in ESTIMATES[method](one, points, _behind(tell, at, count))
+    ]
+    effects = grid_of_effects(estimates, experiment)
     found = Attribution(
         effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES_ON_ESTIMATES[method]]
     )
     found.experiment = experiment
     return found
+
+
+def _behind(tell: Tell, before: int, count: int) -> Tell:
+    """Tells of one of `count` equal parts, `before` of which are done."""
+    return lambda done, total: tell(before * total + done, count * total)
 
 
 def _by_gradient(experiment: Experiment, points: int, tell: Tell) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.core.selection import Where
-from nicehooks.errors import NotCaptured, TreeMismatch
+from nicehooks.errors import TreeMismatch
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
+from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import refuse_steps
 from nicehooks.values import trees
 
@@ -29,7 +30,7 @@ class Experiment:
 
     Attributes:
         model: any module; `args` and `kwargs` are what it is called with.
-        values: a mapping from paths to values, or one value for all cells.
+        replacements: what is put into the cells; `alternative` says which of several.
         metric: of the output, a scalar tensor or `[batch]`.
         grid: the cells, and their axes.
         base: the values around the cells in the run without an intervention.
@@ -38,7 +39,7 @@ class Experiment:
     """
 
     model: nn.Module
-    values: Any
+    replacements: Replacements
     metric: Metric
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -46,25 +47,24 @@ class Experiment:
     base: ActivationCache
     baseline: Tensor
     gradients: Mapping[str, Any]
+    alternative: int = 0
+
+    def each_alternative(self) -> Iterator[Experiment]:
+        """The experiment with each of the alternatives that are put into the cells."""
+        for alternative in range(len(self.replacements.sources)):
+            yield replace(self, alternative=alternative)
 
     def base_at(self, cell: Cell) -> Any:
         """The value of a cell in the run without an intervention."""
-        calls = self.base.calls(replace(cell.stem, call=None))
-        return trees.get(calls[-1 if cell.stem.call is None else int(cell.stem.call)], cell.chain)
+        return trees.get(_stem_in(self.base, cell), cell.chain)
 
     def value_at(self, cell: Cell) -> Any:
-        """What the intervention puts into a cell."""
-        if not isinstance(self.values, Mapping):
-            return self.values
-        try:
-            return self.values[str(cell.path)]
-        except KeyError as error:
-            raise error if isinstance(error, NotCaptured) else NotCaptured(NO_VALUE.format(path=cell.path)) from None
+        """What the intervention makes of the value of a cell."""
+        return self.replacements.new(self.alternative, cell, _stem_in(self.base, cell), self.base_at(cell))
 
     def change_at(self, cell: Cell) -> Any:
         """How far the intervention moves the value of a cell: a tensor, or a tree like the value."""
-        base = self.base_at(cell)
-        new = trees.assign(base, self.value_at(cell))
+        base, new = self.base_at(cell), self.value_at(cell)
         moved = iter([leaf for leaf in trees.leaves(new) if isinstance(leaf, Tensor)])
         return trees.map_tensors(lambda old: _moved_by(next(moved), old), base)
 
@@ -83,9 +83,6 @@ def _moved_by(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).masked_fill(new == old, 0)
 
 
-NO_VALUE = "the values have none for {path!r}: capture it in the run whose values are to be patched in."
-
-
 def checked_metric(value: Any) -> Tensor:
     """What a metric returned, if it is a scalar or one number per example.
 
@@ -101,12 +98,16 @@ def checked_metric(value: Any) -> Tensor:
 
 
 def experiment_of(
-    model: nn.Module, where: Where, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    where: Where,
+    values: Any,
+    subspace: Tensor | None,
+    metric: Metric,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Experiment:
     """The experiment, after one forward and one backward that give everything that it needs of the base run."""
     refuse_steps(model, "attribute")
-    if isinstance(values, Mapping) and not isinstance(values, ActivationCache):
-        values = ActivationCache({str(path): value for path, value in values.items()})
     stems, baseline = stems_of(model, where, "attribute"), list[Tensor]()
 
     def once(output: Any) -> Tensor:
@@ -120,7 +121,15 @@ def experiment_of(
     calls = {str(cell.stem) for cell in grid.cells if cell.stem.call is not None}
     if calls:  # of modules that are called several times, the gradient of each call
         _, gradients = grad_at(model, sorted(calls), once)(*args, **kwargs)
-    return Experiment(model, values, metric, args, kwargs, grid, base, baseline[0], gradients)
+    first = grid.cells[0]
+    replacements = replacements_of(values, trees.get(_stem_in(base, first), first.chain), subspace, "attribute")
+    return Experiment(model, replacements, metric, args, kwargs, grid, base, baseline[0], gradients)
+
+
+def _stem_in(base: ActivationCache, cell: Cell) -> Any:
+    """The value around a cell, of its own call."""
+    calls = base.calls(replace(cell.stem, call=None))
+    return calls[-1 if cell.stem.call is None else int(cell.stem.call)]
 
 
 # --- from gradients to effects ----------------------------------------------------------------------------------------
@@ -153,10 +162,12 @@ def sum_per_example(products: Sequence[Tensor], baseline: Tensor) -> Tensor:
     return torch.stack([product.sum() for product in products]).sum() / batch + torch.zeros_like(baseline)
 
 
-def grid_of_effects(each: Sequence[Tensor], grid: Grid, baseline: Tensor, notes: Sequence[str] = ()) -> Effects:
-    """The effects of the cells, each a scalar or `[batch]`, as a grid."""
-    shape = [len(axis.labels) for axis in grid.axes]
+def grid_of_effects(each: Sequence[Tensor], experiment: Experiment, notes: Sequence[str] = ()) -> Effects:
+    """The effects of the cells of each alternative, each a scalar or `[batch]`, as a grid."""
+    replacements, baseline = experiment.replacements, experiment.baseline
+    axes, sites = replacements.axes_with(experiment.grid.axes), experiment.grid.sites * len(replacements.sources)
+    shape = [len(axis.labels) for axis in axes]
     every = torch.stack(list(each)).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
     if not baseline.ndim:
-        return Effects(every.reshape(shape), grid.axes, baseline, grid.sites, None, notes)
-    return Effects(every.mean(-1).reshape(shape), grid.axes, baseline, grid.sites, every.reshape(*shape, -1), notes)
+        return Effects(every.reshape(shape), axes, baseline, sites, None, notes)
+    return Effects(every.mean(-1).reshape(shape), axes, baseline, sites, every.reshape(*shape, -1), notes)

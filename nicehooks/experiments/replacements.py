@@ -1,8 +1,8 @@
-"""What a sweep puts into each cell: one value, or one for each of several alternatives."""
+"""What an experiment puts into each cell: one value, or one for each of several alternatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -25,12 +25,14 @@ class Replacements(NamedTuple):
     """What is put into each cell.
 
     Attributes:
+        verb: whose they are, for messages.
         sources: one for each alternative.
         axis: of the alternatives; None where there is one value.
         are_functions: whether they are functions of what stands in the cell.
         subspace: a basis, `[d, k]`: only the component within it is replaced; None for all of it.
     """
 
+    verb: str
     sources: tuple[Source, ...]
     axis: Axis | None
     are_functions: bool
@@ -50,20 +52,25 @@ class Replacements(NamedTuple):
             new = region if given is None and self.are_functions else trees.assign(region, given)
             return new if self.subspace is None or trees.is_same(new, region) else within(self.subspace, region, new)
         except TreeMismatch as error:
-            raise TreeMismatch(f"sweep at {str(cell.path)!r}: {error}") from None
+            raise TreeMismatch(f"{self.verb} at {str(cell.path)!r}: {error}") from None
+
+    def axes_with(self, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        """`axes`, behind that of the alternatives if there are several."""
+        return (*([] if self.axis is None else [self.axis]), *axes)
 
 
-def replacements_of(values: Any, region: Any, subspace: Tensor | None) -> Replacements:
+def replacements_of(values: Any, region: Any, subspace: Tensor | None, verb: str = "sweep") -> Replacements:
     """What `values` puts into each cell, within the `subspace`, if `region` is what stands in the first one.
 
     Raises:
         TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
     """
-    each, axis = _alternatives(values, region)
-    return Replacements(tuple(map(_source, each)), axis, any(map(_is_user_function, each)), checked_basis(subspace))
+    each, axis = _alternatives(values, region, verb)
+    sources = tuple([_source(one, verb) for one in each])
+    return Replacements(verb, sources, axis, any(map(_is_user_function, each)), checked_basis(subspace))
 
 
-def _alternatives(values: Any, region: Any) -> tuple[list[Any], Axis | None]:
+def _alternatives(values: Any, region: Any, verb: str) -> tuple[list[Any], Axis | None]:
     if isinstance(values, list):
         labels = [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
         return values, Axis("alternative", tuple(labels))
@@ -72,7 +79,7 @@ def _alternatives(values: Any, region: Any) -> tuple[list[Any], Axis | None]:
     if values.ndim != region.ndim + 1 or not trees.fits(values.shape[1:], region.shape):
         here, there = trees.structure_of(values), trees.structure_of(region)
         raise TreeMismatch(
-            f"sweep(model, where, values, …): {here} is neither a value for {there}, nor several along a new first "
+            f"{verb}(model, where, values, …): {here} is neither a value for {there}, nor several along a new first "
             "dimension."
         )
     labels = [f"{one.item():.4g}" if one.numel() == 1 else str(at) for at, one in enumerate(values)]
@@ -87,11 +94,11 @@ def _is_one(values: Tensor, region: Tensor) -> bool:
     return trees.fits(values.shape, region.shape)
 
 
-def _source(value: Any) -> Source:
+def _source(value: Any, verb: str) -> Source:
     if isinstance(value, str) and value == RESAMPLE:
         return _from_next_example
     if isinstance(value, Mapping):
-        return _FromCache(cast(Any, value))
+        return _FromCache(cast(Any, value), verb)
     if _is_user_function(value):
         return lambda cell, region, base: value(region)
     return lambda cell, region, base: value
@@ -105,8 +112,10 @@ def _from_next_example(cell: Cell, region: Any, base: Any) -> Any:
 class _FromCache:
     """The value that a cache has at the path of a cell."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.cache = values if isinstance(values, ActivationCache) else ActivationCache(values)
+    def __init__(self, values: Mapping[str, Any], verb: str) -> None:
+        self.verb = verb
+        of_paths = isinstance(values, ActivationCache)
+        self.cache = values if of_paths else ActivationCache({str(path): value for path, value in values.items()})
         self.stems: dict[str, Any] = {}
 
     def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
@@ -127,4 +136,7 @@ class _FromCache:
         try:
             return self.cache[str(cell.path)]
         except NotCaptured as error:
-            raise NotCaptured(f"sweep(model, where, values, …) has no value for {str(cell.path)!r}: {error}") from None
+            raise NotCaptured(NO_VALUE.format(verb=self.verb, path=str(cell.path), error=error)) from None
+
+
+NO_VALUE = "{verb}(model, where, values, …) has no value for {path!r}: {error}"

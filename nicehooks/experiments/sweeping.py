@@ -243,7 +243,7 @@ def _levels(base: Base, items: list[GridItem]) -> list[tuple[int, bool]]:
 
 
 def _effects(base: Base, grid: Grid, replacements: Replacements, metrics: Tensor, notes: list[str]) -> Effects:
-    axes = (*([] if replacements.axis is None else [replacements.axis]), *grid.axes)
+    axes = replacements.axes_with(grid.axes)
     shape = [len(axis.labels) for axis in axes]
     effects = (metrics - base.metric).reshape(*shape, *base.metric.shape)
     examples = effects if base.metric.ndim else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -51,16 +52,16 @@ CONFIDENCE = 0.95
 
 def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, seed: int) -> Verified:
     """`estimates` with exact effects at the `k` largest; see `Attribution.verify`."""
-    cells = experiment.grid.cells
+    places = [(one, cell) for one in experiment.each_alternative() for cell in experiment.grid.cells]
     sizes = estimates.values.flatten().abs()
-    chosen = sorted(sizes.topk(min(k, len(cells))).indices.tolist())
-    found = [effect_of(experiment, [cells[at]]) for at in chosen]
+    chosen = sorted(sizes.topk(min(k, len(places))).indices.tolist())
+    found = [effect_of(experiment, [places[at]]) for at in chosen]
     values, examples = estimates.values.clone(), None if estimates.examples is None else estimates.examples.clone()
     for at, effect in zip(chosen, found, strict=True):
         values.view(-1)[at] = effect.mean()
         if examples is not None:
             examples.view(-1, examples.shape[-1])[at] = effect
-    left = [at for at in range(len(cells)) if at not in set(chosen)]
+    left = {at: place for at, place in enumerate(places) if at not in set(chosen)}
     missed = missed_among(experiment, left, samples, seed, estimates.values) if left and samples else None
     runs = len(chosen) + (samples if missed else 0)
     result = Verified(
@@ -71,38 +72,44 @@ def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, s
         examples,
         [
             *estimates.notes,
-            *_notes(found, len(cells), runs, missed),
+            *_notes(found, len(places), runs, missed),
         ],
     )
-    result.exact = torch.zeros(len(cells), dtype=torch.bool).index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
+    result.exact = torch.zeros(len(places), dtype=torch.bool)
+    result.exact[chosen] = True
     result.exact = result.exact.reshape(values.shape)
-    result.spent, result.missed = runs / max(len(cells), 1), missed
+    result.spent, result.missed = runs / max(len(places), 1), missed
     return result
 
 
-def effect_of(experiment: Experiment, cells: Sequence[Cell]) -> Tensor:
-    """The exact effect of intervening on all of `cells` together, a scalar or `[batch]`."""
-    return experiment.run({str(cell.path): experiment.value_at(cell) for cell in cells}) - experiment.baseline
+Place = tuple[Experiment, Cell]
+"""A cell, and the experiment with the alternative that is put there."""
 
 
-def missed_among(experiment: Experiment, left: Sequence[int], samples: int, seed: int, like: Tensor) -> Missed:
+def effect_of(experiment: Experiment, places: Sequence[Place]) -> Tensor:
+    """The exact effect of intervening at all of `places` together, a scalar or `[batch]`."""
+    return experiment.run({str(cell.path): one.value_at(cell) for one, cell in places}) - experiment.baseline
+
+
+def missed_among(experiment: Experiment, left: Mapping[int, Place], samples: int, seed: int, like: Tensor) -> Missed:
     """What random halves of the cells `left` say of each (Kramár et al. 2024, the diagnostics of AtP*).
 
     The mean effect of the halves with a cell, minus that of the halves without it, is the effect of the cell; how sure
-    that is says Welch's t-test. The bound is the largest effect that it does not exclude for some cell.
+    that is says Welch's t-test. The bound is the largest effect that it does not exclude for some cell. In a half with
+    a cell that several alternatives are left of, one of them is put there.
+
+    Args:
+        experiment: what is run.
+        left: the places, by their number in the grid.
+        samples: how many halves are patched.
+        seed: of the halves.
+        like: the grid.
     """
-    random = torch.Generator().manual_seed(seed)
-    halves = torch.rand(samples, len(left), generator=random) < 0.5
-    cells = experiment.grid.cells
-    results = torch.stack(
-        [
-            effect_of(experiment, [cells[left[at]] for at in half.nonzero().flatten().tolist()]).mean().double().cpu()
-            if half.any()
-            else torch.zeros((), dtype=torch.float64)
-            for half in halves
-        ]
-    )
-    means, errors, freedom = zip(*[_compared(results[half], results[~half]) for half in halves.T], strict=True)
+    places = list(left.values())
+    having, without = _halves(places, samples, seed)
+    results = torch.stack([_mean_effect(experiment, places, half) for half in having])
+    compared = [_compared(results[here], results[not_here]) for here, not_here in zip(having.T, without.T, strict=True)]
+    means, errors, freedom = zip(*compared, strict=True)
     bounds = [
         abs(mean) + _quantile(CONFIDENCE, df) * error for mean, error, df in zip(means, errors, freedom, strict=True)
     ]
@@ -111,6 +118,26 @@ def missed_among(experiment: Experiment, left: Sequence[int], samples: int, seed
         grid[list(left)] = torch.tensor(numbers)
     effects, of_effects = [grid.reshape(like.shape) for grid in spread]
     return Missed(max(bounds), effects, of_effects, CONFIDENCE, samples)
+
+
+def _halves(places: Sequence[Place], samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which of `places` each half has, and the cells of which it leaves alone, `[sample, place]` both."""
+    cells = {path: number for number, path in enumerate(dict.fromkeys([str(cell.path) for _, cell in places]))}
+    of_cell = [cells[str(cell.path)] for _, cell in places]
+    ranks, counts = list[int](), Counter[int]()
+    for number in of_cell:
+        ranks.append(counts[number])
+        counts[number] += 1
+    drawn = 2 * torch.rand(samples, len(cells), generator=torch.Generator().manual_seed(seed))[:, of_cell]
+    shares = torch.tensor([counts[number] for number in of_cell])
+    return (drawn * shares).floor() == torch.tensor(ranks), drawn >= 1
+
+
+def _mean_effect(experiment: Experiment, places: Sequence[Place], half: Tensor) -> Tensor:
+    if not half.any():
+        return torch.zeros((), dtype=torch.float64)
+    chosen = [place for place, is_chosen in zip(places, half.tolist(), strict=True) if is_chosen]
+    return effect_of(experiment, chosen).mean().double().cpu()
 
 
 def _compared(having: Tensor, others: Tensor) -> tuple[float, float, float]:

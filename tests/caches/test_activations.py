@@ -349,6 +349,15 @@ def test_a_cache_made_of_a_cache_notices_as_well(made: Callable[[ActivationCache
         other["plus"]
 
 
+@pytest.mark.parametrize("part", ["plus[0]", "plus[:, 1]"])
+def test_a_part_that_was_selected_notices_as_well(part: str) -> None:
+    acts = run("plus")
+    other = acts.select(part)
+    acts["plus"].add_(1)
+    with pytest.raises(StaleActivation):
+        other[part]
+
+
 # --- what a cache keeps alive -----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,17 @@ from gallery.architectures import VOCABULARY
 from gallery.reading import ReadsHeads
 from torch import Tensor, nn
 
-from nicehooks import ActivationCache, NotCaptured, TreeMismatch, UnsupportedModule, anatomy, attribute, capture, patch
+from nicehooks import (
+    ActivationCache,
+    NotCaptured,
+    TreeMismatch,
+    UnsupportedModule,
+    anatomy,
+    attribute,
+    capture,
+    patch,
+    sweep,
+)
 from nicehooks.experiments.effects import Effects
 
 single_thread = pytest.fixture(one_thread, scope="module", autouse=True)
@@ -193,6 +203,43 @@ def test_numbers_scalars_and_calls_of_a_shared_module() -> None:
     assert torch.allclose(effects.values[1], -(second @ model[4].weight.T).sum(), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["gradient", "integrated"])
+def test_what_may_be_put_there_is_what_sweep_takes(method: str) -> None:
+    """Where the rest is linear every estimate is the effect, of alternatives, functions, means and other examples."""
+    model, clean, corrupted = linear_behind()
+    basis = torch.linalg.qr(torch.randn(3, 2)).Q
+    mean = {"1": seen(model, clean, "1")["1"].mean(0, keepdim=True)}
+
+    def first(output: Tensor) -> Tensor:
+        return output[:, 0]
+
+    def alike(where: Any, values: Any, **options: Any) -> Effects:
+        estimated: Any = attribute(model, where, values, first, corrupted, method=method, **options)
+        exact: Any = sweep(model, where, values, first, corrupted, **options)
+        assert estimated.axes == exact.axes and estimated.sites == exact.sites
+        assert torch.allclose(estimated.examples, exact.examples, atol=1e-6) and exact.examples.abs().max() > 0
+        return estimated
+
+    for values in (0.5, mean, lambda value: 2 * value, lambda value: None if value.mean() > 9 else -value, "resample"):
+        alike("1[:, *]", values)
+    strengths = alike("1[:, *]", torch.tensor([-1.0, 0.0, 2.0])[:, None])
+    assert [axis.name for axis in strengths.axes] == ["alternative", "neuron"]
+    alike("1[:, *]", [0.0, mean, "resample"])
+    alike("1", mean, subspace=basis)
+    checked = strengths.verify(2, samples=30)
+    assert int(checked.exact.sum()) == 2 and torch.allclose(checked.values, strengths.values, atol=1e-6)
+    known = checked.missed.effects[~checked.exact]
+    assert torch.allclose(known, strengths.values[~checked.exact], atol=4 * checked.missed.errors[~checked.exact].max())
+
+
+def test_alternatives_are_told_as_one_run() -> None:
+    model, _, corrupted = linear_behind()
+    told = list[tuple[int, int]]()
+    options: Any = {"method": "integrated", "points": 2, "progress": lambda done, count: told.append((done, count))}
+    attribute(model, "1", [0.0, 1.0], lambda output: output[:, 0], corrupted, **options)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_trees_are_summed() -> None:
     torch.manual_seed(0)
     lstm = nn.LSTM(3, 2)
@@ -215,8 +262,10 @@ def test_what_is_refused() -> None:
         attribute(model, "1", 0.0, torch.sum, corrupted, method="magic")
     with pytest.raises(TreeMismatch, match="not one number, or one per example"):
         attribute(model, "1", 0.0, lambda output: output.unsqueeze(0), corrupted)
-    with pytest.raises(NotCaptured):
+    with pytest.raises(NotCaptured, match=r"attribute\(model, where, values, …\) has no value for '1\[:, 0\]'"):
         attribute(model, "1[:, *]", seen(model, clean, "0"), torch.sum, corrupted)
+    with pytest.raises(TreeMismatch, match=r"attribute\(model, where, values, …\): .* is neither a value for"):
+        attribute(model, "1[:, *]", torch.ones(2, 2, 7), torch.sum, corrupted)
     with pytest.raises(UnsupportedModule, match="no anatomy"):
         attribute(model, "1", 0.0, torch.sum, corrupted, method="atp*")
 

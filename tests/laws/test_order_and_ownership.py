@@ -8,12 +8,13 @@ import threading
 
 import pytest
 import torch
+from gallery.overwriting import Overwriting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from worlds import inputs, make, same, state
 
-from nicehooks import ContextMisuse, NotCalledWarning, capture, describe, edit, patch, select, steer, suspend
+from nicehooks import KEEP, ContextMisuse, NotCalledWarning, capture, describe, edit, patch, select, steer, suspend
 from nicehooks.errors import NotReachedWarning
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -297,3 +298,15 @@ def test_a_suspension_that_was_entered_twice_can_be_left():
             assert model(inputs()).any()
         assert not context.active
         assert not model(inputs()).any()
+
+
+def test_what_is_patched_stays_the_caller_s_own_whatever_the_model_writes_into_it():
+    model, x = Overwriting(), torch.randn(2, 4)
+    with capture(model, "second", clone=True) as acts:
+        model(x)
+    given = {"pair": (torch.ones(2, 4), torch.ones(2, 4)), "second": torch.ones(2, 4)}
+    with patch(model, given):
+        assert torch.equal(model(x), torch.full((2, 4), 3.0))  # 1 + 2 * 1
+    assert all(value.eq(1).all() for value in (*given["pair"], given["second"]))
+    with patch(model, "pair", (KEEP, torch.ones(2, 4))):
+        assert torch.equal(model(x), (acts["second"] + 1).sin() + 2)
