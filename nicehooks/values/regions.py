@@ -125,7 +125,7 @@ def _by_dimension(tensor: Tensor, step: Any) -> list[Any]:
         at = items.index(Ellipsis)
         fill = tensor.ndim - sum(item is not None and item is not Ellipsis for item in items)
         items[at : at + 1] = [slice(None)] * fill
-    return items
+    return [item for item in items if item is not Ellipsis]  # torch reads a second one as no dimension
 
 
 def _split(tensor: Tensor, count: int) -> Tensor:

@@ -51,6 +51,8 @@ def subscripts(draw: Any, shape: tuple[int, ...], advanced: bool = True) -> Any:
         items.insert(leading, ...)
     if draw(st.booleans()):
         items.insert(draw(st.integers(0, len(items))), None)
+    if ... in items and draw(st.booleans()):
+        items.append(...)  # torch takes another one, which is no dimension
     return items[0] if len(items) == 1 and draw(st.booleans()) else tuple(items)
 
 
