@@ -47,6 +47,11 @@ def test_select_is_a_part_of_the_cache(case: str) -> None:
     assert all(torch.equal(part[key], SOME[key]) for key in keys)
 
 
+def test_several_places_are_the_list_of_them() -> None:
+    assert list(SOME.select("head", ["h.3", "h.4@input[0]"], "h.1")) == ["head", "h.3", "h.4@input[0]", "h.1"]
+    assert torch.equal(SOME.stack("h.3", "head"), torch.stack([SOME["h.3"], SOME["head"]]))
+
+
 def test_select_takes_regular_expressions_over_the_keys() -> None:
     assert list(SOME.select(re.compile(r"^h\.\d$"))) == [f"h.{i}" for i in range(10)]
     assert list(SOME.select([re.compile(r"^h\.0"), "head"])) == ["h.0", "h.0@input[0]", "head"]
