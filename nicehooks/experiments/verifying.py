@@ -82,16 +82,18 @@ def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, s
     return result
 
 
-Place = tuple[Experiment, Cell]
+CellChange = tuple[Experiment, Cell]
 """A cell, and the experiment with the alternative that is put there."""
 
 
-def effect_of(experiment: Experiment, places: Sequence[Place]) -> Tensor:
+def effect_of(experiment: Experiment, places: Sequence[CellChange]) -> Tensor:
     """The exact effect of intervening at all of `places` together, a scalar or `[batch]`."""
     return experiment.run({str(cell.path): one.value_at(cell) for one, cell in places}) - experiment.baseline
 
 
-def missed_among(experiment: Experiment, left: Mapping[int, Place], samples: int, seed: int, like: Tensor) -> Missed:
+def missed_among(
+    experiment: Experiment, left: Mapping[int, CellChange], samples: int, seed: int, like: Tensor
+) -> Missed:
     """What random halves of the cells `left` say of each (Kramár et al. 2024, the diagnostics of AtP*).
 
     The mean effect of the halves with a cell, minus that of the halves without it, is the effect of the cell; how sure
@@ -120,7 +122,7 @@ def missed_among(experiment: Experiment, left: Mapping[int, Place], samples: int
     return Missed(max(bounds), effects, of_effects, CONFIDENCE, samples)
 
 
-def _halves(places: Sequence[Place], samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _halves(places: Sequence[CellChange], samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Which of `places` each half has, and the cells of which it leaves alone, `[sample, place]` both."""
     cells = {path: number for number, path in enumerate(dict.fromkeys([str(cell.path) for _, cell in places]))}
     of_cell = [cells[str(cell.path)] for _, cell in places]
@@ -133,7 +135,7 @@ def _halves(places: Sequence[Place], samples: int, seed: int) -> tuple[Tensor, T
     return (drawn * shares).floor() == torch.tensor(ranks), drawn >= 1
 
 
-def _mean_effect(experiment: Experiment, places: Sequence[Place], half: Tensor) -> Tensor:
+def _mean_effect(experiment: Experiment, places: Sequence[CellChange], half: Tensor) -> Tensor:
     if not half.any():
         return torch.zeros((), dtype=torch.float64)
     chosen = [place for place, is_chosen in zip(places, half.tolist(), strict=True) if is_chosen]
