@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -14,7 +14,6 @@ from nicehooks.anatomies.expert_parts import TOLD, each_choice
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import called_with
 from nicehooks.anatomies.single_sites import sites_at
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
@@ -26,29 +25,35 @@ from nicehooks.paths.names import escape
 from nicehooks.values.trees import structure_of
 
 
-def check_parts(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run: str, inputs: Any) -> None:
-    """Checks `layout` on one forward of the module `run`; what does not hold is refused in it.
+def check_parts(
+    model: nn.Module, names: Mapping[str, nn.Module], layouts: Sequence[Layout], runs: Sequence[Callable[[], Any]]
+) -> None:
+    """Checks `layouts` on one forward; what does not hold is refused in them.
 
     Args:
         model: the model.
         names: its modules by name.
-        layout: what is checked; the checks that were passed are written into it.
-        run: the name of the module that is run.
-        inputs: what it is run on.
+        layouts: what is checked; the checks that were passed are written into them.
+        runs: what runs the model; the next one is tried where one raises.
     """
-    now = layout.attention
-    wanted = {path: part for part, path in _paths(layout, now)}
-    acts, output = _captured(model, names[run], sites_at(model, wanted), inputs)
-    seen = Seen(acts, names, now)
+    paths = [list(_paths(layout, layout.attention)) for layout in layouts]
+    wanted = dict.fromkeys(path for each in paths for _, path in each)
+    acts, output = _captured(model, sites_at(model, wanted), runs)
+    for layout, each in zip(layouts, paths, strict=True):
+        seen = Seen(acts, names, layout.attention)
+        _check_layout(seen, layout)
+        _check_ends(seen, layout, output)
+        layout.shapes = {part: structure_of(acts[path]) for part, path in each if path in acts}
+        layout.checked = CHECKED
+
+
+def _check_layout(seen: Seen, layout: Layout) -> None:
     for index, places in enumerate(layout.layers):
         _refuse_unseen(seen, places)
         _check_stream(seen, layout, index)
         check_attention(seen, places)
         _check_mlp(seen, places)
         _check_experts(seen, places)
-    _check_ends(seen, layout, output)
-    layout.shapes = {part: structure_of(acts[path]) for path, part in wanted.items() if path in acts}
-    layout.checked = CHECKED
 
 
 def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
@@ -65,13 +70,23 @@ def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
     yield from ((part, path) for part, path in layout.singles.items() if isinstance(path, str))
 
 
-def _captured(model: nn.Module, run: nn.Module, sites: list[Site], inputs: Any) -> tuple[ActivationCache, Any]:
+def _captured(model: nn.Module, sites: list[Site], runs: Sequence[Callable[[], Any]]) -> tuple[ActivationCache, Any]:
+    for at, run in enumerate(runs):
+        try:
+            with quiet(model), suspend(model):
+                return _captured_once(model, sites, run)
+        except Exception:  # whatever a model may raise that does not run like that
+            if at + 1 == len(runs):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _captured_once(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> tuple[ActivationCache, Any]:
     output: Any = None
     found: list[ActivationCache] = []
-    with suppress(SiteNotReached), quiet(model), suspend(model):
-        with capture(model, sites, clone=True) as acts:  # a clone, because a model may write into what it gives
-            found.append(acts)
-            output = called_with(run, inputs)
+    with suppress(SiteNotReached), capture(model, sites, clone=True) as acts:  # clones: a model may write into values
+        found.append(acts)
+        output = run()
     return found[0], output
 
 

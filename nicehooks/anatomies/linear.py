@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.anatomies.finding import Anatomy
+from nicehooks.anatomies.offloaded import parameter_there
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.ports.weights import numbers_of_parameter
 from nicehooks.values.trees import structure_of
@@ -47,7 +48,7 @@ def linear_part(norm: nn.Module, x: Tensor) -> LinearPart:
     Raises:
         UnsupportedModule: it is neither a LayerNorm nor an RMSNorm.
     """
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight, bias = parameter_there(norm, "weight"), parameter_there(norm, "bias")
     wide = x.float()
     gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
     shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
@@ -98,7 +99,7 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
         UnsupportedModule: the unembedding is no linear layer, or its weight is packed in a form of its own.
         TreeMismatch: a token is not in the vocabulary.
     """
-    weight, bias = _matrix(body, "unembed"), getattr(body.module("unembed"), "bias", None)
+    weight, bias = _matrix(body, "unembed"), parameter_there(body.module("unembed"), "bias")
     to, more = torch.zeros((), device=weight.device), torch.zeros(batch, device=weight.device)
     for sign, given in ((1.0, tokens), (-1.0, against)):
         if given is not None:
@@ -112,8 +113,8 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
 
 def _matrix(body: Anatomy, role: str) -> Tensor:
     """The numbers of the weight of a linear layer, dequantised if need be."""
-    weight = getattr(body.module(role), "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    weight = parameter_there(body.module(role), "weight")
+    if weight is None or weight.ndim != 2:
         raise UnsupportedModule(f"the unembedding {body.name(role)!r} of {body.kind} is no linear layer.")
     return numbers_of_parameter(weight, f"{body.name(role)}@weight")
 
