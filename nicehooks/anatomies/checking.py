@@ -42,6 +42,7 @@ def check_parts(
     for layout, each in zip(layouts, paths, strict=True):
         seen = Seen(acts, names, layout.attention)
         _check_layout(seen, layout)
+        _check_chain(seen, layout)
         _check_ends(seen, layout, output)
         layout.shapes = {part: structure_of(acts[path]) for part, path in each if path in acts}
         layout.checked = CHECKED
@@ -118,6 +119,15 @@ def _refuse_unseen(seen: Seen, places: PartPlaces) -> None:
 def _check_stream(seen: Seen, layout: Layout, index: int) -> None:
     """`resid_pre` and what is added to it make `resid_mid` and `resid_post`, in the form that the layer has."""
     places = layout.layers[index]
+    before = [step.what for step in places.form if step.kind == "add" and places.has(step.what)]
+    _check_sum(seen, places)
+    if not all(places.has(what) for what in before):  # what comes later was not compared with anything
+        for what in before[next(at for at, what in enumerate(before) if not places.has(what)) :]:
+            if places.has(what) and what not in places.passed:
+                places.refuse(what, NOT_COMPARED)
+
+
+def _check_sum(seen: Seen, places: PartPlaces) -> None:
     stream = seen.part(places, "resid_pre")
     if stream is None or not places.form:
         return
@@ -144,6 +154,22 @@ def _check_stream(seen: Seen, layout: Layout, index: int) -> None:
     for part in ("resid_pre", *added, *(one for one in ("resid_mid", "resid_post") if places.has(one))):
         places.passed[part] = f"{text} = resid_post"
     return None
+
+
+def _check_chain(seen: Seen, layout: Layout) -> None:
+    """Where layers give no sum, it is the stream if the next layer reads it, or a table says so."""
+    pairs = list(zip(layout.layers, layout.layers[1:], strict=False))
+    if not layout.is_found or all(places.form for places in layout.layers):
+        return
+    read = [(seen.at(one.gives), seen.part(other, "resid_pre")) for one, other in pairs]
+    if read and all(a is not None and b is not None and off_by(a, b) is None for a, b in read):
+        for places in layout.layers:
+            places.passed = {"resid_pre": NEXT_READS, "resid_post": NEXT_READS, **places.passed}
+        return
+    for places in (one for one in layout.layers if not one.form):
+        for part in ("resid_pre", "resid_post"):
+            if places.has(part):
+                places.refuse(part, NO_CHAIN)
 
 
 def _after(seen: Seen, path: str, reads: str, stream: Tensor) -> Tensor | None:
@@ -248,11 +274,22 @@ def _logits_from(seen: Seen, layout: Layout, normed: Tensor) -> Tensor | None:
         if through is None:
             return None
         normed = through
-    made = seen.run(layout.roles["unembed"], normed)
+    made = seen.unembedded(layout.roles["unembed"], normed)
     return None if made is None else layout.head.of(made)
 
 
 CHECKED = "on a short forward"
+
+NOT_COMPARED = (
+    "what is added before it was checked on a short forward, and is not what its name says: nothing shows that this is"
+)
+
+NEXT_READS = "it is what the next layer reads"
+
+NO_CHAIN = (
+    "nothing shows that it is the stream: what the layer gives is no sum of what it reads and of what is computed in "
+    "it, and it is not what the next layer reads"
+)
 
 NOT_SEEN = "its place {path!r} was not reached in a short forward"
 

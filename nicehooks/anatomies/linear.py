@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nicehooks.anatomies.ends import unembedded_by
 from nicehooks.anatomies.finding import Anatomy
 from nicehooks.anatomies.offloaded import parameter_there
 from nicehooks.errors import TreeMismatch, UnsupportedModule
@@ -48,20 +49,29 @@ def linear_part(norm: nn.Module, x: Tensor) -> LinearPart:
     Raises:
         UnsupportedModule: it is neither a LayerNorm nor an RMSNorm.
     """
-    weight, bias = parameter_there(norm, "weight"), parameter_there(norm, "bias")
-    wide = x.float()
-    gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
-    shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
-    target = norm(x).float() - shift
+    wide, given = x.float(), norm(x).float()
     found: list[tuple[Tensor, LinearPart]] = []
-    for centred, gain in product((True, False), gains):
-        raw = (_centred(wide) if centred else wide) * gain
-        scale = (raw * target).sum(-1, keepdim=True) / (raw * raw).sum(-1, keepdim=True).clamp_min(1e-30)
-        found.append(((raw * scale - target).norm(), LinearPart(gain * scale, shift, centred)))
+    for weight, bias in _gains_and_biases(norm):
+        gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
+        shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
+        target = given - shift
+        for centred, gain in product((True, False), gains):
+            raw = (_centred(wide) if centred else wide) * gain
+            scale = (raw * target).sum(-1, keepdim=True) / (raw * raw).sum(-1, keepdim=True).clamp_min(1e-30)
+            found.append(((raw * scale - target).norm(), LinearPart(gain * scale, shift, centred)))
     error, best = min(found, key=lambda pair: pair[0].item())
-    if error > 0.02 * target.norm():
+    if error > 0.02 * (given - best.bias).norm():
         raise UnsupportedModule(f"{type(norm).__name__} is no LayerNorm or RMSNorm with gain weight or 1 + weight.")
     return best
+
+
+def _gains_and_biases(norm: nn.Module) -> list[tuple[Tensor | None, Tensor | None]]:
+    """What may be the weight and the bias of a norm: `weight` and `bias`, or else its vectors by any names."""
+    if hasattr(norm, "weight") or hasattr(norm, "bias"):
+        return [(parameter_there(norm, "weight"), parameter_there(norm, "bias"))]
+    names = [name for name, one in norm.named_parameters(recurse=False) if one.ndim == 1]
+    vectors = [None, *(parameter_there(norm, name) for name in names[:2])]
+    return [pair for pair in product(vectors, vectors) if pair[0] is None or pair[0] is not pair[1]]
 
 
 def last_linear_part(body: Anatomy, x: Tensor) -> LinearPart:
@@ -89,7 +99,7 @@ def unembedded(body: Anatomy, normed: Tensor) -> Tensor:
     """The logits of what comes out of the final norm."""
     if body.has("before_unembed"):
         normed = body.module("before_unembed")(normed)
-    return body.head.of(body.module("unembed")(normed))
+    return body.head.of(unembedded_by(body.module("unembed"), normed))
 
 
 def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) -> tuple[Tensor, Tensor]:
