@@ -127,7 +127,7 @@ def main_layouts(layouts: list[Layout], names: Mapping[str, nn.Module], at: str)
     """Those that are meant: the largest stack; of an encoder and a decoder that reads it, both."""
     inside = [one for one in layouts if not at or f"{one.base}.".startswith(f"{at}.")]
     decoder = next((one for one in inside if any("cross_attn_out" in places.parts for places in one.layers)), None)
-    encoders = [one for one in inside if one is not decoder]
+    encoders = [one for one in inside if decoder is not None and one.began < decoder.began]
     return [encoders[0], decoder] if decoder is not None and encoders else inside[:1]
 
 
@@ -145,7 +145,9 @@ def _layout(recorded: Recorded, stack: Stack) -> Layout:
     sizes = _sizes_of(layers, stack.layers[0].reads.shape[-1])
     base = _base_with(stack.base, ends.roles.get("token_embedding"), recorded.record.names)
     now = attention_of(config_around(recorded.record.names, base))
-    return Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True, attention=now)
+    made = Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True, attention=now)
+    made.began = stack.layers[0].call.begin
+    return made
 
 
 def _base_with(base: str, embedding: str | None, names: Mapping[str, nn.Module]) -> str:

@@ -174,7 +174,8 @@ def has(body: Anatomy, part: str) -> bool:
 def sums_hold(body: Anatomy, acts: Any) -> bool:
     """Whether, where no norm and no factor stands on the stream, what comes in and the branches make what goes out."""
     for layer, places in enumerate(body.layout.layers):
-        if any(step.kind != "add" for step in places.form) or "resid_post" not in places.passed:
+        summed = places.form and all(step.kind == "add" for step in places.form)
+        if not summed or "resid_post" not in places.passed:
             continue
         terms = [acts[body[step.what, layer]] for step in places.form]
         if not close(acts[body.resid_pre[layer]] + sum(terms), acts[body.resid_post[layer]]):
@@ -259,8 +260,9 @@ def hold(model: Any, found: Anatomy, inputs: dict[str, Any]) -> None:
     with torch.no_grad():
         steps = [step for places in found.layout.layers for step in places.form]
         terms = dict.fromkeys(step.what for step in steps if step.kind == "add")
-        _, acts = seen(model, inputs, found.resid_pre, found.resid_post, *(found[what] for what in terms))
-        assert sums_hold(found, acts)
+        if terms:  # what gives no sum may give no stream either
+            _, acts = seen(model, inputs, found.resid_pre, found.resid_post, *(found[what] for what in terms))
+            assert sums_hold(found, acts)
         if all(has(found, part) for part in ("q", "v", "z", "pattern")):
             heads_are_apart(model, found, inputs)
         if has(found, "z") and has(found, "attn_out"):
