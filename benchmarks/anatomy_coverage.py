@@ -88,7 +88,7 @@ def _row(name: str, found: Anatomy) -> Row:
     for places in found.layout.layers:
         missing = [part for part in ("resid_pre", "resid_post") if part not in places.passed]
         missing += [part for part in BRANCHES if places.has(part) and part not in places.passed]
-        if missing:
+        if missing or not places.form:
             reason = places.parts.get("attn_out")
             why.append(f"stream: {reason.reason if isinstance(reason, Lacks) else ', '.join(missing)}")
     singles = [part for part in ("embed", "logits") if part != "logits" or found.layout.roles]

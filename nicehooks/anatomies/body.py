@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from nicehooks.anatomies.parts import Part, Parts
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.refusing import NO_LANGUAGE, NO_PART, NO_UNEMBEDDING, why_lacking, why_no_module
 from nicehooks.anatomies.reporting import Report
-from nicehooks.anatomies.structure import attention_of
+from nicehooks.anatomies.structure import attention_of, config_around, names_around
 from nicehooks.anatomies.tables import FURTHER_PARTS, PARTS, SEEN_BY, Family, Lacks
 from nicehooks.anatomies.towers import reads_pictures, vision_tower
 from nicehooks.core.census import Census
@@ -53,14 +53,14 @@ class Anatomy:
     logits: Part
 
     def __init__(
-        self, model: nn.Module, layout: Layout, again: Callable[[str], Layout], at: Callable[[str], Anatomy]
+        self, model: nn.Module, layout: Layout, again: Callable[[], Layout], at: Callable[[str], Anatomy]
     ) -> None:
         """The anatomy that `layout` describes.
 
         Args:
             model: the model.
             layout: where its parts are.
-            again: gives the layout under another attention implementation.
+            again: gives the layout under the attention implementation that is set then.
             at: gives the anatomy of another module of the model, by its name.
         """
         self._model = model
@@ -76,7 +76,7 @@ class Anatomy:
     def layout(self) -> Layout:
         """Where every part is, under the attention implementation that is set now."""
         if self._layout.attention != self.attention:
-            self._layout = self._again(self.attention)
+            self._layout = self._again()
         return self._layout
 
     @property
@@ -103,7 +103,7 @@ class Anatomy:
         Raises:
             UnsupportedModule: this is the anatomy of a model, or of a tower, that reads no tokens.
         """
-        tower = next((name for name in self._around() if reads_pictures(self._names[name])), None)
+        tower = next((name for name in names_around(self.base) if reads_pictures(self._names[name])), None)
         if tower is not None:
             raise UnsupportedModule(NO_LANGUAGE.format(kind=self.kind, tower=tower or "the model itself"))
         return self
@@ -117,8 +117,7 @@ class Anatomy:
     @property
     def config(self) -> Any:
         """The config of the module around the blocks, or of the nearest one around that."""
-        found = (getattr(self._names[name], "config", None) for name in self._around())
-        return next((config for config in found if config is not None), None)
+        return config_around(self._names, self.base)
 
     @property
     def kind(self) -> str:
@@ -172,17 +171,9 @@ class Anatomy:
             )
         return self.layout.layers[layer]
 
-    def _around(self) -> Iterator[str]:
-        """The base and the modules around it, from the inside out."""
-        name = self.base
-        while name:
-            yield name
-            name = name.rpartition(".")[0]
-        yield ""
-
     def _head(self, options: tuple[str, ...]) -> tuple[str, str] | None:
         """The nearest module around that has one of `options`, and its name."""
-        found = ((outer, inner_name(outer, option)) for outer in self._around() for option in options)
+        found = ((outer, inner_name(outer, option)) for outer in names_around(self.base) for option in options)
         return next(((outer, name) for outer, name in found if name in self._names), None)
 
     def _unembed(self) -> str:

@@ -13,12 +13,13 @@ from nicehooks.anatomies.expert_parts import expert_parts
 from nicehooks.anatomies.mlp_parts import is_packed, mlp_parts
 from nicehooks.anatomies.noted_values import Key, Value
 from nicehooks.anatomies.places import PartPlaces, Step
-from nicehooks.anatomies.recording import NotedCall, Record
+from nicehooks.anatomies.recording import PRODUCTS, NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
-from nicehooks.anatomies.streams import Flow, StreamStep, Term
+from nicehooks.anatomies.streams import Flow, StreamStep, Term, is_attention
 from nicehooks.anatomies.tables import PARALLEL, Lacks
 
-MIXING = ("attn_out", "mixer_out", "cross_attn_out")
+MIXING_FUNCTIONS = ("cumsum", "logcumsumexp", "conv1d", "fft_fft", "fft_rfft", "fft_fft2", "fft_irfft", "roll")
+"""Functions that bring together what stands at several positions, beside products of what was computed."""
 
 
 def layer_places(record: Record, layer: Layer) -> PartPlaces:
@@ -43,6 +44,9 @@ class _BranchFinder:
             for part in ("attn_out", "mlp_out", "resid_mid"):
                 found.put(part, Lacks(NO_SUM))
             found.put("resid_post", found.gives)
+            if sum(value.shape == layer.gives.shape for value in layer.call.outputs) > 1:
+                found.refuse("resid_pre", SEVERAL_STREAMS)
+                found.refuse("resid_post", SEVERAL_STREAMS)
             self._attention(self.flow.calls)
             return found
         for step in steps:
@@ -114,16 +118,28 @@ class _BranchFinder:
         positions = self.layer.reads.shape[1]
         if any(self._is_cross(core, term.calls, positions) for core in cores):
             return "cross_attn_out"
-        if cores:
+        if cores or self._attends(term):
             return "attn_out"
         return "mixer_out" if self._mixes_positions(term) else "mlp_out"
+
+    def _attends(self, term: Term) -> bool:
+        """Whether a pattern is computed for it in the forward of the layer itself, which no module alone shows."""
+        return any(is_attention(call) and call.around is self.layer.call and _is_pattern(call) for call in term.calls)
 
     def _is_cross(self, core: Core, calls: Sequence[NotedCall], positions: int) -> bool:
         return core.z.shape[2] == positions and core.v.shape[2] != positions and core.keys != positions
 
     def _mixes_positions(self, term: Term) -> bool:
         """Whether a position of what the branch gives depends on another one of what it reads: tried on its module."""
-        return any(_mixes(call) for call in self._modules_of(term))
+        modules = self._modules_of(term)
+        own = [call for call in term.calls if call.around is self.layer.call]
+        return any(_mixes(call) for call in modules) or (not modules and any(map(self._is_mixing, own)))
+
+    def _is_mixing(self, call: NotedCall) -> bool:
+        """Whether it is a function, in the forward of the layer itself, that is about several positions."""
+        if call.function not in PRODUCTS:
+            return call.function in MIXING_FUNCTIONS
+        return len(call.inputs) == 2 and all(len(one.shape) > 2 and one.shape[0] == self.batch for one in call.inputs)
 
     def _modules_of(self, term: Term) -> list[NotedCall]:
         outer = [call for call in term.calls if not call.function and call.module is not None]
@@ -184,6 +200,11 @@ class _BranchFinder:
         return self.record.path(step.call, step.call.outputs[0])
 
 
+def _is_pattern(call: NotedCall) -> bool:
+    """Whether what a softmax gives has a dimension for the batch, heads, queries and keys each."""
+    return len(call.outputs) == 1 and len(call.outputs[0].shape) == 4
+
+
 def _is_small(call: NotedCall) -> bool:
     """Whether the module maps each position for itself by what it is."""
     return isinstance(call.module, nn.Linear | nn.LayerNorm | nn.Dropout | nn.Identity | nn.Embedding)
@@ -234,6 +255,8 @@ def _run_with(call: NotedCall, stream: Value, new: Tensor) -> Tensor | None:
 
 
 NO_SUM = "what the layer returns is no sum of what it reads and of what modules or functions in it give"
+
+SEVERAL_STREAMS = "the layer gives several values of one shape, and nothing shows which of them is the stream"
 
 NO_CORE = "no softmax over keys, and no fused kernel, whose result is multiplied with values was seen in it"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -14,7 +14,6 @@ from nicehooks.anatomies.expert_parts import TOLD, each_choice
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.numbers import Seen, off_by
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import called_with
 from nicehooks.anatomies.single_sites import sites_at
 from nicehooks.anatomies.tables import Lacks
 from nicehooks.caches.cache import ActivationCache
@@ -26,29 +25,36 @@ from nicehooks.paths.names import escape
 from nicehooks.values.trees import structure_of
 
 
-def check_parts(model: nn.Module, names: Mapping[str, nn.Module], layout: Layout, run: str, inputs: Any) -> None:
-    """Checks `layout` on one forward of the module `run`; what does not hold is refused in it.
+def check_parts(
+    model: nn.Module, names: Mapping[str, nn.Module], layouts: Sequence[Layout], runs: Sequence[Callable[[], Any]]
+) -> None:
+    """Checks `layouts` on one forward; what does not hold is refused in them.
 
     Args:
         model: the model.
         names: its modules by name.
-        layout: what is checked; the checks that were passed are written into it.
-        run: the name of the module that is run.
-        inputs: what it is run on.
+        layouts: what is checked; the checks that were passed are written into them.
+        runs: what runs the model; the next one is tried where one raises.
     """
-    now = layout.attention
-    wanted = {path: part for part, path in _paths(layout, now)}
-    acts, output = _captured(model, names[run], sites_at(model, wanted), inputs)
-    seen = Seen(acts, names, now)
+    paths = [list(_paths(layout, layout.attention)) for layout in layouts]
+    wanted = dict.fromkeys(path for each in paths for _, path in each)
+    acts, output = _captured(model, sites_at(model, wanted), runs)
+    for layout, each in zip(layouts, paths, strict=True):
+        seen = Seen(acts, names, layout.attention)
+        _check_layout(seen, layout)
+        _check_chain(seen, layout)
+        _check_ends(seen, layout, output)
+        layout.shapes = {part: structure_of(acts[path]) for part, path in each if path in acts}
+        layout.checked = CHECKED
+
+
+def _check_layout(seen: Seen, layout: Layout) -> None:
     for index, places in enumerate(layout.layers):
         _refuse_unseen(seen, places)
         _check_stream(seen, layout, index)
         check_attention(seen, places)
         _check_mlp(seen, places)
         _check_experts(seen, places)
-    _check_ends(seen, layout, output)
-    layout.shapes = {part: structure_of(acts[path]) for path, part in wanted.items() if path in acts}
-    layout.checked = CHECKED
 
 
 def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
@@ -65,13 +71,23 @@ def _paths(layout: Layout, now: str) -> Iterator[tuple[str, str]]:
     yield from ((part, path) for part, path in layout.singles.items() if isinstance(path, str))
 
 
-def _captured(model: nn.Module, run: nn.Module, sites: list[Site], inputs: Any) -> tuple[ActivationCache, Any]:
+def _captured(model: nn.Module, sites: list[Site], runs: Sequence[Callable[[], Any]]) -> tuple[ActivationCache, Any]:
+    for at, run in enumerate(runs):
+        try:
+            with quiet(model), suspend(model):
+                return _captured_once(model, sites, run)
+        except Exception:  # whatever a model may raise that does not run like that
+            if at + 1 == len(runs):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _captured_once(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> tuple[ActivationCache, Any]:
     output: Any = None
     found: list[ActivationCache] = []
-    with suppress(SiteNotReached), quiet(model), suspend(model):
-        with capture(model, sites, clone=True) as acts:  # a clone, because a model may write into what it gives
-            found.append(acts)
-            output = called_with(run, inputs)
+    with suppress(SiteNotReached), capture(model, sites, clone=True) as acts:  # clones: a model may write into values
+        found.append(acts)
+        output = run()
     return found[0], output
 
 
@@ -103,6 +119,15 @@ def _refuse_unseen(seen: Seen, places: PartPlaces) -> None:
 def _check_stream(seen: Seen, layout: Layout, index: int) -> None:
     """`resid_pre` and what is added to it make `resid_mid` and `resid_post`, in the form that the layer has."""
     places = layout.layers[index]
+    before = [step.what for step in places.form if step.kind == "add" and places.has(step.what)]
+    _check_sum(seen, places)
+    if not all(places.has(what) for what in before):  # what comes later was not compared with anything
+        for what in before[next(at for at, what in enumerate(before) if not places.has(what)) :]:
+            if places.has(what) and what not in places.passed:
+                places.refuse(what, NOT_COMPARED)
+
+
+def _check_sum(seen: Seen, places: PartPlaces) -> None:
     stream = seen.part(places, "resid_pre")
     if stream is None or not places.form:
         return
@@ -129,6 +154,22 @@ def _check_stream(seen: Seen, layout: Layout, index: int) -> None:
     for part in ("resid_pre", *added, *(one for one in ("resid_mid", "resid_post") if places.has(one))):
         places.passed[part] = f"{text} = resid_post"
     return None
+
+
+def _check_chain(seen: Seen, layout: Layout) -> None:
+    """Where layers give no sum, it is the stream if the next layer reads it, or a table says so."""
+    pairs = list(zip(layout.layers, layout.layers[1:], strict=False))
+    if not layout.is_found or all(places.form for places in layout.layers):
+        return
+    read = [(seen.at(one.gives), seen.part(other, "resid_pre")) for one, other in pairs]
+    if read and all(a is not None and b is not None and off_by(a, b) is None for a, b in read):
+        for places in layout.layers:
+            places.passed = {"resid_pre": NEXT_READS, "resid_post": NEXT_READS, **places.passed}
+        return
+    for places in (one for one in layout.layers if not one.form):
+        for part in ("resid_pre", "resid_post"):
+            if places.has(part):
+                places.refuse(part, NO_CHAIN)
 
 
 def _after(seen: Seen, path: str, reads: str, stream: Tensor) -> Tensor | None:
@@ -233,11 +274,22 @@ def _logits_from(seen: Seen, layout: Layout, normed: Tensor) -> Tensor | None:
         if through is None:
             return None
         normed = through
-    made = seen.run(layout.roles["unembed"], normed)
+    made = seen.unembedded(layout.roles["unembed"], normed)
     return None if made is None else layout.head.of(made)
 
 
 CHECKED = "on a short forward"
+
+NOT_COMPARED = (
+    "what is added before it was checked on a short forward, and is not what its name says: nothing shows that this is"
+)
+
+NEXT_READS = "it is what the next layer reads"
+
+NO_CHAIN = (
+    "nothing shows that it is the stream: what the layer gives is no sum of what it reads and of what is computed in "
+    "it, and it is not what the next layer reads"
+)
 
 NOT_SEEN = "its place {path!r} was not reached in a short forward"
 

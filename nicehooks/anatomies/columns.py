@@ -3,7 +3,8 @@
 NOTE [Columns]
 A projection may give queries, keys and values at once, in any order: all of one after all of the other, per head, per
 group of heads. So no layout is assumed: every number of what attention reads is looked up among those that the
-projection gave at the same position, and the columns that hold for all positions are written as a path.
+projection gave at the same position, and the columns that hold for all positions are written as a path. In half
+precision many numbers are equal: that a head is columns side by side is tried first, from where most of them are.
 """
 
 from __future__ import annotations
@@ -26,17 +27,45 @@ def columns_of(target: Tensor, given: Tensor, factors: tuple[float, ...] = (1.0,
     """
     target, given = _wide(target), _wide(given)
     for factor in factors:
-        found = _nearest_column(given[0, 0] * factor, target[0, 0])
-        made = given[..., found] * factor
-        if torch.allclose(made, target, rtol=1e-4, atol=1e-6 * float(target.abs().max())):
-            return found
+        nearest = _nearest_column(given[0, 0] * factor, target[0, 0])
+        beside = _beside_each_other(nearest, given.shape[-1])
+        for found in (beside, nearest):
+            if _are_columns(found, given * factor, target):
+                return found
+        if not _are_half_right(beside, given * factor, target):
+            continue
+        among = _each_among(beside, given * factor, target)
+        if _are_columns(among, given * factor, target):
+            return among
     return None
+
+
+def _are_columns(columns: Tensor, given: Tensor, target: Tensor) -> bool:
+    return torch.allclose(given[..., columns], target, rtol=1e-4, atol=1e-6 * float(target.abs().max()))
+
+
+def _are_half_right(columns: Tensor, given: Tensor, target: Tensor) -> bool:
+    return bool(torch.isclose(given[0, 0, columns], target[0, 0], rtol=1e-4).float().mean() > 0.4)
+
+
+def _each_among(columns: Tensor, given: Tensor, target: Tensor) -> Tensor:
+    """For each number of a head, that of the columns of the head which is nearest to it in all rows."""
+    choices = given[..., columns].flatten(0, 1)  # [row, head, column]
+    apart = (target.flatten(0, 1).unsqueeze(-1) - choices.unsqueeze(-2)).abs().sum(0)  # [head, d_head, column]
+    return columns.gather(-1, apart.argmin(-1))
+
+
+def _beside_each_other(columns: Tensor, width: int) -> Tensor:
+    """For each head the columns side by side that most of `columns`, `[head, d_head]`, are among."""
+    places = torch.arange(columns.shape[-1], device=columns.device)
+    first = (columns - places).mode(-1, keepdim=True).values
+    return (first + places).clamp(0, width - 1)
 
 
 def leading_columns_of(target: Tensor, given: Tensor) -> Tensor | None:
     """The same of the first dimensions of each head alone: in latent attention, positions are in the others."""
     target, given = _wide(target), _wide(given)
-    found = _nearest_column(given[0, 0], target[0, 0])
+    found = _beside_each_other(_nearest_column(given[0, 0], target[0, 0]), given.shape[-1])
     same = torch.isclose(given[..., found], target, rtol=1e-4, atol=1e-6 * float(target.abs().max())).all((0, 1, 2))
     count = int(same.long().cumprod(0).sum())
     return found[:, :count] if 1 < count < len(same) else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nicehooks.anatomies.layouts import Head
 from nicehooks.anatomies.mlp_parts import is_projection
-from nicehooks.anatomies.noted_values import Key, key_of
+from nicehooks.anatomies.noted_values import Key, Value, key_of
+from nicehooks.anatomies.offloaded import parameter_there
 from nicehooks.anatomies.recording import NotedCall, Record
 from nicehooks.anatomies.stacks import Stack
 from nicehooks.anatomies.streams import is_norm
@@ -35,6 +37,7 @@ class Ends:
         self.roles: dict[str, str] = {}
         self.head = Head()
         self.vocabulary: int | None = None
+        self.caps = _caps_in(record.names)
         first, last = stack.layers[0].call, stack.layers[-1].call
         self.before = [call for call in record.of_modules() if call.end != -1 and call.end < first.begin]
         self.after = [call for call in record.of_modules() if call.begin > last.end]
@@ -80,6 +83,8 @@ class Ends:
         head = self._unembedding(logits, stream) if is_over_tokens else None
         if head is None:
             self.parts["logits"] = whole
+            if is_over_tokens and self._is_tied(logits, stream):
+                self.roles["unembed"] = self.roles["token_embedding"]
             return
         self.parts["logits"] = self.record.path(head, head.outputs[0]) if self.head == Head() else whole
         self.roles["unembed"] = head.owner
@@ -95,9 +100,30 @@ class Ends:
                         self.roles["before_unembed"] = call.owner
         return found
 
+    def _is_tied(self, logits: Tensor, stream: Key) -> bool:
+        """Whether the table of the embedding gives the logits, by a function: no module unembeds."""
+        table = self.record.names.get(self.roles.get("token_embedding", ""))
+        last = next((one for one in self._values_after() if one.key == stream), None)
+        if not isinstance(table, nn.Embedding) or last is None or table.weight.is_meta:
+            return False
+        if last.shape[-1] != table.embedding_dim or last.tensor.dtype != table.weight.dtype:
+            return False
+        head = _head_between(unembedded_by(table, last.tensor), logits, self.caps)
+        self.head = head or self.head
+        return head is not None
+
+    def _values_after(self) -> Iterator[Value]:
+        last = self.stack.layers[-1]
+        yield last.gives
+        yield from (value for call in self.after for value in call.outputs)
+
     def _giving(self, logits: Tensor, reads: Key) -> NotedCall | None:
         for call in reversed(self.after):
-            head = _head_between(call.outputs[0].tensor, logits) if call.outputs and _reads(call, reads) else None
+            head = (
+                _head_between(call.outputs[0].tensor, logits, self.caps)
+                if call.outputs and _reads(call, reads)
+                else None
+            )
             if head is not None:
                 self.head = head
                 return call
@@ -109,11 +135,20 @@ class Ends:
         for call in reversed(self.after):
             if known is not None and is_projection(call) and getattr(call.module, "bias", None) is None:
                 factor = _head_between(known.tensor, call.inputs[0].tensor)
-                head = None if factor is None else _head_between(call.outputs[0].tensor, logits)
+                head = None if factor is None else _head_between(call.outputs[0].tensor, logits, self.caps)
                 if head is not None and factor is not None and factor.softcap is None:
                     self.head = head._replace(scale=head.scale * factor.scale)
                     return call
         return None
+
+
+def unembedded_by(module: nn.Module, normed: Tensor) -> Tensor:
+    """What an unembedding gives: a module, or the table of the embedding, used backwards."""
+    if not isinstance(module, nn.Embedding):
+        return module(normed)
+    weight = parameter_there(module, "weight")
+    assert weight is not None
+    return nn.functional.linear(normed, weight)
 
 
 def _reads(call: NotedCall, key: Key) -> bool:
@@ -139,21 +174,31 @@ def _weight_of(call: NotedCall) -> Tensor:
     return weight if isinstance(weight, Tensor) else torch.zeros(())
 
 
-def _head_between(given: Tensor, logits: Tensor) -> Head | None:
-    """What is done to what the unembedding gives to make the logits of it: nothing, a factor, a soft cap."""
+def _head_between(given: Tensor, logits: Tensor, caps: tuple[float, ...] = ()) -> Head | None:
+    """What is done to what the unembedding gives to make the logits of it: nothing, a factor, a soft cap.
+
+    Args:
+        given: what the unembedding gives.
+        logits: the logits.
+        caps: what a soft cap may be; others are looked for.
+    """
     if given.shape != logits.shape or not given.is_floating_point():
         return None
     if key_of(given) == key_of(logits):
         return Head()
+    rounding = max(1e-4, 4 * torch.finfo(given.dtype).eps)
     given, logits = given.double(), logits.double()
+    for cap in caps:  # of small logits, one cap is like another, and like none
+        if _is_same_end(cap * torch.tanh(given / cap), logits, rounding):
+            return Head(softcap=cap)
     scale = float((given * logits).sum() / (given * given).sum().clamp_min(1e-30))
-    if _is_same_end(given * scale, logits):
+    if _is_same_end(given * scale, logits, rounding):
         return Head(scale=scale)
     cap = _cap_between(given, logits)
-    return None if cap is None else Head(softcap=cap)
+    return Head(softcap=cap) if _is_same_end(cap * torch.tanh(given / cap), logits, rounding) else None
 
 
-def _cap_between(given: Tensor, logits: Tensor) -> float | None:
+def _cap_between(given: Tensor, logits: Tensor) -> float:
     """The cap `c` of `c tanh(x / c)`, by bisection: the more it caps, the smaller it is."""
     index = int(given.abs().argmax())
     x, y = given.flatten()[index].abs(), logits.flatten()[index].abs()
@@ -161,8 +206,16 @@ def _cap_between(given: Tensor, logits: Tensor) -> float | None:
     for _ in range(80):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if float(middle * torch.tanh(x / middle)) > float(y) else (middle, high)
-    return low if _is_same_end(low * torch.tanh(given / low), logits) else None
+    return low
 
 
-def _is_same_end(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+def _is_same_end(a: Tensor, b: Tensor, rounding: float) -> bool:
+    return torch.allclose(a, b, rtol=rounding, atol=0.1 * rounding * float(b.abs().max()))
+
+
+def _caps_in(names: Mapping[str, nn.Module]) -> tuple[float, ...]:
+    """The soft caps of logits that a config in a model speaks of; those of attention are others."""
+    configs = {id(one): one for module in names.values() if (one := vars(module).get("config")) is not None}
+    said = (pair for config in configs.values() for pair in getattr(config, "__dict__", {}).items())
+    caps = ((name.replace("_", ""), cap) for name, cap in said if isinstance(cap, int | float) and cap > 0)
+    return tuple(dict.fromkeys(float(cap) for name, cap in caps if "softcap" in name and "att" not in name))

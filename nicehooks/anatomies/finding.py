@@ -2,15 +2,16 @@
 
 NOTE [Anatomies are remembered]
 Finding and checking cost one forward each. What they gave is kept beside the model for as long as the model has the
-same modules, the same tables are registered, and the same attention implementation is set: that is looked at each time,
-and costs microseconds. A layout is text alone, so it keeps no module alive.
+same modules, the same tables are registered, and the same attention implementations are set: that is looked at each
+time, and costs microseconds. Of a model whose weights are not there yet nothing is kept. A layout is text alone, so it
+keeps no module alive.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,8 +22,19 @@ from nicehooks.anatomies.body import Anatomy
 from nicehooks.anatomies.checking import check_parts, quiet
 from nicehooks.anatomies.encoder_decoder import EncoderDecoder
 from nicehooks.anatomies.layouts import Layout, Sizes, inner_name, places_of_table
-from nicehooks.anatomies.mixer_states import find_mixer_states
-from nicehooks.anatomies.structure import Recorded, attention_of, found_layouts, main_layouts, running, several
+from nicehooks.anatomies.mixer_states import TwoSteps, find_mixer_states, has_mixers
+from nicehooks.anatomies.offloaded import is_partly_away, is_without_weights, refuse_brought_as_a_whole
+from nicehooks.anatomies.recording import called_with
+from nicehooks.anatomies.structure import (
+    Recorded,
+    attention_of,
+    config_around,
+    configs_in,
+    found_layouts,
+    main_layouts,
+    running,
+    several,
+)
 from nicehooks.anatomies.tables import FAMILIES, Family
 from nicehooks.contexts.suspending import suspend
 from nicehooks.core.census import Census
@@ -34,7 +46,7 @@ class Asked(NamedTuple):
 
     at: str | None = None
     check: bool = True
-    attention: str = "eager"
+    attention: tuple[str, ...] = ()
 
 
 def find_anatomy(model: nn.Module, at: str | None = None, check: bool = True, inputs: Any = None) -> Anatomy:
@@ -51,7 +63,7 @@ def find_anatomies(
     model: nn.Module, at: str | None = None, check: bool = True, inputs: Any = None
 ) -> Anatomy | EncoderDecoder:
     """The anatomy of `model`; of an encoder and a decoder, that of both."""
-    layouts = _layouts(model, Asked(at, check, _attention_in(model, at)), inputs)
+    layouts = _layouts(model, at, check, inputs)
     other = partial(_body_at, model, check)
     bodies = [
         Anatomy(model, layout, partial(_again, model, at, check, index), other) for index, layout in enumerate(layouts)
@@ -68,8 +80,8 @@ def _body_at(model: nn.Module, check: bool, at: str) -> Anatomy:
     return find_anatomy(model, at, check)
 
 
-def _again(model: nn.Module, at: str | None, check: bool, index: int, attention: str) -> Layout:
-    return _layouts(model, Asked(at, check, attention), None)[index]
+def _again(model: nn.Module, at: str | None, check: bool, index: int) -> Layout:
+    return _layouts(model, at, check, None)[index]
 
 
 # --- remembering ------------------------------------------------------------------------------------------------------
@@ -83,7 +95,8 @@ def _looks(model: nn.Module) -> Any:
     return modules, tuple((key, id(table)) for key, table in FAMILIES.items())
 
 
-def _layouts(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
+def _layouts(model: nn.Module, at: str | None, check: bool, inputs: Any) -> list[Layout]:
+    asked = Asked(at, check, tuple(map(attention_of, configs_in(model))))
     known = _known.setdefault(model, {})
     looks = _looks(model)
     if inputs is None and asked in known and known[asked][0] == looks:
@@ -94,18 +107,12 @@ def _layouts(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     try:
         made = _found_anew(model, asked, inputs)
     except UnsupportedModule as error:
-        known[asked] = looks, str(error)
+        if not is_partly_away(model):
+            known[asked] = looks, str(error)
         raise
-    known[asked] = looks, made
+    if not is_without_weights(model):
+        known[asked] = looks, made
     return made
-
-
-def _attention_in(model: nn.Module, at: str | None) -> str:
-    try:
-        start = model if at is None else model.get_submodule(at)
-    except AttributeError:  # a name that looks through wrappers
-        start = model
-    return attention_of(next((one.config for one in start.modules() if hasattr(one, "config")), None))
 
 
 @contextmanager
@@ -134,13 +141,18 @@ def _found_anew(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     inside = {
         name: one for name, one in names.items() if not asked.at or name == asked.at or name.startswith(f"{asked.at}.")
     }
+    refuse_brought_as_a_whole(names)
     tables = _tables_in(names, inside)
     if len(tables) > 1:
         raise UnsupportedModule(several(names, [base for base, _ in tables]))
-    with no_garbage(), quiet(model), suspend(model), running(names, asked.attention):
+    with no_garbage(), quiet(model), suspend(model), running(model):
         if tables:
-            return [_of_table(model, names, *tables[0], asked, inputs)]
-        return _found(model, names, asked, inputs, inside)
+            layouts = [_of_table(model, names, *tables[0], asked, inputs)]
+        else:
+            layouts = _found(model, names, asked, inputs, inside)
+    for layout in layouts:
+        layout.attention = attention_of(config_around(names, layout.base))
+    return layouts
 
 
 def _of_table(
@@ -150,7 +162,7 @@ def _of_table(
     sizes = _sizes(config, family, type(names[""]).__name__)
     blocks = inner_name(base, family.blocks)
     layers = [places_of_table(family, inner_name(blocks, key), sizes, names) for key in names[blocks]._modules]
-    layout = Layout(base, family, layers, sizes, attention=asked.attention)
+    layout = Layout(base, family, layers, sizes, attention=attention_of(config_around(names, base)))
     if asked.check:
         layout.checked = _as_checked(model, names, layout, inputs)
     return layout
@@ -158,13 +170,13 @@ def _of_table(
 
 def _as_checked(model: nn.Module, names: dict[str, nn.Module], layout: Layout, inputs: Any) -> str:
     """Checks a layout of a table, if the model runs on an input of ours; says how it was checked, or why not."""
-    if any(parameter.is_meta for parameter in names[""].parameters()):
+    if is_without_weights(names[""]):
         return "no: it has no weights yet"
     try:
         recorded = Recorded(model, names, "", inputs)
     except UnsupportedModule:
         return "no: it did not run on an input of ours; give it one, anatomy(model, inputs=…)"
-    check_parts(model, names, layout, recorded.run, recorded.inputs)
+    check_parts(model, names, [layout], [partial(called_with, names[recorded.run], recorded.inputs)])
     return layout.checked
 
 
@@ -183,11 +195,12 @@ def _found(
         raise UnsupportedModule(_unknown(names, inside, f"{type(error).__name__}: {error}")) from error
     if not layouts:
         raise UnsupportedModule(_unknown(names, inside, NO_LAYERS))
-    for layout in layouts:
-        layout.attention = asked.attention
-        if asked.check:
-            check_parts(model, names, layout, recorded.run, recorded.inputs)
-    find_mixer_states(model, names[recorded.run], recorded.inputs, layouts)
+    runs: list[Callable[[], Any]] = [partial(called_with, names[recorded.run], recorded.inputs)]
+    steps = TwoSteps(model, names[recorded.run], recorded.inputs) if has_mixers(layouts) else None
+    if asked.check:
+        check_parts(model, names, layouts, runs if steps is None else [steps.first, *runs])
+    if steps is not None:
+        find_mixer_states(layouts, steps)
     return layouts
 
 

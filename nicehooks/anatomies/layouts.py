@@ -57,6 +57,7 @@ class Layout:
         attention: the attention implementation that was set.
         passed: by single part, the check that it has passed.
         shapes: by part, the shape that it had in the check.
+        began: of layers that were found, when the first of them ran.
     """
 
     base: str
@@ -71,6 +72,7 @@ class Layout:
     attention: str = "eager"
     passed: dict[str, str] = field(default_factory=dict[str, str])
     shapes: dict[str, str] = field(default_factory=dict[str, str])
+    began: int = 0
 
 
 def places_of_table(family: Family, block: str, sizes: Sizes, names: Mapping[str, nn.Module]) -> PartPlaces:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nicehooks.anatomies.ends import unembedded_by
 from nicehooks.anatomies.finding import Anatomy
+from nicehooks.anatomies.offloaded import parameter_there
 from nicehooks.errors import TreeMismatch, UnsupportedModule
 from nicehooks.ports.weights import numbers_of_parameter
 from nicehooks.values.trees import structure_of
@@ -47,20 +49,29 @@ def linear_part(norm: nn.Module, x: Tensor) -> LinearPart:
     Raises:
         UnsupportedModule: it is neither a LayerNorm nor an RMSNorm.
     """
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    wide = x.float()
-    gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
-    shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
-    target = norm(x).float() - shift
+    wide, given = x.float(), norm(x).float()
     found: list[tuple[Tensor, LinearPart]] = []
-    for centred, gain in product((True, False), gains):
-        raw = (_centred(wide) if centred else wide) * gain
-        scale = (raw * target).sum(-1, keepdim=True) / (raw * raw).sum(-1, keepdim=True).clamp_min(1e-30)
-        found.append(((raw * scale - target).norm(), LinearPart(gain * scale, shift, centred)))
+    for weight, bias in _gains_and_biases(norm):
+        gains = [torch.ones_like(wide[..., :1])] if weight is None else [weight.float(), weight.float() + 1]
+        shift = wide.new_zeros(wide.shape[-1]) if bias is None else bias.float()
+        target = given - shift
+        for centred, gain in product((True, False), gains):
+            raw = (_centred(wide) if centred else wide) * gain
+            scale = (raw * target).sum(-1, keepdim=True) / (raw * raw).sum(-1, keepdim=True).clamp_min(1e-30)
+            found.append(((raw * scale - target).norm(), LinearPart(gain * scale, shift, centred)))
     error, best = min(found, key=lambda pair: pair[0].item())
-    if error > 0.02 * target.norm():
+    if error > 0.02 * (given - best.bias).norm():
         raise UnsupportedModule(f"{type(norm).__name__} is no LayerNorm or RMSNorm with gain weight or 1 + weight.")
     return best
+
+
+def _gains_and_biases(norm: nn.Module) -> list[tuple[Tensor | None, Tensor | None]]:
+    """What may be the weight and the bias of a norm: `weight` and `bias`, or else its vectors by any names."""
+    if hasattr(norm, "weight") or hasattr(norm, "bias"):
+        return [(parameter_there(norm, "weight"), parameter_there(norm, "bias"))]
+    names = [name for name, one in norm.named_parameters(recurse=False) if one.ndim == 1]
+    vectors = [None, *(parameter_there(norm, name) for name in names[:2])]
+    return [pair for pair in product(vectors, vectors) if pair[0] is None or pair[0] is not pair[1]]
 
 
 def last_linear_part(body: Anatomy, x: Tensor) -> LinearPart:
@@ -88,7 +99,7 @@ def unembedded(body: Anatomy, normed: Tensor) -> Tensor:
     """The logits of what comes out of the final norm."""
     if body.has("before_unembed"):
         normed = body.module("before_unembed")(normed)
-    return body.head.of(body.module("unembed")(normed))
+    return body.head.of(unembedded_by(body.module("unembed"), normed))
 
 
 def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +109,7 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
         UnsupportedModule: the unembedding is no linear layer, or its weight is packed in a form of its own.
         TreeMismatch: a token is not in the vocabulary.
     """
-    weight, bias = _matrix(body, "unembed"), getattr(body.module("unembed"), "bias", None)
+    weight, bias = _matrix(body, "unembed"), parameter_there(body.module("unembed"), "bias")
     to, more = torch.zeros((), device=weight.device), torch.zeros(batch, device=weight.device)
     for sign, given in ((1.0, tokens), (-1.0, against)):
         if given is not None:
@@ -112,8 +123,8 @@ def logit_direction(body: Anatomy, tokens: object, against: object, batch: int) 
 
 def _matrix(body: Anatomy, role: str) -> Tensor:
     """The numbers of the weight of a linear layer, dequantised if need be."""
-    weight = getattr(body.module(role), "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    weight = parameter_there(body.module(role), "weight")
+    if weight is None or weight.ndim != 2:
         raise UnsupportedModule(f"the unembedding {body.name(role)!r} of {body.kind} is no linear layer.")
     return numbers_of_parameter(weight, f"{body.name(role)}@weight")
 

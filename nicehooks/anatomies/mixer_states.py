@@ -2,14 +2,16 @@
 
 NOTE [The state of a mixer]
 For the next step, Mamba and its kin keep what a layer knows of the past. A forward that keeps nothing has no such
-value, so a model with mixers runs twice more: on all positions but the last, then on the last one with what was kept.
+value, so a model with mixers is checked in a forward that keeps what it has read, on all positions but the last, and
+runs once more, on the last one with what was kept: three forwards with the one in which its parts were found.
 The state is what one call in the mixer writes into the cache, at the same place both times. The last inputs of a
 convolution are kept, too, and are no state: a step only moves them by one position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -31,39 +33,65 @@ class _StepOfTwo(NamedTuple):
     kept: dict[str, Tensor]
 
 
-def find_mixer_states(model: nn.Module, run: nn.Module, inputs: Any, layouts: list[Layout]) -> None:
+class TwoSteps:
+    """The two steps of a short generation; a model that does not run in steps on these inputs has less than two."""
+
+    def __init__(self, model: nn.Module, run: nn.Module, inputs: Any) -> None:
+        is_plain = isinstance(inputs, Mapping) and set(inputs) <= {"input_ids", "use_cache"}
+        self._ids: Tensor | None = inputs.get("input_ids") if is_plain else None
+        self._model, self._run = model, run
+        self._cache: dict[str, Any] = {}
+        self._was_tried = False
+        self._done: list[_StepOfTwo] = []
+
+    def first(self) -> Any:
+        """Runs the model on all positions but the last; its output."""
+        self._was_tried = True
+        if self._ids is None:
+            raise ValueError(NO_STEPS_OF_MIXERS)
+        return self._step(self._ids[:, :-1])
+
+    def both(self) -> tuple[_StepOfTwo, _StepOfTwo] | None:
+        """Both steps; runs what has not run. None where the model does not run in steps."""
+        with suppress(Exception):  # whatever a model may raise that is no model of steps
+            if not self._was_tried:
+                self.first()
+            if self._ids is not None and self._cache:
+                self._step(self._ids[:, -1:])
+        return (self._done[0], self._done[1]) if len(self._done) == 2 else None
+
+    def _step(self, ids: Tensor) -> Any:
+        output, record = record_forward(self._model, self._run, {"input_ids": ids, "use_cache": True, **self._cache})
+        given = output if isinstance(output, dict) else {}
+        name = next((one for one in forward_parameters(self._run) if given.get(one) is not None), None)
+        if name is not None:
+            self._cache = {name: given[name]}
+            self._done.append(_StepOfTwo(record, dict(_kept_in_cache(given[name]))))
+        return output
+
+
+def has_mixers(layouts: Sequence[Layout]) -> bool:
+    """Whether a layer of them mixes positions otherwise than by attention."""
+    return any(places.has("mixer_out") for layout in layouts for places in layout.layers)
+
+
+def find_mixer_states(layouts: Sequence[Layout], two: TwoSteps) -> None:
     """Writes into `layouts` where the states of their mixers are, or why they are no values."""
-    mixers = [(layout, places) for layout in layouts for places in layout.layers if places.has("mixer_out")]
-    if not mixers:
-        return
-    steps = _two_steps(model, run, inputs)
+    steps = two.both()
     keys = [] if steps is None else [_states_after(step, steps) for step in steps]
-    for layout, places in mixers:
-        found = None if steps is None else [_writes(step, places, keys[at]) for at, step in enumerate(steps)]
-        if found is None:
-            places.put("mixer_state", Lacks(NO_STEPS_OF_MIXERS))
-            continue
-        both = [path for path in found[0] if path in found[1]]
-        places.put("mixer_state", f"{both[0]}.input[1]" if len(both) == 1 else Lacks(NO_MIXER_STATE))
-        if len(both) == 1:
-            places.passed["mixer_state"] = "it is in the cache after each of two steps"
-            layout.shapes["mixer_state"] = structure_of(found[0][both[0]])
-
-
-def _two_steps(model: nn.Module, run: nn.Module, inputs: Any) -> tuple[_StepOfTwo, _StepOfTwo] | None:
-    """Two steps of the model; None where it does not run in steps on these inputs."""
-    if not isinstance(inputs, Mapping) or not set(inputs) <= {"input_ids", "use_cache"} or "input_ids" not in inputs:
-        return None
-    ids = inputs["input_ids"]
-    try:
-        first, first_record = record_forward(model, run, {"input_ids": ids[:, :-1], "use_cache": True})
-        name = next(one for one in forward_parameters(run) if isinstance(first, dict) and first.get(one) is not None)
-        before = _StepOfTwo(first_record, dict(_kept_in_cache(first[name])))
-        given = {"input_ids": ids[:, -1:], name: first[name], "use_cache": True}
-        second, record = record_forward(model, run, given)
-        return before, _StepOfTwo(record, dict(_kept_in_cache(second[name])))
-    except Exception:  # whatever a model may raise that is no model of steps
-        return None
+    for layout in layouts:
+        for places in layout.layers:
+            if not places.has("mixer_out"):
+                continue
+            found = None if steps is None else [_writes(step, places, keys[at]) for at, step in enumerate(steps)]
+            if found is None:
+                places.put("mixer_state", Lacks(NO_STEPS_OF_MIXERS))
+                continue
+            both = [path for path in found[0] if path in found[1]]
+            places.put("mixer_state", f"{both[0]}.input[1]" if len(both) == 1 else Lacks(NO_MIXER_STATE))
+            if len(both) == 1:
+                places.passed["mixer_state"] = "it is in the cache after each of two steps"
+                layout.shapes["mixer_state"] = structure_of(found[0][both[0]])
 
 
 def _kept_in_cache(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

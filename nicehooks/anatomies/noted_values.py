@@ -97,6 +97,8 @@ def given_to_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     for index, one in enumerate(args):
         if _values_in(one):
             yield f"input[{index}]", one
+        elif type(one) is dict:
+            yield from ((f"input[{index}][{name!r}]", each) for name, each in one.items() if _values_in(each))
     if kwargs:
         order = _parameters_in(type(module))
         for name, one in kwargs.items():

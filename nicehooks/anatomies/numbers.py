@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nicehooks.anatomies.ends import unembedded_by
 from nicehooks.anatomies.layouts import Layout
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.caches.cache import ActivationCache
@@ -58,11 +60,17 @@ class Seen:
         path = layout.singles.get(part)
         return self.at(path) if isinstance(path, str) else None
 
-    def run(self, name: str, value: Tensor) -> Tensor | None:
+    def unembedded(self, name: str, value: Tensor) -> Tensor | None:
+        """The logits that an unembedding makes of a value by itself."""
+        return self.run(name, value, unembedded_by)
+
+    def run(
+        self, name: str, value: Tensor, call: Callable[[nn.Module, Tensor], Any] = lambda module, value: module(value)
+    ) -> Tensor | None:
         """What a module makes of a value by itself."""
         try:
             with torch.no_grad():
-                made = self.names[name](value)
+                made = call(self.names[name], value)
         except Exception:  # whatever a module raises that takes something else
             return None
         return made if isinstance(made, Tensor) else None

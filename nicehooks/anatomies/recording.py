@@ -30,7 +30,7 @@ class NotedCall:
         number: which call of the module in this forward, or of the function in this run of the module's own forward.
         around: the call of the module that it was made in.
         begin, end: its place in the order of all beginnings and ends.
-        numbers: the plain numbers among the arguments of a function.
+        numbers, words: the plain numbers, and the texts, among the arguments of a function.
     """
 
     owner: str
@@ -43,6 +43,7 @@ class NotedCall:
     inputs: list[Value] = field(default_factory=list[Value])
     outputs: list[Value] = field(default_factory=list[Value])
     numbers: list[float] = field(default_factory=list[float])
+    words: list[str] = field(default_factory=list[str])
     arguments: Any = None
     counts: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -160,6 +161,7 @@ class _Recorder(TorchFunctionMode):
         if name in LOOKED_INTO:
             call.inputs = [self._value(step, one) for step, one in given_tensors(args, kwargs)]
             call.numbers = [float(one) for one in args if isinstance(one, int | float)]
+            call.words = [one for one in args if isinstance(one, str)]
             call.arguments = kwargs
         output = func(*args, **kwargs)
         call.outputs = [self._value(step, one) for step, one in tensors_of(output)]

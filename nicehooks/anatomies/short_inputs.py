@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nicehooks.anatomies.offloaded import device_of_run
+
 BATCH, FEW_POSITIONS = 2, 7
 """Small, and no sizes that a model is likely to have itself."""
 
@@ -135,4 +137,6 @@ def _width(config: Any) -> int:
 
 def _place_of_input(run: nn.Module) -> tuple[torch.device, torch.dtype]:
     found = next((one for one in run.parameters() if one.is_floating_point()), None)
-    return (torch.device("cpu"), torch.float32) if found is None else (found.device, found.dtype)
+    if found is None:
+        return torch.device("cpu"), torch.float32
+    return device_of_run(run) or found.device, found.dtype

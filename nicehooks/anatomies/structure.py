@@ -85,10 +85,9 @@ def several(names: Mapping[str, nn.Module], bases: list[str]) -> str:
 
 
 @contextmanager
-def running(names: Mapping[str, nn.Module], attention: str) -> Iterator[None]:
-    """Inside it, a model whose attention shows nothing (a flexible kernel, say) runs with the attention that does."""
-    every = {id(config): config for one in names.values() if (config := getattr(one, "config", None)) is not None}
-    before = [] if attention in SEEN_BY else [(config, attention_of(config)) for config in every.values()]
+def running(model: nn.Module) -> Iterator[None]:
+    """Inside it, what has an attention that shows nothing (a flexible kernel, say) runs with one that does."""
+    before = [(config, own) for config in configs_in(model) if (own := attention_of(config)) not in SEEN_BY]
     try:
         for config, _ in before:
             config._attn_implementation = "eager"
@@ -96,6 +95,26 @@ def running(names: Mapping[str, nn.Module], attention: str) -> Iterator[None]:
     finally:
         for config, own in before:
             config._attn_implementation = own
+
+
+def configs_in(model: nn.Module) -> list[Any]:
+    """Every config that a module of `model` has, once."""
+    found = (vars(module).get("config") for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+def config_around(names: Mapping[str, nn.Module], base: str) -> Any:
+    """The config of the module `base`, or of the nearest one around that."""
+    found = (getattr(names[name], "config", None) for name in names_around(base))
+    return next((config for config in found if config is not None), None)
+
+
+def names_around(base: str) -> Iterator[str]:
+    """A name and those of the modules around it, from the inside out."""
+    while base:
+        yield base
+        base = base.rpartition(".")[0]
+    yield ""
 
 
 def attention_of(config: Any) -> str:
@@ -108,7 +127,7 @@ def main_layouts(layouts: list[Layout], names: Mapping[str, nn.Module], at: str)
     """Those that are meant: the largest stack; of an encoder and a decoder that reads it, both."""
     inside = [one for one in layouts if not at or f"{one.base}.".startswith(f"{at}.")]
     decoder = next((one for one in inside if any("cross_attn_out" in places.parts for places in one.layers)), None)
-    encoders = [one for one in inside if one is not decoder]
+    encoders = [one for one in inside if decoder is not None and one.began < decoder.began]
     return [encoders[0], decoder] if decoder is not None and encoders else inside[:1]
 
 
@@ -125,7 +144,10 @@ def _layout(recorded: Recorded, stack: Stack) -> Layout:
     family = Family(post_norm=post_norm)
     sizes = _sizes_of(layers, stack.layers[0].reads.shape[-1])
     base = _base_with(stack.base, ends.roles.get("token_embedding"), recorded.record.names)
-    return Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True)
+    now = attention_of(config_around(recorded.record.names, base))
+    made = Layout(base, family, layers, sizes, ends.parts, ends.roles, ends.head, is_found=True, attention=now)
+    made.began = stack.layers[0].call.begin
+    return made
 
 
 def _base_with(base: str, embedding: str | None, names: Mapping[str, nn.Module]) -> str:

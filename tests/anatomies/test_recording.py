@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import pytest
 import torch
-from bodies import body
 from gallery.decoders import Own
+from gallery.every_architecture import tiny
 from torch import nn
 
 from nicehooks import UnsupportedModule, anatomy
@@ -57,11 +56,30 @@ def test_the_garbage_collector_is_as_it_was(is_on: bool) -> None:
         gc.enable() if was_on else gc.disable()
 
 
-def test_finding_and_checking_run_the_model_twice_and_asking_again_not_at_all() -> None:
-    model: Any = body("llama").__class__(body("llama").config).eval()
+MOST_FORWARDS = {"MambaForCausalLM": 3, "JambaForCausalLM": 3, "RwkvForCausalLM": 3, "BartForConditionalGeneration": 2}
+
+
+@pytest.mark.parametrize(("name", "count"), [("LlamaForCausalLM", 2), *MOST_FORWARDS.items()])
+def test_finding_and_checking_run_the_model_two_times_with_mixers_three_and_asking_again_not_at_all(
+    name: str, count: int
+) -> None:
+    model = tiny(name)
     calls: list[int] = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     anatomy(model)
-    assert len(calls) == 2
+    assert len(calls) == count
     anatomy(model)
+    assert len(calls) == count
+
+
+def test_models_in_a_model_that_attend_otherwise_are_found_once_and_anew_when_one_is_switched() -> None:
+    model = tiny("LlavaForConditionalGeneration")
+    model.set_attn_implementation("eager")
+    model.model.language_model.set_attn_implementation("sdpa")
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    parts = anatomy(model)
+    assert parts.attention == "sdpa" and str(parts.pattern[0]).endswith("@scaled_dot_product_attention().pattern")
     assert len(calls) == 2
+    model.model.language_model.set_attn_implementation("eager")
+    assert str(parts.pattern[0]).endswith("self_attn@softmax()") and len(calls) == 4
