@@ -44,7 +44,7 @@ def ways(job: jobs.Job) -> jobs.Ways:
         return kept(save=torchlens.module("lm_head"), intervene=change)[-1]
 
     return {
-        jobs.BLOCKS: {"trace, save": lambda: kept(save=places), "record, save": recorded},
+        jobs.BLOCKS: {"record, save": recorded, "trace, save": lambda: kept(save=places)},
         jobs.ALL: {"trace": kept},
         jobs.PATCH: {"trace, intervene": patched},
     }
