@@ -12,6 +12,7 @@
 # make dist          wheel and sdist, in dist/, and the quick tier against them in an empty environment
 # make bench         what the library costs, against raw hooks
 # make bench-peers   the same jobs with other libraries, each in an environment of its own; writes benchmarks/peers/README.md
+# make test-peers    what docs/from_nnsight.md and docs/from_pyvene.md say, beside those libraries
 # make lock-peers    the newest releases of those libraries, into benchmarks/peers/locks, and measures them
 PYTHON ?= python3
 VENV := .venv
@@ -38,7 +39,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check test-newest test-libraries lock lint format docs dist fuzz mutants messages notebooks bench \
-	bench-peers lock-peers clean
+	bench-peers test-peers lock-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nicehooks demo
@@ -119,6 +120,10 @@ bench: $(VENV)/.demo
 
 bench-peers: $(VENV)/.demo
 	$(BIN)/python benchmarks/peers/run.py
+
+# The rows of the pages for who moves over, in the environments that bench-peers makes.
+test-peers: $(VENV)/.demo
+	$(BIN)/python benchmarks/peers/run.py --test
 
 lock-peers: $(VENV)/.demo
 	$(BIN)/python benchmarks/peers/run.py --lock

@@ -1,14 +1,16 @@
 """One peer in the environment that runs this: its answers compared, then each of its ways on the clock.
 
-    python benchmarks/peers/measure.py NAME MODEL OUT.json [--rounds 100]
+    python benchmarks/peers/measure.py NAME MODEL FOLDER OUT.json [--rounds 100]
 
-`run.py` calls it, once for each peer.
+`run.py` calls it, once for each peer and model.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import functools
 import gc
 import importlib
 import io
@@ -32,7 +34,8 @@ import torch
 cpu = time.process_time
 """What this process has run, in all of its threads; not what it has waited for others."""
 SAME = 1e-4  # how far an answer may be off, in parts of its largest number
-BUDGET = 6.0  # seconds for one way in all of its rounds, about
+LONG = 1.0  # seconds from which on a call needs no other before it to be warm
+IDLE = "idle\nthe model that the peer was given"
 
 
 def megabytes() -> float:
@@ -65,8 +68,11 @@ def import_seconds(line: str) -> list[float]:
     return [float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1]) for _ in range(5)]
 
 
-def compared(ways: jobs.Ways, answers: jobs.Answers) -> tuple[jobs.Ways, list[dict[str, Any]]]:
-    """The ways that give the answer, and a record of each: how far it is off, or what was raised."""
+def compared(ways: jobs.Ways, answers: dict[str, Any], all_of_them: bool) -> tuple[jobs.Ways, list[dict[str, Any]]]:
+    """The ways that give the answer, and a record of each: how far it is off, or what was raised.
+
+    On the larger models the first way that gives the answer is enough.
+    """
     right: dict[str, dict[str, jobs.Way]] = {}
     records: list[dict[str, Any]] = []
     for job, some in ways.items():
@@ -74,60 +80,88 @@ def compared(ways: jobs.Ways, answers: jobs.Answers) -> tuple[jobs.Ways, list[di
             record: dict[str, Any] = {"job": job, "how": how}
             try:
                 answer = way()
-                record["off"] = answers.off(job, answer)
+                record["off"] = jobs.off(job, answers[job], answer)
                 record |= {"values": len(answer)} if job == jobs.ALL else {}
             except Exception as error:
                 record["raised"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             records.append(record)
             if record.get("off", 1.0) <= SAME:
                 right.setdefault(job, {})[how] = way
+                if not all_of_them:
+                    break
     return right, records
 
 
-def timed(ways: dict[str, jobs.Way], base: jobs.Way, rounds: int) -> dict[str, list[float]]:
+def timed(ways: dict[str, jobs.Way], bases: dict[str, jobs.Way], rounds: int, budget: float) -> dict[str, list[float]]:
     """The samples of each way, each over a bare call of the same turn; turns and what is in them in random order.
 
-    A way that takes long has its turn in a part of the rounds. The collector of garbage is off while the clock runs.
+    A way that takes long has its turn in a part of the rounds, always in the first. The collector of garbage is off
+    while the clock runs.
+
+    Args:
+        ways: by job and name, in two lines.
+        bases: for each of them what it is over.
+        rounds: how often a way has its turn, at most.
+        budget: seconds for one way in all of its rounds, about.
     """
-    every = {how: max(1, round(max(seconds(way), seconds(way)) * rounds / BUDGET)) for how, way in ways.items()}
+    every = {how: max(1, round(_warm_seconds(way) * rounds / budget)) for how, way in ways.items()}
     samples: dict[str, list[float]] = {how: [] for how in ways}
     gc.freeze()
     gc.disable()
     for number in range(rounds):
         for how in random.sample(list(ways), len(ways)):
             if number % every[how] == 0:
-                both = [(how, ways[how]), ("", base)]
-                found: dict[str, float] = {}
-                for which, work in random.sample(both, 2):
-                    work()  # warm, for every way alike
-                    found[which] = seconds(work)
-                samples[how].append(found[how] / found[""])
+                samples[how].append(_ratio(ways[how], bases[how]))
         gc.collect()
     gc.enable()
     return samples
 
 
-def one(name: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """All that there is to say of one peer."""
-    bare = jobs.load(folder)
-    ids = torch.arange(jobs.POSITIONS)[None] * 7 + 3
-    clean = jobs.clean_blocks(bare, ids)
-    answers = jobs.answers(bare, ids, clean)
-    for _ in range(200):
-        bare(ids)
-    alone, before = megabytes(), statistics.median(seconds(lambda: bare(ids)) for _ in range(200))
+def _warm_seconds(way: jobs.Way) -> float:
+    first = seconds(way)
+    return first if first > LONG else max(first, seconds(way))
+
+
+def _ratio(way: jobs.Way, base: jobs.Way) -> float:
+    """The time of a way over that of what stands beside it, one after the other in random order, both warm."""
+    found: list[float] = [0.0, 0.0]
+    for which in random.sample((0, 1), 2):
+        work = (way, base)[which]
+        first = seconds(work)
+        found[which] = first if first > LONG and which == 0 else seconds(work)
+    return found[0] / found[1]
+
+
+def bare_seconds(bare: jobs.Way, budget: float) -> float:
+    """The median of a bare call."""
+    first = max(seconds(bare), 1e-6)
+    return statistics.median(seconds(bare) for _ in range(max(3, min(200, int(budget / first)))))
+
+
+def one(name: str, key: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """All that there is to say of one peer on one model."""
+    of, facts = jobs.MODELS[key], torch.load(folder / "facts.pt")
+    untouched, ids, answers = jobs.load(folder), facts["ids"], facts["answers"]
+
+    def bare() -> Any:
+        return untouched(ids)
+
+    bare_seconds(bare, 0.3)
+    alone, before = megabytes(), bare_seconds(bare, of.seconds / 3)
 
     peer: Any = importlib.import_module(f"with_{name}")
     imported = megabytes()
-    job = jobs.Job(folder, jobs.load(folder), ids, clean)
-    pristine = jobs.marks(job.model)
-    right, records = compared(peer.ways(job), answers)
+    job = jobs.job_of(key, folder, jobs.load(folder), facts)
+    given, pristine = megabytes(), jobs.marks(job.model)
+    right, records = compared(peer.ways(job), answers, all_of_them=key == "small")
     used = megabytes()
     flat = {f"{work}\n{how}": way for work, some in right.items() for how, way in some.items()}
     idle = _logits_of(job.model, ids)
-    flat |= {"idle\nthe model that the peer was given": lambda: job.model(ids)} if idle is not None else {}
-    samples = timed(flat, lambda: bare(ids), rounds)
-    after = statistics.median(seconds(lambda: bare(ids)) for _ in range(200))
+    flat |= {IDLE: lambda: job.model(ids)} if idle is not None else {}
+    generating = functools.partial(untouched.generate, ids, **job.generation)
+    bases: dict[str, jobs.Way] = {how: generating if how.startswith(f"{jobs.STEER}\n") else bare for how in flat}
+    samples = timed(flat, bases, rounds, of.seconds)
+    after = bare_seconds(bare, of.seconds / 3)
 
     for record in records:
         found = samples.get(f"{record['job']}\n{record['how']}")
@@ -135,18 +169,20 @@ def one(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     left = jobs.marks(job.model)
     return {
         "name": name,
-        "versions": {package: _version(package) for package in ("torch", "transformers", *peer.PACKAGES)},
+        "model": key,
+        "date": datetime.date.today().isoformat(),
+        "versions": {package: version_of(package) for package in ("torch", "transformers", *peer.PACKAGES)},
         "python": platform.python_version(),
         "records": records,
         "lacks": peer.LACKS,
-        "import": spread(import_seconds(peer.IMPORTED)) if peer.IMPORTED else None,
-        "idle": spread(samples["idle\nthe model that the peer was given"]) if idle is not None else None,
-        "idle_off": None if idle is None else jobs.apart(answers.logits, idle),
+        "import": spread(import_seconds(peer.IMPORTED)) if peer.IMPORTED and key == "small" else None,
+        "idle": spread(samples[IDLE]) if idle is not None else None,
+        "idle_off": None if idle is None else jobs.apart(answers["logits"], idle),
         "changed": sum(1 for path in pristine if left.get(path) != pristine[path]),
         "modules": len(pristine),
         "bystander": after / before,
         "bare": before,
-        "memory": {"bare": alone, "imported": imported - alone, "used": used - imported},
+        "memory": {"bare": alone, "imported": imported - alone, "used": used - given},
     }
 
 
@@ -158,7 +194,7 @@ def _logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -169,14 +205,16 @@ def _version(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", choices=list(jobs.MODELS))
+    parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, help="how often each way has its turn, at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with contextlib.redirect_stderr(io.StringIO()):  # bars of progress, one for each sweep
-        found = one(options.name, options.model, options.rounds)
+        rounds = options.rounds or jobs.MODELS[options.model].rounds
+        found = one(options.name, options.model, options.folder, rounds)
     options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 

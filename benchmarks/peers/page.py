@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from typing import Any
 
 import jobs
+from headlines import HEADLINES as WORDS
 
 TITLES = {"hooks": "raw hooks", "interp_engine": "interp-engine", "transformer_lens": "TransformerLens"}
 
@@ -15,9 +15,8 @@ HEAD = """# Beside peers
 What the same jobs cost with nicehooks, with PyTorch's own hooks and with other libraries. `make bench-peers` makes
 the environments, measures, and writes this page.
 
-The model is a GPT-2 with 12 layers of width 64, 4 heads and 1000 tokens, random weights, batch 1, 16 positions; it is
-saved once, and each peer loads it. It is small, so that what the libraries do is seen beside what the model does: on
-a large model every ratio here goes towards 1.
+The jobs are done on three models, each saved once and loaded by every peer, with batch 1. The first is small, so that
+what the libraries do is seen beside what the model does: on large models the ratios go towards 1.
 
 Each peer runs in a process and an environment of its own, from a locked file in `locks/`. Its answer to each job is
 compared with that of raw hooks on an untouched copy (to 1e-4 of the largest number) before it is timed. A figure is
@@ -25,8 +24,8 @@ the time over that of a bare call, without gradients, of an untouched copy of th
 take turns in random order, and the figure is the median over the rounds. The clock is the processor time of the
 process, so that waiting for other programs does not count. The collector of garbage is off while it runs. What a peer
 makes once for a model, such as a wrapper, is off the clock; what stands around each use is on it. Where there are
-several ways to do a job, all are measured and the quickest counts. The code is in the files `with_….py`, one for each
-peer: tell us where another way is quicker.
+several ways to do a job, all are measured on the small model and the quickest counts; on the others it is the first
+that gives the answer. The code is in the files `with_….py`, one for each peer: tell us where another way is quicker.
 """
 
 
@@ -38,35 +37,78 @@ every operation with its metadata, so its figures are those of a larger job.
 """
 
 
-def page(found: list[dict[str, Any]], machine: str) -> str:
-    """All of it, as Markdown."""
-    date = datetime.date.today().isoformat()
+def page(found: dict[str, list[dict[str, Any]]], tried: list[dict[str, Any]], machine: str) -> str:
+    """All of it, as Markdown.
+
+    Args:
+        found: what was measured, of each peer on each model.
+        tried: what came of the headlines, of each peer.
+        machine: what it ran on.
+    """
+    small = found["small"]
+    measured = [peer for peers in found.values() for peer in peers]
     return "\n".join(
         [
             HEAD,
-            f"Measured on {date}: {machine}; Python {found[0]['python']}.\n",
-            "## The time, over a bare call\n",
-            *_table(["", *jobs.JOBS], ([title(peer), *_cells(peer)] for peer in found)),
-            "",
+            f"Measured on {dates(measured)}: {machine}; Python {small[0]['python']}.\n",
+            *(line for key, peers in found.items() if peers for line in _time(jobs.MODELS[key], peers)),
             *(f"- **{job}**: {what}." for job, what in jobs.JOBS.items()),
             "",
             WHY,
+            *headlines(tried),
             "## Around it\n",
-            *_table(AROUND, map(_around, found)),
+            "On the small model.\n",
+            *_table(AROUND, map(_around, small)),
             "",
             *(f"- **{name}**: {what}." for name, what in zip(AROUND[1:], AROUND_WORDS, strict=True)),
             "",
             "## How each was done\n",
-            *_table(["", "job", "by", "× bare", "quartiles", "off by"], _ways(found)),
+            "On the small model.\n",
+            *_table(["", "job", "by", "× bare", "quartiles", "off by"], _ways(small)),
             "",
             "## What is not there\n",
-            *_lacks(found),
+            *_lacks(small),
+            *(line for key, peers in found.items() if key != "small" for line in _wrong(peers, jobs.MODELS[key].title)),
             "",
             "## Versions\n",
-            *(f"- {title(peer)}: {', '.join(map(' '.join, peer['versions'].items()))}" for peer in found),
+            *(f"- {title(peer)}: {', '.join(map(' '.join, peer['versions'].items()))}" for peer in small),
             "",
         ]
     )
+
+
+def dates(found: list[dict[str, Any]]) -> str:
+    """The day on which it was measured, or the first and the last."""
+    return " to ".join(sorted({peer["date"] for peer in found})[:: max(1, len({peer["date"] for peer in found}) - 1)])
+
+
+def _time(model: jobs.Model, peers: list[dict[str, Any]]) -> list[str]:
+    bare = sorted(peer["bare"] for peer in peers)[len(peers) // 2]
+    return [
+        f"## {model.title}: the time, over a bare call\n",
+        f"{model.what}. A bare call takes {1000 * bare:.3g} ms.\n",
+        *_table(["", *jobs.JOBS], ([title(peer), *_cells(peer)] for peer in peers)),
+        "",
+    ]
+
+
+def headlines(tried: list[dict[str, Any]]) -> list[str]:
+    """What nicehooks says of itself alone, as a table."""
+    if not tried:
+        return []
+    versions = ", ".join(
+        f"{title(peer)} {list(peer['versions'].values())[2]}" for peer in tried if len(peer["versions"]) > 2
+    )
+    return [
+        "## Compiled, transformed, in threads, in a batch\n",
+        f"Tried on the small model with eager attention, on {dates(tried)}, with torch "
+        f"{tried[0]['versions']['torch']}: {versions}. `headlines.py` has the trials: a vector is added to the "
+        "output of one block, and the output of the next is captured.\n",
+        *_table(["", *WORDS], ([title(peer), *(peer["said"][word] for word in WORDS)] for peer in tried)),
+        "",
+        *(f"- **{word}**: {what}." for word, what in WORDS.items()),
+        "",
+    ]
 
 
 AROUND = ["", "import", "idle", "changed", "bystander", "memory, import", "memory, use"]
@@ -123,14 +165,20 @@ def _ways(found: list[dict[str, Any]]) -> Iterator[list[str]]:
                 yield [title(peer), record["job"], f"`{record['how']}`", *figures]
 
 
-def _lacks(found: list[dict[str, Any]]) -> Iterator[str]:
+def _wrong(found: list[dict[str, Any]], where: str = "") -> Iterator[str]:
     for peer in found:
         for record in peer["records"]:
-            where = f"- {title(peer)}, {record['job']}, by `{record['how']}`: "
+            line = f"- {title(peer)}, {record['job']}{f', {where}' if where else ''}, by `{record['how']}`: "
             if "raised" in record:
-                yield f"{where}`{record['raised']}`"
+                yield f"{line}`{record['raised']}`"
             elif "median" not in record:
-                yield f"{where}the answer is another, off by {record['off']:.1g}."
+                by = "" if record["job"] == jobs.STEER else f", off by {record['off']:.1g}"
+                yield f"{line}the answer is another{by}."
+
+
+def _lacks(found: list[dict[str, Any]]) -> Iterator[str]:
+    yield from _wrong(found)
+    for peer in found:
         for job, why in peer["lacks"].items():
             yield f"- {title(peer)}, {job}: {why}."
 

@@ -1,10 +1,14 @@
 """Every peer in an environment of its own, one after the other, and the page that says what came out.
 
     python benchmarks/peers/run.py                        # all of them, and README.md beside this file
-    python benchmarks/peers/run.py --only nnsight hooks   # some of them; the page keeps the others as they were
+    python benchmarks/peers/run.py --only nnsight hooks   # some of them; the page has the others as before
+    python benchmarks/peers/run.py --models small         # on one of the models; the page has the others as before
+    python benchmarks/peers/run.py --try                  # one round of each, no page: are answers right?
+    python benchmarks/peers/run.py --page                 # only the page, from what was measured
     python benchmarks/peers/run.py --lock                 # the newest releases first, into locks/
 
-The environments are in .venv-peers, what was measured in build/peers.
+The environments are in .venv-peers, the models and what was measured in build/peers: a file for each peer and model, so
+that a run may be cut short, and go on with `--only` and `--models`.
 """
 
 from __future__ import annotations
@@ -15,15 +19,20 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import jobs
 import page
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ENVIRONMENTS, BUILD = ROOT / ".venv-peers", ROOT / "build" / "peers"
 LOCKS = HERE / "locks"
+HEADLINES = "headlines"
+MOVED_FROM = ("nnsight", "pyvene")
+"""Those with rows in moving_over.py."""
 SHARED = ("torch", "transformers", "safetensors")
 """What all of them measure with, in the versions of requirements.lock."""
 
@@ -80,15 +89,59 @@ def interpreter(name: str, renew: bool) -> Path:
     return python_of(environment)
 
 
-def measured(name: str, python: Path, rounds: int) -> dict[str, Any]:
-    """One peer, by measure.py, in its own process."""
-    out = BUILD / f"{name}.json"
-    print(f"Measuring {name}", flush=True)
+def run(name: str, python: Path, file: str, *arguments: object) -> None:
+    """A file of this folder in the environment of a peer, in a process of its own."""
     one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    known = {"PYTHONPATH": str(ROOT)} if PEERS[name] is None else {}
-    command = [str(python), str(HERE / "measure.py"), name, str(BUILD / "model"), str(out), "--rounds", str(rounds)]
+    known = {"PYTHONPATH": str(ROOT)} if PEERS.get(name) is None else {}
+    command = [str(python), str(HERE / file), *map(str, arguments)]
     subprocess.run(command, check=True, env=os.environ | one_thread | known, cwd=BUILD)
-    return json.loads(out.read_text())
+
+
+def folder_of(key: str) -> Path:
+    """Where a model is saved, with the answers beside it; they are made anew where jobs.py is newer."""
+    folder = BUILD / "models" / key
+    facts = folder / "facts.pt"
+    if not facts.exists() or facts.stat().st_mtime < (HERE / "jobs.py").stat().st_mtime:
+        print(f"Making {jobs.MODELS[key].title}", flush=True)
+        run("nicehooks", Path(sys.executable), "jobs.py", key, folder)
+    return folder
+
+
+def out_of(name: str, key: str) -> Path:
+    """What is found out about a peer on a model."""
+    return BUILD / key / f"{name}.json"
+
+
+def measured(name: str, python: Path, key: str, only_try: bool) -> None:
+    """One peer on one model, by measure.py; to try it leaves nothing behind."""
+    out = BUILD / "tried.json" if only_try else out_of(name, key)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    run(name, python, "measure.py", name, key, folder_of(key), out, *(["--rounds", 1] if only_try else []))
+    records = json.loads(out.read_text())["records"]
+    wrong = [
+        f"{each['job']} by {each['how']}: {each.get('raised', each.get('off'))}" for each in records if not right(each)
+    ]
+    print(f"{name} on {key}: {time.monotonic() - begun:.0f} s", *wrong, sep="\n  ", flush=True)
+
+
+def test() -> int:
+    """The rows of the pages for who moves over, with nicehooks and then with each of the others."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    out, failed = BUILD / "moving_over.pt", 0
+    run("nicehooks", Path(sys.executable), "moving_over.py", "ours", out)
+    for name in MOVED_FROM:
+        print(f"From {name}", flush=True)
+        try:
+            run(name, interpreter(name, renew=False), "moving_over.py", name, out)
+        except subprocess.CalledProcessError:
+            failed = 1
+    return failed
+
+
+def right(record: dict[str, Any]) -> bool:
+    """Whether a way was measured, which it is where its answer is right."""
+    return "median" in record
 
 
 def machine() -> str:
@@ -97,27 +150,57 @@ def machine() -> str:
     return f"{platform.system()}, {platform.machine()}, {cores} cores; one thread"
 
 
+def found(key: str) -> list[dict[str, Any]]:
+    """What was measured on a model, so far."""
+    return [json.loads(out_of(name, key).read_text()) for name in PEERS if out_of(name, key).exists()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[], choices=list(PEERS), metavar="NAME")
+    parser.add_argument("--models", nargs="*", default=[], choices=[*jobs.MODELS, HEADLINES])
+    parser.add_argument("--try", action="store_true", dest="only_try", help="one round of each, and no page")
+    parser.add_argument("--page", action="store_true", help="measure nothing, and write the page")
     parser.add_argument("--lock", action="store_true", help="install the newest releases, and write the locks anew")
+    parser.add_argument("--test", action="store_true", help="run the rows of the pages for who moves over instead")
     options = parser.parse_args()
-    wanted = options.only or list(PEERS)
+    if options.test:
+        sys.exit(test())
+    if not options.page:
+        measure(
+            options.only or list(PEERS), options.models or [*jobs.MODELS, HEADLINES], options.only_try, options.lock
+        )
+    if options.only_try:
+        return
+    there = {key: found(key) for key in jobs.MODELS}
+    (HERE / "README.md").write_text(page.page(there, found(HEADLINES), machine()))
+    missing = [
+        f"{name} on {key}" for key in [*jobs.MODELS, HEADLINES] for name in PEERS if not out_of(name, key).exists()
+    ]
+    sys.exit(f"Not measured: {', '.join(missing)}" if missing else 0)
+
+
+def measure(names: list[str], keys: list[str], only_try: bool, renew: bool) -> None:
+    """Each peer on each model; one that fails is named, and the others go on."""
     BUILD.mkdir(parents=True, exist_ok=True)
     LOCKS.mkdir(exist_ok=True)
-    if not (BUILD / "model").exists():
-        code = "import sys, pathlib, jobs; jobs.make(pathlib.Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", code, str(BUILD / "model")], check=True, cwd=HERE)
-    for name in wanted:
-        try:
-            measured(name, interpreter(name, options.lock), options.rounds)
-        except subprocess.CalledProcessError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-    there = [json.loads((BUILD / f"{name}.json").read_text()) for name in PEERS if (BUILD / f"{name}.json").exists()]
-    (HERE / "README.md").write_text(page.page(there, machine()))
-    missing = [name for name in PEERS if name not in {each["name"] for each in there}]
-    sys.exit(f"Not measured: {', '.join(missing)}" if missing else 0)
+    pythons = {name: interpreter(name, renew) for name in names}
+    for key in keys:
+        for name, python in pythons.items():
+            try:
+                if key == HEADLINES:
+                    tried(name, python)
+                else:
+                    measured(name, python, key, only_try)
+            except subprocess.CalledProcessError as error:
+                print(f"{name} on {key}: {error}", file=sys.stderr)
+
+
+def tried(name: str, python: Path) -> None:
+    """One peer, by headlines.py."""
+    out_of(name, HEADLINES).parent.mkdir(exist_ok=True)
+    print(f"Trying {name} in compiled code, transforms, threads and batches", flush=True)
+    run(name, python, "headlines.py", name, folder_of("small"), out_of(name, HEADLINES))
 
 
 if __name__ == "__main__":

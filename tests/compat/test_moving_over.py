@@ -299,7 +299,9 @@ TRANSFORMER_DEBUGGER = {
 }
 
 NNSIGHT = {
-    '`model = LanguageModel("gpt2")`, or `NNsight(module)`': "from_nnsight::the_module_is_taken_as_it_is_and_stays_so",
+    '`model = TransformersModel("gpt2")`, or `NNsight(module)`': (
+        "from_nnsight::the_module_is_taken_as_it_is_and_stays_so"
+    ),
     "`with model.trace(ids): x = h[1].output.save()`": "from_nnsight::values_are_those_of_hooks_with_their_graph",
     "`h[1].attn.output[0].save()`": "from_nnsight::values_are_those_of_hooks_with_their_graph",
     "`h[1].input.save()`, `h[1].inputs`": "from_nnsight::inputs_are_those_of_a_hook",
