@@ -52,7 +52,7 @@ class StaleActivation(NiceHooksError):
 
 
 class ContextMisuse(NiceHooksError, RuntimeError):
-    """An intervention was entered or attached while it was active already."""
+    """An intervention was entered or attached while it was active already, or not on every rank of a group."""
 
 
 class HookCheckFailed(NiceHooksError, RuntimeError):

@@ -432,3 +432,8 @@ def in_compiled_graph() -> bool:
 
 _FUNCTION_FILES = {inspect.getfile(part) for part in (torch.nn.functional, torch.functional, torch.overrides, Tensor)}
 """Where torch's own functions are written that call another one."""
+
+
+def is_lent_weights(module: nn.Module) -> bool:
+    """Whether FSDP2 brings the whole weights of `module` before a call, and frees them after it (torch 2.4 … 2.13)."""
+    return getattr(module, "_is_fsdp_managed_module", False)

@@ -55,6 +55,9 @@ class capture(Intervention):
         map: reduces each value as it is seen: `fn(value)` or `fn(value, site=…)`.
         stop: ends the forward as soon as every site has been seen; the call of the model then returns None. Where
             the model itself is not called, as under a wrapper, it ends nothing.
+        layout: of a value that is spread over processes, a `DTensor`: what this process has of it, `"local"`, that is
+            the `DTensor` itself; or the whole, `"full"`, gathered as a plain tensor, for which every process has to be
+            in the same context. What is plain already stays as it is: nothing says whether it is a shard.
         steps: the steps to look at (calls of the model since entry): an int, a slice, a list, or a predicate.
         calls: the calls to look at (calls of the module within one step), likewise.
 
@@ -78,12 +81,15 @@ class capture(Intervention):
         stop: bool = False,
         steps: Any = None,
         calls: Any = None,
+        layout: Literal["local", "full"] = "local",
     ) -> None:
         super().__init__(model, steps, calls)
         if keep not in ("first", "last", "all"):
             raise ValueError(f"keep={keep!r}: it is 'first', 'last' or 'all'")
+        if layout not in ("local", "full"):
+            raise ValueError(f"layout={layout!r}: it is 'local' or 'full'")
         self.where = where or (True,)
-        self._action = _Capture(keep, detach, clone, to, map, stop)
+        self._action = _Capture(keep, Keeper(detach, clone, to, layout == "full"), map, stop)
 
     def __repr__(self) -> str:
         return f"capture(model, {show_where(self.where)})"
@@ -138,9 +144,9 @@ class _Capture(Action):
     verb = "capture"
     changes = False
 
-    def __init__(self, keep: Keep, detach: bool, clone: bool, to: Any, map_: Any, stop: bool) -> None:
+    def __init__(self, keep: Keep, keeper: Keeper, map_: Any, stop: bool) -> None:
         self.keep = keep
-        self.keeper = Keeper(detach, clone, to)
+        self.keeper = keeper
         self.map = map_
         self.takes_site = map_ is not None and takes_site(map_)
         self.stop = stop

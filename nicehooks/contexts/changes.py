@@ -205,7 +205,7 @@ def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
         if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
             raise TreeMismatch(_not_added(vector, value))
         wide = _dtype_of_sum(value, vector, scale)
-        shift = scale * trees.usable(vector).to(device=value.device, dtype=wide)
+        shift = scale * trees.beside(trees.usable(vector).to(device=value.device, dtype=wide), value)
         return (value.to(wide) + shift).to(value.dtype)
     except TORCH_ERRORS as error:
         raise refused(error, _not_added(vector, value)) from None

@@ -21,15 +21,17 @@ class Keeper:
         detach: takes each tensor out of the autograd graph.
         clone: copies each, so that in-place layers cannot overwrite it.
         to: a device or dtype, or a tuple of arguments for `Tensor.to`.
+        full: brings each together that is spread over processes.
     """
 
-    __slots__ = ("clone", "copies", "detach", "to")
+    __slots__ = ("clone", "copies", "detach", "full", "to")
 
-    def __init__(self, detach: bool, clone: bool, to: Any) -> None:
+    def __init__(self, detach: bool, clone: bool, to: Any, full: bool = False) -> None:
         self.detach = detach
         self.clone = clone
         self.to: tuple[Any, ...] = () if to is None else to if isinstance(to, tuple) else (to,)
-        self.copies = detach or clone or bool(self.to)
+        self.full = full
+        self.copies = detach or clone or full or bool(self.to)
 
     def keep(self, value: Any, level: int, put: Callable[[Any], None]) -> None:
         """Hands `value` to `put`, as it is outside of every transform above `level`, where `put` runs, too."""
@@ -46,6 +48,7 @@ class Keeper:
         return trees.map_tensors(self._copy, value) if self.copies else value
 
     def _copy(self, tensor: Tensor) -> Tensor:
+        tensor = trees.gathered(tensor) if self.full else tensor
         tensor = tensor.detach() if self.detach else tensor
         tensor = tensor.clone() if self.clone else tensor
         try:

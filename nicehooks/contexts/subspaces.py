@@ -67,7 +67,7 @@ def _moved(basis: Tensor, old: Tensor, new: Tensor) -> Tensor:
             "be the one that the basis, [d, k], has first"
         )
     wide = torch.promote_types(old.dtype, basis.dtype)
-    of = trees.usable(basis).to(device=old.device, dtype=wide)
+    of = trees.beside(trees.usable(basis).to(device=old.device, dtype=wide), old)
     return (old.to(wide) + (new.to(wide) - old.to(wide)) @ of @ of.mT).to(old.dtype)
 
 

@@ -11,6 +11,8 @@ import torch
 
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.paths.grammar import ModulePath
+from nicehooks.values import trees
+from nicehooks.values.sharded import PlainIsWhole
 
 
 def takes_site(fn: Callable[..., Any]) -> bool:
@@ -25,10 +27,15 @@ def takes_site(fn: Callable[..., Any]) -> bool:
 
 
 def call_user(fn: Callable[..., Any], with_site: bool, value: Any, key: str, site: Site) -> Any:
-    """What `fn` returns for `value`, which stands at the path `key`; it is told the site if it wants to be."""
-    if not with_site:
-        return fn(value)
-    return fn(value, site=site if str(site) == key else site.at(ModulePath.parse(key)))
+    """What `fn` returns for `value`, which stands at the path `key`; it is told the site if it wants to be.
+
+    Where `value` is spread over processes, the plain tensors that `fn` brings are whole ones.
+    """
+    told = {"site": site if str(site) == key else site.at(ModulePath.parse(key))} if with_site else {}
+    if not any(map(trees.is_distributed, trees.leaves(value))):
+        return fn(value, **told)
+    with PlainIsWhole():
+        return fn(value, **told)
 
 
 def show_where(where: Where) -> str:

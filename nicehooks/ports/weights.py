@@ -93,7 +93,8 @@ class ParameterRule(SiteRule):
         if value.is_meta and any([hasattr(holder, "_hf_hook") for holder in self.modules()]):
             raise UnsupportedModule(OFFLOADED.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
-            return value.clone() if module.training and name in RUNNING else value
+            lent = torch_private_tensors.is_lent_weights(module) and not trees.is_distributed(value)
+            return value.clone() if lent or (module.training and name in RUNNING) else value
         return value if type(value) in (nn.Parameter, Tensor) else numbers_of_parameter(value, self.key)
 
     def _comes_later(self, frame: Frame) -> bool:
@@ -101,7 +102,8 @@ class ParameterRule(SiteRule):
         here, holders = frame.tap.module(), self.modules()
         if not self.action.changes or any([here is holder for holder in holders]):
             return False
-        return any([is_sharded(holder, name, here) for holder, name in self._held_as()])
+        lent = [(holder, name) for holder, name in self._held_as() if torch_private_tensors.is_lent_weights(holder)]
+        return any([trees.is_distributed(getattr(holder, name)) for holder, name in lent])
 
     def _held_as(self) -> list[tuple[Any, str]]:
         """The modules that hold the tensor, which hold each other, and its name in each."""
@@ -133,14 +135,6 @@ OFFLOADED = (
     "what the module makes of it instead, the output of the module, without a port; or\n"
     "    accelerate.hooks.remove_hook_from_submodules(model)  # brings the weights back for good"
 )
-
-
-def is_sharded(holder: nn.Module, name: str, root: nn.Module) -> bool:
-    """Whether a parameter is one of those below `root` of which FSDP2 keeps a shard alone between calls."""
-    if not trees.is_distributed(getattr(holder, name)):
-        return False
-    whole = [module for module in root.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
-    return any([holder is below for module in whole for below in module.modules()])
 
 
 PACKED = (

@@ -3,4 +3,5 @@
 Knows torch and optree; no path, no module of a model.
 """
 
-from nicehooks.values import containers as containers  # which adds its sorts to the table of nodes
+# ruff: noqa: F401  # each of these adds its kinds to a table
+from nicehooks.values import containers, sharded

@@ -16,6 +16,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.values.nodes import Node, is_nested, is_same, open_node, structure_of
 from nicehooks.values.refusals import TORCH_ERRORS, refused
 from nicehooks.values.regions import Constant
+from nicehooks.values.sharded import is_distributed, laid_out_as, misfit_of_shards
 from nicehooks.values.whole import map_tensors
 
 KEEP = Constant("nicehooks", "KEEP", "KEEP")
@@ -84,13 +85,13 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
         raise _came_for(old, new)
     if is_nested(old) or is_nested(new):
         return _fitted_nested(old, new)
-    if is_distributed(old) and not is_distributed(new):
-        raise TreeMismatch(NOT_DISTRIBUTED.format(new=structure_of(new)))
     value = usable(new)
     while value.ndim > old.ndim and value.shape[0] == 1:  # as in Python's own x[...] = value
         value = value.squeeze(0)
     if not fits(value.shape, old.shape):
-        raise TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
+        raise _too_large(old, new)
+    if is_distributed(old) or is_distributed(value):
+        return laid_out_as(value.to(device=old.device, dtype=old.dtype).expand(old.shape), old)
     value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
     if value.shape != old.shape:
         return _copied_as(old, value.expand(old.shape))  # in-place layers need memory of its own
@@ -132,14 +133,10 @@ def _fitted_nested(old: Tensor, new: Tensor) -> Tensor:
     return torch_private_tensors.nested_as(usable(new).to(device=old.device, dtype=old.dtype), old)
 
 
-def is_distributed(value: Any) -> bool:
-    """Whether a tensor is spread over processes, so that no plain one can stand in for it."""
-    return hasattr(type(value), "device_mesh") and hasattr(type(value), "placements")
-
-
-NOT_DISTRIBUTED = (
-    "{new} came where a DTensor stands; torch.distributed.tensor.distribute_tensor(value, mesh, placements) makes one"
-)
+def _too_large(old: Tensor, new: Tensor) -> TreeMismatch:
+    if is_distributed(old) and not is_distributed(new):
+        return misfit_of_shards(new, old)
+    return TreeMismatch(f"{structure_of(new)} does not broadcast to {structure_of(old)}")
 
 
 def is_complex(value: Any) -> bool:

@@ -27,8 +27,10 @@ def get(tree: Any, chain: Chain) -> Any:
 def rewrite(tree: Any, chain: Chain, fn: Callable[[Any], Any]) -> Any:
     """`tree` with `fn` applied to the part at the end of `chain`; `tree` itself where `fn` returns what it got.
 
-    Nothing is written in place: around a changed part of a tensor, the tensor is new.
+    Nothing is written in place: around a changed part of a tensor, the tensor is new. So it is where it had to be made
+    `ready` first.
     """
+    tree = regions.ready(tree)
     if not chain:
         return fn(tree)
     part = _step(tree, chain[0])
@@ -49,10 +51,10 @@ def length(tree: Any, items: list[Any], position: int) -> int:
         dim = tree.ndim - sum(item is not None for item in after)
     if not 0 <= dim < tree.ndim:
         raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}")
-    size = _one_size(tree, dim)
-    if size is None:
+    sizes: Any = torch_private.nested_sizes(tree) if is_nested(tree) else tree.shape
+    if isinstance(sizes[dim], str):  # it is another for each of the tensors that are nested in this one
         raise TreeMismatch(f"[*] is at dimension {dim} of {structure_of(tree)}, which has no one size there")
-    return size
+    return sizes[dim]
 
 
 def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
@@ -67,14 +69,6 @@ def each_index(tree: Any, chain: Chain) -> Iterator[Chain]:
                 yield from each_index(tree, (*chain[:done], one, *chain[done + 1 :]))
             return
     yield chain
-
-
-def _one_size(tensor: Tensor, dim: int) -> int | None:
-    """The size of a dimension; None where it is another for each of the tensors that are nested in `tensor`."""
-    if not is_nested(tensor):
-        return tensor.shape[dim]
-    size = torch_private.nested_sizes(tensor)[dim]
-    return None if isinstance(size, str) else size
 
 
 def _indices(tree: Any, items: list[Any], position: int) -> list[Any]:

@@ -77,10 +77,8 @@ def show_step(step: Any) -> str:
 
 
 def _show_item(item: Any) -> str:
-    if item is Ellipsis:
-        return "..."
     if not isinstance(item, slice):
-        return repr(item)
+        return "..." if item is Ellipsis else repr(item)
     start, stop, step = ("" if bound is None else str(bound) for bound in (item.start, item.stop, item.step))
     return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
@@ -88,14 +86,30 @@ def _show_item(item: Any) -> str:
 def read_region(tensor: Tensor, step: Any) -> Tensor:
     """The region of `tensor` that `step` names: a view, unless it is a list of indices."""
     try:
-        return _read_unchecked(tensor, step)
+        return _ways_with(tensor)[0](tensor, step)
     except (IndexError, OverflowError):
         raise TreeMismatch(f"{show_step(step)} is out of range for {structure_of(tensor)}") from None
     except TORCH_ERRORS as error:
         raise refused(error, f"{show_step(step)} of {structure_of(tensor)} cannot be read") from None
 
 
-def _read_unchecked(tensor: Tensor, step: Any) -> Tensor:
+def write_unchecked(base: Tensor, step: Any, new: Tensor) -> Tensor:
+    """As `replaced`; what torch refuses is its own error."""
+    return _ways_with(base)[1](base, step, new)
+
+
+def ready(value: Any) -> Any:
+    """`value` in the form in which it can be read and written, and that takes its place from now on."""
+    return value if type(value) is Tensor or not isinstance(value, Tensor) else _ways_with(value)[2](value)
+
+
+def _ways_with(tensor: Tensor) -> Any:
+    """How a tensor of this kind is read, written, and made ready for either."""
+    return next((ways for is_of, *ways in KINDS if is_of(tensor)), (read_plain, write_plain, lambda value: value))
+
+
+def read_plain(tensor: Tensor, step: Any) -> Tensor:
+    """The region of a tensor that is read as any is; what torch refuses is its own error."""
     if isinstance(step, Heads):
         return _split(tensor, step.count)
     if isinstance(step, Rows):
@@ -112,13 +126,13 @@ def _read_unchecked(tensor: Tensor, step: Any) -> Tensor:
 
 def _is_within(tensor: Tensor, step: Any) -> bool:
     """Whether every index is within its dimension; torch itself says so, but not to code that is being traced."""
-    items = [item for item in _by_dimension(tensor, step) if item is not None]
+    items = [item for item in by_dimension(tensor, step) if item is not None]
     sized = zip(tensor.shape, items, strict=False)
     indices = [(size, at) for size, item in sized for at in (item if isinstance(item, list) else [item])]
     return len(items) <= tensor.ndim and all([-size <= at < size for size, at in indices if isinstance(at, int)])
 
 
-def _by_dimension(tensor: Tensor, step: Any) -> list[Any]:
+def by_dimension(tensor: Tensor, step: Any) -> list[Any]:
     """The items of a subscript, with whole dimensions for its `...`."""
     items = list(items_of(step))
     if Ellipsis in items:
@@ -145,9 +159,7 @@ def _split_rows(tensor: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
 def replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
     """`base` with the region `step` replaced by `new`, which has the region's shape; out of place, under `vmap` too."""
     try:
-        if base.is_complex():  # torch 2.13 does not differentiate the writing of a part of them
-            return _with_complex(base, step, new)
-        return _replaced(base, step, new)
+        return write_unchecked(base, step, new)
     except TORCH_ERRORS as error:
         raise refused(error, f"{show_step(step)} of {structure_of(base)} cannot be written") from None
 
@@ -155,21 +167,22 @@ def replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
 def _with_complex(base: Tensor, step: Any, new: Tensor) -> Tensor:
     """`replaced`, in the real numbers that `base` consists of: they are one more dimension, behind all others."""
     if isinstance(step, Heads | Rows):
-        return _replaced(base, step, new)
-    whole = tuple(_by_dimension(base, step))
-    return torch.view_as_complex(_replaced(_as_real(base), whole, _as_real(new)).contiguous())
+        return write_plain(base, step, new)
+    real = write_plain(_as_real(base), tuple(by_dimension(base, step)), _as_real(new))
+    return torch.view_as_complex(real.contiguous())
 
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj())
 
 
-def _replaced(base: Tensor, step: Any, new: Tensor) -> Tensor:
+def write_plain(base: Tensor, step: Any, new: Tensor) -> Tensor:
+    """`replaced`, of a tensor that is written as any is; what torch refuses is its own error."""
     if isinstance(step, Heads):
         return new.flatten(-2)
     if isinstance(step, Rows):
         return new.reshape(base.shape)
-    items = _by_dimension(base, step)
+    items = by_dimension(base, step)
     if any(isinstance(item, list) for item in items):
         return _with_scattered(base, step, new)
     return _with_region(base, items, new, 0)
@@ -205,3 +218,8 @@ def _with_slice(base: Tensor, part: Tensor, dim: int, item: slice) -> Tensor:
 def _with_scattered(base: Tensor, step: Any, new: Tensor) -> Tensor:
     positions = torch.arange(base.numel(), device=base.device).reshape(base.shape)[step].flatten()
     return base.flatten().index_copy(0, positions, new.flatten()).reshape(base.shape)
+
+
+KINDS: list[tuple[Any, ...]] = [(lambda it: it.is_complex(), read_plain, _with_complex, lambda it: it)]
+"""Kinds of tensors, told by a function, each with its way to be read, to be written and to be made ready; a file that
+knows another kind puts it in front. torch 2.13 does not differentiate the writing of a part of complex ones."""

@@ -1,9 +1,10 @@
 """Nested values, by one name: what can be done with a whole value, with a part of it, and with one for another."""
 
-from nicehooks.values.assignment import KEEP, assign, fits, is_complex, is_distributed, usable
+from nicehooks.values.assignment import KEEP, assign, fits, is_complex, usable
 from nicehooks.values.nodes import Node, is_nested, is_same, leaves, open_node, structure_of
 from nicehooks.values.parts import each_index, get, length, rewrite
 from nicehooks.values.regions import STAR, Chain, Heads, Rows, items_of, show_step
+from nicehooks.values.sharded import beside, gathered, is_distributed
 from nicehooks.values.whole import as_it_is, bytes_of, has_spine_of, map_children, map_tensors, place_in
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Rows",
     "as_it_is",
     "assign",
+    "beside",
     "bytes_of",
     "each_index",
     "fits",
+    "gathered",
     "get",
     "has_spine_of",
     "is_complex",
