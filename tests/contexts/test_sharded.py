@@ -41,6 +41,9 @@ MORE: list[Check] = [
     around.data_parallel,
 ]
 
+OF_TWO: list[Check] = [around.local_values, around.one_rank_alone, around.transformers_plan, around.pipeline]
+"""Those that are other with two than with four."""
+
 
 def named(some: list[Check]) -> dict[str, Check]:
     return {check.__name__: check for check in some}
@@ -50,7 +53,7 @@ def named(some: list[Check]) -> dict[str, Check]:
     ("processes", "some"),
     [
         pytest.param(2, FIRST, id="two"),
-        pytest.param(2, MORE, id="two, all", marks=pytest.mark.slow),
+        pytest.param(2, OF_TWO, id="two, more", marks=pytest.mark.slow),
         pytest.param(4, FIRST + MORE, id="four, all", marks=pytest.mark.slow),
     ],
 )
