@@ -105,7 +105,8 @@ def ready(value: Any) -> Any:
 
 def _ways_with(tensor: Tensor) -> Any:
     """How a tensor of this kind is read, written, and made ready for either."""
-    return next((ways for is_of, *ways in KINDS if is_of(tensor)), (read_plain, write_plain, lambda value: value))
+    kinds = KINDS if type(tensor) is not Tensor or tensor.is_complex() else ()
+    return next((ways for is_of, *ways in kinds if is_of(tensor)), (read_plain, write_plain, lambda value: value))
 
 
 def read_plain(tensor: Tensor, step: Any) -> Tensor:
