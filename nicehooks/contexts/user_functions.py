@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.paths.grammar import ModulePath
@@ -33,7 +32,7 @@ def call_user(fn: Callable[..., Any], with_site: bool, value: Any, key: str, sit
     Where `value` is spread over processes, the plain tensors that `fn` brings are whole ones.
     """
     told = {"site": site if str(site) == key else site.at(ModulePath.parse(key))} if with_site else {}
-    if type(value) is Tensor or not any(map(trees.is_distributed, trees.leaves(value))):
+    if not any([trees.is_distributed(leaf) for leaf in trees.leaves(value)]):
         return fn(value, **told)
     with PlainIsWhole():
         return fn(value, **told)

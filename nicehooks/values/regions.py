@@ -100,7 +100,7 @@ def write_unchecked(base: Tensor, step: Any, new: Tensor) -> Tensor:
 
 def ready(value: Any) -> Any:
     """`value` in the form in which it can be read and written, and that takes its place from now on."""
-    return value if type(value) is Tensor or not isinstance(value, Tensor) else _ways_with(value)[2](value)
+    return _ways_with(value)[2](value) if isinstance(value, Tensor) else value
 
 
 def _ways_with(tensor: Tensor) -> Any:

@@ -28,7 +28,7 @@ from nicehooks.values.whole import map_tensors
 
 def is_distributed(value: Any) -> bool:
     """Whether a tensor is spread over processes."""
-    return hasattr(type(value), "device_mesh") and hasattr(type(value), "placements")
+    return isinstance(value, Tensor) and hasattr(type(value), "device_mesh") and hasattr(type(value), "placements")
 
 
 def gathered(value: Any) -> Tensor:

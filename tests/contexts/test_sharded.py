@@ -41,8 +41,14 @@ MORE: list[Check] = [
     around.data_parallel,
 ]
 
-OF_TWO: list[Check] = [around.local_values, around.one_rank_alone, around.transformers_plan, around.pipeline]
-"""Those that are other with two than with four."""
+OF_FOUR: list[Check] = [
+    checks.columns,
+    checks.two_dimensions,
+    around.local_values,
+    around.one_rank_alone,
+    around.pipeline,
+]
+"""Those that are other with four than with two: shards of different sizes, two dimensions, more than one neighbour."""
 
 
 def named(some: list[Check]) -> dict[str, Check]:
@@ -53,8 +59,8 @@ def named(some: list[Check]) -> dict[str, Check]:
     ("processes", "some"),
     [
         pytest.param(2, FIRST, id="two"),
-        pytest.param(2, OF_TWO, id="two, more", marks=pytest.mark.slow),
-        pytest.param(4, FIRST + MORE, id="four, all", marks=pytest.mark.slow),
+        pytest.param(2, MORE, id="two, more", marks=pytest.mark.slow),
+        pytest.param(4, OF_FOUR, id="four", marks=pytest.mark.slow),
     ],
 )
 def test_a_spread_model_does_what_the_whole_one_does(processes: int, some: list[Check], tmp_path: Path) -> None:
