@@ -122,14 +122,25 @@ def write(rounds: int, folder: Path) -> None:
         shutil.rmtree(folder / "copy", ignore_errors=True)
         shutil.copytree(source, folder / "copy", copy_function=shutil.copyfile)
 
-    ways: dict[str, Callable[[], Any]] = {"write": lambda: written("own"), "copy": copied}
+    contents = {path.name: path.read_bytes() for path in source.iterdir()}
+
+    def dumped() -> None:
+        shutil.rmtree(folder / "dump", ignore_errors=True)
+        (folder / "dump").mkdir()
+        for name, content in contents.items():
+            (folder / "dump" / name).write_bytes(content)
+
+    ways: dict[str, Callable[[], Any]] = {"write": lambda: written("own"), "copy": copied, "dump": dumped}
     size = sum(path.stat().st_size for path in source.iterdir())
     for name, clock in {"processor time": time.process_time, "wall clock": time.perf_counter}.items():
         found = interleaved(ways, rounds, clock)
         over = [c / w for c, w in zip(found["copy"], found["write"], strict=True)]
         shown(f"writing, over a copy of the same files, {name}", over, "≥ 0.7")
-        speeds = (size / statistics.median(found[way]) / 1e6 for way in ("write", "copy"))
-        print(f"    {size / 1e6:.0f} MB; writing {next(speeds):.0f} MB/s, copying {next(speeds):.0f} MB/s")
+        plain = [c / d for c, d in zip(found["copy"], found["dump"], strict=True)]
+        shown(f"the same bytes by write_bytes, over a copy, {name}", plain, "")
+        speeds = [size / statistics.median(found[way]) / 1e6 for way in ways]
+        write, copy, dump = [f"{speed:.0f} MB/s" for speed in speeds]
+        print(f"    {size / 1e6:.0f} MB; writing {write}, copying {copy}, write_bytes {dump}")
 
 
 def read(rounds: int, folder: Path) -> None:

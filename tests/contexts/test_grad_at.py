@@ -285,3 +285,11 @@ def test_a_region_that_backward_runs_again():
     expected = torch.autograd.grad(total(second.sin()), [first, second])
     assert list(grads) == ["a", "b"]
     assert all(torch.allclose(g, e) for g, e in zip(grads.values(), expected, strict=True))
+
+
+def test_gradients_can_be_differentiated_again_where_only_a_part_of_the_model_enters_them():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), torch.randn(2, 4)
+    _, grads = grad_at(model, "0", lambda output: output.sum())(x)
+    grads["0"].pow(2).sum().backward()
+    assert torch.allclose(model[1].weight.grad, 4 * model[1].weight)  # two rows, each 2 w
+    assert model[0].weight.grad is None or not model[0].weight.grad.any()

@@ -215,3 +215,21 @@ def test_a_region_that_is_empty_is_not_reached_and_one_that_is_there_is():
             assert count <= 3
         else:
             assert count > 3
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+def test_a_changed_weight_is_there_in_every_call(inside):
+    """Of one module in one forward, of the model within one context, and of two contexts after each other."""
+    torch.manual_seed(0)
+    linear, x, new = nn.Linear(4, 4), torch.randn(2, 4), torch.randn(4, 4)
+    model = nn.Sequential(linear, nn.Tanh(), linear)
+
+    def work(run):
+        with patch(model, "0@weight", new):
+            first = run(x) + run(2 * x)
+        with patch(model, "0@weight", 2 * new):
+            return first + run(x)
+
+    compiled = torch.compile(work if inside else model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.allclose(compiled(model) if inside else work(compiled), work(model))
