@@ -11,7 +11,7 @@ from nicehooks.core.selection import Where
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.corrections import corrected
 from nicehooks.experiments.effects import Effects
-from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_order, grid_of_effects
+from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_orders, grid_of_effects
 from nicehooks.experiments.straight_lines import along_the_line
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.verifying import Verified, verified
@@ -121,7 +121,7 @@ def _behind(tell: Tell, before: int, count: int) -> Tell:
 
 
 def _by_gradient(experiment: Experiment, points: int, tell: Tell) -> list[Tensor]:
-    return [first_order(experiment, cell, experiment.gradients) for cell in experiment.grid.cells]
+    return first_orders(experiment, experiment.grid.cells, experiment.gradients)
 
 
 ESTIMATES: dict[str, Callable[[Experiment, int, Tell], list[Tensor]]] = {

@@ -30,7 +30,7 @@ from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import edit
 from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
-from nicehooks.experiments.estimates import Experiment, first_order, sum_per_example
+from nicehooks.experiments.estimates import Experiment, first_orders, sum_per_example
 from nicehooks.experiments.grids import Cell
 from nicehooks.experiments.telling import Tell
 from nicehooks.values import trees
@@ -69,11 +69,13 @@ def _slopes_at_cells(experiment: Experiment, sites: Sequence[str]) -> Mapping[st
 def _estimates(
     experiment: Experiment, moved: Sequence[MovedAttention | None], gradients: Mapping[str, Any]
 ) -> list[Tensor]:
+    cells = experiment.grid.cells
+    plain = iter(first_orders(experiment, [cells[at] for at, one in enumerate(moved) if one is None], gradients))
     return [
-        first_order(experiment, cell, gradients)
+        next(plain)
         if one is None
         else sum_per_example([one.change * gradients[one.pattern][:, one.heads]], experiment.baseline)
-        for cell, one in zip(experiment.grid.cells, moved, strict=True)
+        for one in moved
     ]
 
 

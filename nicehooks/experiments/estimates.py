@@ -68,6 +68,12 @@ class Experiment:
         moved = iter([leaf for leaf in trees.leaves(new) if isinstance(leaf, Tensor)])
         return trees.map_tensors(lambda old: _moved_by(next(moved), old), base)
 
+    def change_around(self, cell: Cell) -> Tensor | None:
+        """`change_at`, of the whole value around a cell; None where each of its cells has to be asked for its own."""
+        base = _stem_in(self.base, cell)
+        new = self.replacements.around(self.alternative, cell, base) if isinstance(base, Tensor) else None
+        return None if new is None else _moved_by(new, base)
+
     def run(self, changes: Mapping[str, Any]) -> Tensor:
         """The metric of a run with these values patched in."""
         with torch.no_grad(), patch(self.model, changes):
@@ -135,20 +141,41 @@ def _stem_in(base: ActivationCache, cell: Cell) -> Any:
 # --- from gradients to effects ----------------------------------------------------------------------------------------
 
 
-def first_order(experiment: Experiment, cell: Cell, gradients: Mapping[str, Any]) -> Tensor:
-    """The first order of the effect at a cell: a scalar, or `[batch]` where the metric is."""
-    change = experiment.change_at(cell)
-    whole = gradients.get(str(cell.stem))
-    if whole is None:  # the metric does not depend on it
-        return torch.zeros_like(experiment.baseline)
-    products = [
-        (moved * slope).to(torch.promote_types(moved.dtype, torch.float32))
-        for moved, slope in zip(trees.leaves(change), trees.leaves(trees.get(whole, cell.chain)), strict=True)
-        if isinstance(slope, Tensor)
+def first_orders(experiment: Experiment, cells: Sequence[Cell], gradients: Mapping[str, Any]) -> list[Tensor]:
+    """The first order of the effect at each of `cells`: a scalar, or `[batch]` where the metric is.
+
+    Where what is put into the cells of one value is one whole value, all of it is multiplied once.
+    """
+    around: dict[str, Tensor | None] = {}
+
+    def products_at(cell: Cell, slopes: Any) -> list[Tensor]:
+        stem = str(cell.stem)
+        if stem not in around:
+            change = experiment.change_around(cell)
+            around[stem] = None if change is None or not isinstance(slopes, Tensor) else _product(change, slopes)
+        whole = around[stem]
+        return _products_at(experiment, cell, slopes) if whole is None else [trees.get(whole, cell.chain)]
+
+    slopes = [gradients.get(str(cell.stem)) for cell in cells]  # None where the metric does not depend on it
+    return [
+        torch.zeros_like(experiment.baseline)
+        if slope is None
+        else sum_per_example(products_at(cell, slope), experiment.baseline)
+        for cell, slope in zip(cells, slopes, strict=True)
     ]
+
+
+def _products_at(experiment: Experiment, cell: Cell, slopes: Any) -> list[Tensor]:
+    change = experiment.change_at(cell)
+    pairs = zip(trees.leaves(change), trees.leaves(trees.get(slopes, cell.chain)), strict=True)
+    products = [_product(moved, slope) for moved, slope in pairs if isinstance(slope, Tensor)]
     if not products:
         raise TreeMismatch(f"{str(cell.path)!r} is {trees.structure_of(change)}, which has no gradient.")
-    return sum_per_example(products, experiment.baseline)
+    return products
+
+
+def _product(moved: Tensor, slope: Tensor) -> Tensor:
+    return (moved * slope).to(torch.promote_types(moved.dtype, torch.float32))
 
 
 def sum_per_example(products: Sequence[Tensor], baseline: Tensor) -> Tensor:

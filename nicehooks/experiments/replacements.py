@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, cast
 
@@ -54,6 +55,20 @@ class Replacements(NamedTuple):
         except TreeMismatch as error:
             raise TreeMismatch(f"{self.verb} at {str(cell.path)!r}: {error}") from None
 
+    def around(self, alternative: int, cell: Cell, base: Any) -> Any:
+        """What takes the place of `base`, the value at the stem of a cell, if all its cells get their parts of that.
+
+        None where what a cell gets depends on the cell.
+        """
+        source = self.sources[alternative]
+        if self.subspace is not None or not isinstance(source, _OfStem):
+            return None
+        try:
+            whole = source.whole(cell, base)
+            return None if whole is None else trees.assign(base, whole)
+        except TreeMismatch:  # it does not fit as a whole, but its parts may
+            return None
+
     def axes_with(self, axes: Sequence[Axis]) -> tuple[Axis, ...]:
         """`axes`, behind that of the alternatives if there are several."""
         return (*([] if self.axis is None else [self.axis]), *axes)
@@ -96,20 +111,52 @@ def _is_one(values: Tensor, region: Tensor) -> bool:
 
 def _source(value: Any, verb: str) -> Source:
     if isinstance(value, str) and value == RESAMPLE:
-        return _from_next_example
+        return _FromNextExample()
     if isinstance(value, Mapping):
         return _FromCache(cast(Any, value), verb)
     if _is_user_function(value):
         return lambda cell, region, base: value(region)
+    if isinstance(value, int | float):
+        return _Number(value)
     return lambda cell, region, base: value
 
 
-def _from_next_example(cell: Cell, region: Any, base: Any) -> Any:
+class _OfStem(ABC):
+    """A source that gives each cell its part of a whole value at its stem."""
+
+    @abstractmethod
+    def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
+        """See `Source`."""
+
+    @abstractmethod
+    def whole(self, cell: Cell, base: Any) -> Any:
+        """What the cells of the stem of `cell` get their parts of; None where there is no such value."""
+
+
+class _Number(_OfStem):
+    """The same number everywhere."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
+        return self.number
+
+    def whole(self, cell: Cell, base: Any) -> Any:
+        return self.number
+
+
+class _FromNextExample(_OfStem):
     """What the next example of the batch has there; the last one has what the first has."""
-    return trees.get(trees.map_tensors(lambda tensor: torch.roll(tensor, -1, 0), base), cell.chain)
+
+    def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
+        return trees.get(self.whole(cell, base), cell.chain)
+
+    def whole(self, cell: Cell, base: Any) -> Any:
+        return trees.map_tensors(lambda tensor: torch.roll(tensor, -1, 0), base)
 
 
-class _FromCache:
+class _FromCache(_OfStem):
     """The value that a cache has at the path of a cell."""
 
     def __init__(self, values: Mapping[str, Any], verb: str) -> None:
@@ -119,7 +166,7 @@ class _FromCache:
         self.stems: dict[str, Any] = {}
 
     def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
-        whole = self._whole(str(cell.stem))
+        whole = self.whole(cell, base)
         if whole is None:
             return self._directly(cell)
         try:
@@ -127,7 +174,8 @@ class _FromCache:
         except TreeMismatch:  # a mean with a dimension of one in the place of the positions, say
             return trees.get(trees.assign(base, whole), cell.chain)
 
-    def _whole(self, stem: str) -> Any:
+    def whole(self, cell: Cell, base: Any) -> Any:
+        stem = str(cell.stem)
         if stem not in self.stems:
             self.stems[stem] = self.cache.get(stem)
         return self.stems[stem]

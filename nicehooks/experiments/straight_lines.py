@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
-from nicehooks.experiments.estimates import Experiment, first_order
+from nicehooks.experiments.estimates import Experiment, first_orders
 from nicehooks.experiments.grids import Cell
 from nicehooks.experiments.telling import Tell
 from nicehooks.values import trees
@@ -27,8 +27,8 @@ def along_the_line(experiment: Experiment, points: int, tell: Tell) -> list[Tens
     for at, cells in enumerate(values):
         for number in range(points):
             gradients = _gradients_at(experiment, cells, (number + 0.5) / points)
-            for cell in cells:
-                part = first_order(experiment, cell, gradients) / points
+            for cell, whole in zip(cells, first_orders(experiment, cells, gradients), strict=True):
+                part = whole / points
                 found[str(cell.path)] = found[str(cell.path)] + part if str(cell.path) in found else part
             tell(at * points + number + 1, len(values) * points)
     return [found[str(cell.path)] for cell in experiment.grid.cells]
