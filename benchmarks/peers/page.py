@@ -30,10 +30,12 @@ that gives the answer. The code is in the files `with_….py`, one for each peer
 
 
 WHY = """Where nicehooks is not the quickest: raw hooks cost less in each row but the sweep, and interp-engine, a thin
-layer over them, at one place and for gradients. A context here reads a path, looks whether the model is still what it
-was, acts in its own thread alone, and sees on leaving whether each place was reached. `grad_at` also walks the graph
-once, to find what lies outside of the forward. [Benchmarks](../README.md) has where the time goes. torchlens logs
-every operation with its metadata, so its figures are those of a larger job.
+layer over them, at one place and for gradients; on the two larger models most of that is within the noise of a row. A
+context here reads a path, looks whether the model is still what it was, acts in its own thread alone, and sees on
+leaving whether each place was reached. `grad_at` also walks the graph once, to find what lies outside of the forward.
+`attribute` reads a path for each of the 192 cells and gives a grid with axes, where the others multiply twelve tensors
+by hand. [Benchmarks](../README.md) has where the time goes. torchlens logs every operation with its metadata, so its
+figures are those of a larger job.
 """
 
 
