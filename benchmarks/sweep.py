@@ -136,6 +136,9 @@ def batched_loop(model: Any, pair: Any, clean: Any, batch: int = 16) -> Tensor:
     return torch.cat(found).reshape(len(clean), -1)
 
 
+ENGINES = {"sweep": "auto", "positions": "positions", "growing": "growing"}
+
+
 def demo_grid() -> Grid:
     """Layers × positions of SmolLM2, beside the loop over batches of 16 that the demo had."""
     model, pair = smollm()
@@ -149,10 +152,7 @@ def demo_grid() -> Grid:
         given: Any = {"engine": engine, **pair.corrupted, **last_logits_only(model)}
         return lambda: sweep(model, "model.layers.*[:, *]", clean, pair.logit_difference, **given).values
 
-    ways = {
-        name: swept(engine) for name, engine in (("sweep", "auto"), ("positions", "positions"), ("growing", "growing"))
-    }
-    ways = {"batched loop": loop, **ways}
+    ways = {"batched loop": loop, **{name: swept(engine) for name, engine in ENGINES.items()}}
     return Grid("SmolLM2, 30 layers × 14 positions", ways, {"sweep": 3.0})
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nicehooks.core.selection import Where
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.corrections import corrected
 from nicehooks.experiments.effects import Effects
-from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_orders, grid_of_effects
+from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_orders
 from nicehooks.experiments.straight_lines import along_the_line
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.verifying import Verified, verified
@@ -107,10 +108,10 @@ def attribute(
         for at, one in enumerate(experiment.each_alternative())
         for effect in ESTIMATES[method](one, points, _behind(tell, at, count))
     ]
-    effects = grid_of_effects(estimates, experiment)
-    found = Attribution(
-        effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, [NOTES_ON_ESTIMATES[method]]
-    )
+    baseline = experiment.baseline
+    each = torch.stack(estimates).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
+    effects = experiment.replacements.effects(each, experiment.grid, baseline, [NOTES_ON_ESTIMATES[method]])
+    found = Attribution(effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, effects.notes)
     found.experiment = experiment
     return found
 

@@ -15,7 +15,6 @@ from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.core.selection import Where
 from nicehooks.errors import TreeMismatch
-from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
 from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import refuse_steps
@@ -187,14 +186,3 @@ def sum_per_example(products: Sequence[Tensor], baseline: Tensor) -> Tensor:
     if baseline.ndim and all([product.ndim and len(product) == batch for product in products]):
         return torch.stack([product.flatten(1).sum(1) if product.ndim > 1 else product for product in products]).sum(0)
     return torch.stack([product.sum() for product in products]).sum() / batch + torch.zeros_like(baseline)
-
-
-def grid_of_effects(each: Sequence[Tensor], experiment: Experiment, notes: Sequence[str] = ()) -> Effects:
-    """The effects of the cells of each alternative, each a scalar or `[batch]`, as a grid."""
-    replacements, baseline = experiment.replacements, experiment.baseline
-    axes, sites = replacements.axes_with(experiment.grid.axes), experiment.grid.sites * len(replacements.sources)
-    shape = [len(axis.labels) for axis in axes]
-    every = torch.stack(list(each)).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
-    if not baseline.ndim:
-        return Effects(every.reshape(shape), axes, baseline, sites, None, notes)
-    return Effects(every.mean(-1).reshape(shape), axes, baseline, sites, every.reshape(*shape, -1), notes)

@@ -12,8 +12,8 @@ from torch import Tensor
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.subspaces import checked_basis, within
 from nicehooks.errors import NotCaptured, TreeMismatch
-from nicehooks.experiments.effects import Axis
-from nicehooks.experiments.grids import Cell
+from nicehooks.experiments.effects import Axis, Effects
+from nicehooks.experiments.grids import Cell, Grid
 from nicehooks.values import trees
 
 RESAMPLE = "resample"
@@ -69,9 +69,12 @@ class Replacements(NamedTuple):
         except TreeMismatch:  # it does not fit as a whole, but its parts may
             return None
 
-    def axes_with(self, axes: Sequence[Axis]) -> tuple[Axis, ...]:
-        """`axes`, behind that of the alternatives if there are several."""
-        return (*([] if self.axis is None else [self.axis]), *axes)
+    def effects(self, each: Tensor, grid: Grid, baseline: Tensor, notes: Sequence[str]) -> Effects:
+        """The effects as a grid: `each` is `[item]`, or `[item, batch]`, the cells of one alternative after another."""
+        axes = (*([] if self.axis is None else [self.axis]), *grid.axes)
+        every = each.reshape(*[len(axis.labels) for axis in axes], *baseline.shape)
+        values, examples = (every.mean(-1), every) if baseline.ndim else (every, None)
+        return Effects(values, axes, baseline, grid.sites * len(self.sources), examples, notes)
 
 
 def replacements_of(values: Any, region: Any, subspace: Tensor | None, verb: str = "sweep") -> Replacements:

@@ -117,7 +117,7 @@ def sweep(
             schedule.later = _from_positions(base, replacements, items)
         schedule.resume(resume)
         metrics = schedule.run(OneByOne(base, replacements, answers=False))
-    return _effects(base, grid, replacements, metrics, schedule.notes)
+    return replacements.effects(metrics - base.metric, grid, base.metric, schedule.notes)
 
 
 def _recorded(run: Run, where: Where, check: bool) -> tuple[Base, ActivationCache]:
@@ -240,13 +240,3 @@ def _levels(base: Base, items: list[GridItem]) -> list[tuple[int, bool]]:
     deepest = common if len(set(around)) > 1 else common - 1
     widths = (True,) if base.run.batch > 1 else (False, True)
     return [(level, wide) for level in range(deepest, -1, -1) for wide in widths]
-
-
-def _effects(base: Base, grid: Grid, replacements: Replacements, metrics: Tensor, notes: list[str]) -> Effects:
-    axes = replacements.axes_with(grid.axes)
-    shape = [len(axis.labels) for axis in axes]
-    effects = (metrics - base.metric).reshape(*shape, *base.metric.shape)
-    examples = effects if base.metric.ndim else None
-    values = effects.mean(-1) if base.metric.ndim else effects
-    sites = grid.sites * len(replacements.sources)
-    return Effects(values, axes, base.metric, sites, examples, notes)
