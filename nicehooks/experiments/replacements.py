@@ -84,6 +84,8 @@ def replacements_of(values: Any, region: Any, subspace: Tensor | None, verb: str
         TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
     """
     each, axis = _alternatives(values, region, verb)
+    if not each:
+        raise TreeMismatch(f"{verb}(model, where, values, …): values has no alternative in it.")
     sources = tuple([_source(one, verb) for one in each])
     return Replacements(verb, sources, axis, any(map(_is_user_function, each)), checked_basis(subspace))
 

@@ -232,6 +232,14 @@ def test_what_may_be_put_there_is_what_sweep_takes(method: str) -> None:
     assert torch.allclose(known, strengths.values[~checked.exact], atol=4 * checked.missed.errors[~checked.exact].max())
 
 
+@pytest.mark.parametrize("run", [attribute, sweep])
+@pytest.mark.parametrize("values", [[], torch.ones(0, 1)])
+def test_no_alternatives_are_refused(run: Any, values: Any) -> None:
+    model, _, corrupted = linear_behind()
+    with pytest.raises(TreeMismatch, match="values has no alternative in it"):
+        run(model, "1[:, *]", values, lambda output: output[:, 0], corrupted)
+
+
 def test_alternatives_are_told_as_one_run() -> None:
     model, _, corrupted = linear_behind()
     told = list[tuple[int, int]]()
