@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nicehooks.caches.watching import Calls
 from nicehooks.contexts.intervention import Actions, Intervention, Plan
 from nicehooks.contexts.region_rules import RegionRule, shape_of
 from nicehooks.contexts.subspaces import checked_basis, within
@@ -17,6 +19,7 @@ from nicehooks.core.rules import Action, OutputRule
 from nicehooks.core.selection import Group, Site, Where
 from nicehooks.core.sessions import Session
 from nicehooks.errors import TreeMismatch
+from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
 
 
@@ -91,6 +94,7 @@ class patch(Intervention):
 
     def _rules(self, site: Site, action: Action) -> Pairs:
         """See NOTE [Regions that are written together]."""
+        _check_is_one(site, action.value)
         if _is_traced():
             return super()._rules(site, action)
         pairs, shape, module = super()._rules(site, action), shape_of(site), id(site.module)
@@ -101,6 +105,32 @@ class patch(Intervention):
         before, together = self._together.get(module, (None, []))
         self._together[module] = shape, (together if before == shape else [])
         return [(pairs[0][0], RegionRule(site, action, rule.when, self._together[module][1]))]
+
+
+def _check_is_one(site: Site, value: Any) -> None:
+    """Raises `TreeMismatch` for what cannot be the value of one site: several calls, or a tree of gradients."""
+    path, node = site.path, trees.open_node(value)
+    if type(value) is Calls:
+        paths = [replace(path, call=call) for call in range(len(value))]
+        raise TreeMismatch(SEVERAL_CALLS.format(path=str(path), fix=_to_write(paths)))
+    if path.port.is_gradient and node is not None:
+        paths = [replace(path, chain=(*path.chain, entry)) for entry in node.entries]
+        what = trees.structure_of(value)
+        raise TreeMismatch(SEVERAL_GRADIENTS.format(path=str(path), what=what, fix=_to_write(paths)))
+
+
+def _to_write(paths: list[ModulePath]) -> str:
+    return ", ".join([*(f"{str(path)!r}: …" for path in paths[:2]), *(["…"] if len(paths) > 2 else [])])
+
+
+SEVERAL_CALLS = (
+    "patch at {path!r}: the calls of a capture came, which is one value for each.\n"
+    "    patch(model, {{{fix}}})  # those of one run; of several, steps= says which"
+)
+SEVERAL_GRADIENTS = (
+    "patch at {path!r}: {what} came, but each tensor of a tree has a gradient of its own.\n"
+    "    patch(model, {{{fix}}})  # those that are to be others"
+)
 
 
 class Replacement(Action):

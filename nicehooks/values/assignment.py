@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nicehooks import torch_private, torch_private_tensors
+from nicehooks import torch_private_tensors
 from nicehooks.errors import TreeMismatch
 from nicehooks.values.nodes import Node, is_nested, is_same, open_node, structure_of
 from nicehooks.values.refusals import TORCH_ERRORS, refused
@@ -94,22 +94,26 @@ def _fitted(old: Tensor, new: Any) -> Tensor:
         return laid_out_as(value.to(device=old.device, dtype=old.dtype).expand(old.shape), old)
     value = _in_layout_of(old, value).to(device=old.device, dtype=old.dtype)
     if value.shape != old.shape:
-        return _copied_as(old, value.expand(old.shape))  # in-place layers need memory of its own
-    return value if not _have_strides(old, value) or value.stride() == old.stride() else _copied_as(old, value)
+        value = value.expand(old.shape).clone()  # in-place layers need memory of its own
+    return _strided_as(old, value)
 
 
-def _copied_as(old: Tensor, value: Tensor) -> Tensor:
-    """A copy of `value` with the strides of `old`, of the same shape, as after an assignment.
+def _strided_as(old: Tensor, value: Tensor) -> Tensor:
+    """`value` with the strides of `old`, of the same shape, as after an assignment.
 
     A model may rely on them (`view`), and a product of matrices is rounded in another way with others.
     """
-    return torch.empty_like(old).copy_(value) if _have_strides(old, value) else value.clone()
+    if old.layout is not torch.strided or value.layout is not torch.strided:
+        return value
+    if torch.compiler.is_compiling():  # which sorts no sizes that it does not know
+        return value.contiguous() if old.is_contiguous() else value
+    if not (type(old) in _PLAIN and type(value) in _PLAIN) or value.stride() == old.stride():
+        return value
+    order = sorted(range(old.ndim), key=old.stride, reverse=True)
+    return value.permute(order).contiguous().permute(sorted(range(old.ndim), key=order.__getitem__))
 
 
-def _have_strides(old: Tensor, value: Tensor) -> bool:
-    """Whether both have strides, and are seen here as what they are."""
-    seen = not torch.compiler.is_compiling() and not torch_private.transforms_running()
-    return seen and type(old) is type(value) is Tensor and old.layout is value.layout is torch.strided
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _filled_like(old: Tensor, number: Any) -> Tensor:

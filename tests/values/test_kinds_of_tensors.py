@@ -204,6 +204,28 @@ def test_what_takes_the_place_of_a_tensor_is_laid_out_in_memory_as_that_was(valu
         assert acts["0"].stride() == acts["1[1]"].stride() == laid_out(x).stride()
 
 
+RUN: dict[str, Callable[[Any], Any]] = {
+    "vmap": torch.vmap,
+    "vmap of vmap": lambda fn: torch.vmap(torch.vmap(fn)),
+    "jvp": lambda fn: lambda x: torch.func.jvp(fn, (x,), (x,))[0],
+    "grad": lambda fn: lambda x: torch.func.vjp(fn, x)[0],
+    "compile": lambda fn: torch.compile(fn, backend="aot_eager"),
+    "compile of vmap": lambda fn: torch.compile(torch.vmap(fn), backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("run", list(RUN))
+def test_a_model_that_views_a_patched_value_does_so_in_transforms_and_compiled(run: str) -> None:
+    model, turned = nn.Sequential(nn.Identity(), Gives(lambda x: x.view(-1))), torch.arange(6.0).view(3, 2).T
+
+    def patched(x: Tensor) -> Tensor:
+        with patch(model, "0", turned):
+            return model(x)
+
+    given = torch.zeros(*[4] * run.count("vmap"), 2, 3)
+    assert torch.equal(RUN[run](patched)(given), turned.reshape(-1).expand(*given.shape[:-2], 6))
+
+
 @pytest.mark.parametrize("value", [3, True, 2.5, 1j])
 def test_a_number_that_is_no_tensor_stays_of_its_type(value: Any) -> None:
     """Patching with the captured value changes nothing."""

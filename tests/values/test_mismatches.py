@@ -10,8 +10,10 @@ import pytest
 import torch
 from gallery.trees import Fixed
 from gallery.values import Frozen, Output, Pair, Record, tensor_of
+from torch import nn
 
 from nicehooks import KEEP, NiceHooksError, TreeMismatch, capture, edit, patch
+from nicehooks.caches.watching import Calls
 from nicehooks.values.trees import Heads, assign, get, structure_of
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -208,3 +210,20 @@ DESCRIPTIONS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("value", "text"), DESCRIPTIONS, ids=[text for _, text in DESCRIPTIONS])
 def test_a_description_has_the_structure_and_never_the_contents(value: Any, text: str) -> None:
     assert structure_of(value) == text
+
+
+SEVERAL: dict[str, tuple[str, Any, str]] = {
+    "a tree of gradients": ("1@grad", (KEEP, torch.ones(2)), "{'1@grad[0]': …, '1@grad[1]': …}"),
+    "a mapping, of those of arguments": ("1@input.grad", {"x": 1.0}, "{\"1@input.grad['x']\": …}"),
+    "the calls of a capture": ("0", Calls([torch.ones(2)] * 3), "{'0#0': …, '0#1': …, …}"),
+    "those of gradients": ("0@grad", Calls([torch.ones(2)] * 2), "{'0#0@grad': …, '0#1@grad': …}"),
+}
+
+
+@pytest.mark.parametrize("case", list(SEVERAL))
+def test_several_values_for_one_site_are_refused_on_entry_with_the_paths_to_write(case: str) -> None:
+    where, value, fix = SEVERAL[case]
+    model = nn.Sequential(nn.Linear(2, 2), Fixed((torch.ones(2), torch.ones(2))))
+    with pytest.raises(TreeMismatch, match=f"^patch at '{where}': ") as caught, patch(model, where, value):
+        raise AssertionError
+    assert f"\n    patch(model, {fix})  # " in str(caught.value)
