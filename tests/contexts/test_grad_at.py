@@ -293,3 +293,15 @@ def test_gradients_can_be_differentiated_again_where_only_a_part_of_the_model_en
     grads["0"].pow(2).sum().backward()
     assert torch.allclose(model[1].weight.grad, 4 * model[1].weight)  # two rows, each 2 w
     assert model[0].weight.grad is None or not model[0].weight.grad.any()
+
+
+def test_one_gradient_of_several_can_be_differentiated_alone():
+    model, base = make("Mlp").double(), inputs().double()
+    paths = ["embed", "blocks.1"]
+    with capture(model, paths) as acts:
+        value = total(model(base)).sin()
+    expected = torch.autograd.grad(value, list(acts.values()), create_graph=True)
+    _, grads = grad_at(model, paths, lambda output: total(output).sin())(base)
+    for path, one in zip(paths, expected, strict=True):
+        asked = [torch.autograd.grad(g.sin().sum(), model.head.weight, retain_graph=True) for g in (grads[path], one)]
+        assert torch.allclose(*map(torch.stack, asked)) and asked[0][0].any()

@@ -142,6 +142,29 @@ def test_a_handle_acts_in_its_place_among_the_contexts_of_each_thread():
     in_threads(work, 1)
 
 
+def test_what_another_thread_has_entered_stays_out_of_a_graph_whose_handle_came_between_two_contexts():
+    model, x = chain(), inputs()
+    entered, over = threading.Event(), threading.Event()
+
+    def work():
+        with edit(model, "0", lambda value: value + 100):
+            entered.set()
+            over.wait(60)
+            model(x)
+
+    thread = threading.Thread(target=work)
+    with edit(model, "0", lambda value: value + 1):
+        handle = edit(model, "0", lambda value: value * 2).attach()
+        thread.start()
+        entered.wait(60)
+        with edit(model, "0", lambda value: value + 3):
+            found = compiled(model)(x)
+        over.set()
+        thread.join(60)
+        handle.remove()
+    assert torch.allclose(found, model[1:]((model[0](x) + 1) * 2 + 3))
+
+
 # --- what is overwritten ----------------------------------------------------------------------------------------------
 
 

@@ -310,3 +310,17 @@ def test_what_is_patched_stays_the_caller_s_own_whatever_the_model_writes_into_i
     assert all(value.eq(1).all() for value in (*given["pair"], given["second"]))
     with patch(model, "pair", (KEEP, torch.ones(2, 4))):
         assert torch.equal(model(x), (acts["second"] + 1).sin() + 2)
+
+
+def test_a_context_that_is_entered_again_while_another_one_of_its_kind_is_open_acts_beside_it():
+    """What a context has left for the next one of its kind, it cannot have again while that one uses it."""
+    model, x = nn.Sequential(nn.Identity(), nn.Identity()), torch.zeros(2)
+    first, second = (edit(model, "0", lambda value, more=more: value + more) for more in (1.0, 2.0))
+    with first:
+        assert model(x).tolist() == [1.0, 1.0]
+    with second:
+        assert model(x).tolist() == [2.0, 2.0]
+        with first:
+            assert model(x).tolist() == [3.0, 3.0]
+        assert model(x).tolist() == [2.0, 2.0]
+    assert model(x).tolist() == [0.0, 0.0]
