@@ -89,7 +89,8 @@ def parameter_names(module: nn.Module) -> list[str]:
         return []
     own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
     parametrized = list(getattr(module, "parametrizations", {}))
-    named = [getattr(hook, "name", None) for hook in torch_private_tensors.pre_hooks(module)]
+    hooks = torch_private_tensors.pre_hooks(module)  # of weight_norm, and of pruning
+    named = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
     return [*own, *parametrized, *(name for name in named if name in vars(module))]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nicehooks import torch_private_tensors
 from nicehooks.core.calling import has_forward
@@ -98,9 +99,13 @@ class ParameterRule(SiteRule):
         return value if type(value) in (nn.Parameter, Tensor) else numbers_of_parameter(value, self.key)
 
     def _comes_later(self, frame: Frame) -> bool:
-        """Whether FSDP2 brings the whole weight only as its module is called, over what would stand there by then."""
+        """Whether the weight is whole only as its module is called: a lazy one; under FSDP2, which brings it then."""
         here, holders = frame.tap.module(), self.modules()
-        if not self.action.changes or any([here is holder for holder in holders]):
+        if any([here is holder for holder in holders]):
+            return False
+        if is_lazy(getattr(self.site.module, self.path.port.name)):
+            return True
+        if not self.action.changes:
             return False
         lent = [(holder, name) for holder, name in self._held_as() if torch_private_tensors.is_lent_weights(holder)]
         return any([trees.is_distributed(getattr(holder, name)) for holder, name in lent])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from gallery.shared import Tied
 from torch import nn
 from worlds import inputs, make, same, state
@@ -188,3 +189,25 @@ def test_parameters_in_a_parameter_list():
     with patch(model, "scales@1", 5.0):
         assert torch.equal(model(inputs()), inputs() + 5)
     assert torch.equal(model(inputs()), inputs() + 1)
+
+
+@pytest.mark.parametrize("model", [lambda: nn.LazyLinear(3), lambda: nn.Sequential(nn.LazyLinear(3))], ids=["it", "in"])
+def test_weights_that_the_first_call_of_their_module_makes(model):
+    """They have no numbers as the model is called, only as their own module is."""
+    model = nn.Sequential(model())
+    layer = next(name for name, module in model.named_modules() if isinstance(module, nn.LazyLinear))
+    with capture(model, f"{layer}@weight") as acts, patch(model, f"{layer}@bias", 7.0):
+        out = model(inputs())
+    weight = model.get_submodule(layer).weight
+    assert acts[f"{layer}@weight"] is weight and torch.allclose(out, inputs() @ weight.T + 7)
+    with ablate(model, f"{layer}@weight"):
+        assert torch.equal(model(inputs()), model.get_submodule(layer).bias.expand(5, 3))
+
+
+def test_a_weight_of_which_a_part_is_pruned():
+    model = nn.Sequential(torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5), nn.Identity())
+    clean = model(inputs())
+    with capture(model, "0@weight") as acts, edit(model, "0@weight", lambda weight: 2 * weight):
+        out = model(inputs())
+    assert (acts["0@weight"] == 0).sum() == 6 and torch.allclose(out - model[0].bias, 2 * (clean - model[0].bias))
+    assert torch.equal(model(inputs()), clean)
