@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks import torch_private
+from nicehooks import torch_private, torch_private_tensors
 from nicehooks.core.sessions import Session
 
 _token_numbers = itertools.count(1)
@@ -73,6 +73,19 @@ def _pass_mapped(info: Any, dims: Any, gradient: Tensor, *rest: Any) -> Any:
     return torch.ops.nicehooks.gradient(front, *rest[:-1], mapped + 1), (0, None)
 
 
+def _pass_each(gradient: Tensor, token: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Where torch runs one backward for a batch of gradients; see `each_of_batch`."""
+
+    def act(gradients: list[Tensor]) -> list[Tensor]:
+        return [torch.ops.nicehooks.gradient(gradients[0], token, *rest)[0]]
+
+    (changed,) = torch_private_tensors.each_of_batch(act, [gradient])
+    return changed, torch.zeros_like(token)
+
+
+_kernels = torch.library.Library("nicehooks", "FRAGMENT")
+
+
 @torch_private.evaluated_while_tracing
 def define_operator() -> bool:
     """Makes the operator, if it is not there yet."""
@@ -84,4 +97,5 @@ def _define_operator() -> bool:
     operator = torch.library.custom_op("nicehooks::gradient", _pass, mutates_args=())
     operator.register_fake(lambda gradient, token, *_: (torch.empty_like(gradient), torch.empty_like(token)))
     operator.register_vmap(_pass_mapped)
+    _kernels.impl("gradient", _pass_each, "Batched")
     return True

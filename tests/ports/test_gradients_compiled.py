@@ -146,3 +146,26 @@ def test_around_a_compiled_grad():
             assert torch.allclose(out, f(inputs()), atol=1e-6)
         if isinstance(expected, dict):
             assert torch.allclose(found["blocks.1@grad"], expected["blocks.1@grad"], atol=1e-6)
+
+
+BATCHED = {
+    "is_grads_batched": lambda out, x, basis: torch.autograd.grad(out, x, basis, is_grads_batched=True)[0],
+    "vmap": lambda out, x, basis: torch.vmap(lambda one: torch.autograd.grad(out, x, one, retain_graph=True)[0])(basis),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [("is_grads_batched", "aot_eager"), ("is_grads_batched", "eager"), ("vmap", "eager")],  # torch refuses the others
+)
+def test_a_batch_of_gradients_is_captured_whole_and_changed_one_by_one(way, backend):
+    """Two sites of one context, for an edit has to see which of them a gradient came by."""
+    model, x = make("Mlp"), inputs()[0].requires_grad_()
+    paths = ["blocks.1@grad", "embed@grad"]
+    basis = torch.eye(len(model(x)))
+    found = []
+    for run in (compiled(model, backend), model):
+        with edit(model, paths, lambda gradient: gradient / gradient.norm()), capture(model, paths) as acts:
+            found.append((BATCHED[way](run(x), x, basis), dict(acts)))
+    agree(*found)
+    assert all(value.shape[0] == len(basis) for value in found[0][1].values())
