@@ -94,7 +94,8 @@ class patch(Intervention):
 
     def _rules(self, site: Site, action: Action) -> Pairs:
         """See NOTE [Regions that are written together]."""
-        _check_is_one(site, action.value)
+        if isinstance(action, Replacement):
+            _check_is_one(site, action.value)
         if _is_traced():
             return super()._rules(site, action)
         pairs, shape, module = super()._rules(site, action), shape_of(site), id(site.module)
