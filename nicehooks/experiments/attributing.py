@@ -13,6 +13,7 @@ from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.corrections import corrected
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_orders
+from nicehooks.experiments.runs import Run
 from nicehooks.experiments.straight_lines import along_the_line
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.verifying import Verified, verified
@@ -51,6 +52,7 @@ def attribute(
     method: str = "gradient",
     points: int = 10,
     subspace: Tensor | None = None,
+    check: bool = True,
     progress: Telling = False,
     **kwargs: Any,
 ) -> Attribution:
@@ -89,28 +91,33 @@ def attribute(
             leaves nothing out.
         points: how many gradients `"integrated"` takes along each line.
         subspace: an orthonormal basis, `[d, k]`, of the last dimension: only the component within it is replaced.
+        check: refuses a model that draws random numbers, as with dropout in training mode.
         progress: shows how far it is, in gradients; or a function of how many there are, and of how many there will be.
         kwargs: what the model is called with.
 
     Raises:
         NotCaptured: `values` has none for a site.
         SiteNotReached: the metric does not depend on a site.
+        SweepMismatch: the model draws random numbers.
         TreeMismatch: the metric is no number, or one per example; a value does not fit.
         UnsupportedModule: `method` is none of these, or `"atp*"` of a model that `anatomy` does not know.
     """
     if method not in ESTIMATES:
         known = ", ".join(map(repr, ESTIMATES))
         raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
-    experiment = experiment_of(model, where, values, subspace, metric, args, kwargs)
+    experiment = experiment_of(Run(model, metric, args, kwargs), where, values, subspace, "attribute", check)
     tell, count = teller(progress, "attribute"), len(experiment.replacements.sources)
     estimates = [
         effect
         for at, one in enumerate(experiment.each_alternative())
         for effect in ESTIMATES[method](one, points, _behind(tell, at, count))
     ]
-    baseline = experiment.baseline
+    baseline, notes = experiment.baseline, [NOTES_ON_ESTIMATES[method]]
+    if any([one.ndim < baseline.ndim for one in estimates]):
+        estimates = [one.mean() for one in estimates]
+        notes.append("examples are not told apart: in the values of some cells the first dimension is not the batch")
     each = torch.stack(estimates).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
-    effects = experiment.replacements.effects(each, experiment.grid, baseline, [NOTES_ON_ESTIMATES[method]])
+    effects = experiment.replacements.effects(each, experiment.grid, baseline, notes)
     found = Attribution(effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, effects.notes)
     found.experiment = experiment
     return found

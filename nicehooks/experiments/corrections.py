@@ -28,7 +28,6 @@ from nicehooks.anatomies.anatomy import Anatomy, Part, anatomy
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import edit
-from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_orders, sum_per_example
 from nicehooks.experiments.grids import Cell
@@ -62,8 +61,7 @@ def as_constant(value: Tensor) -> Tensor:
 
 
 def _slopes_at_cells(experiment: Experiment, sites: Sequence[str]) -> Mapping[str, Any]:
-    run = grad_at(experiment.model, sites, experiment.summed)
-    return run(*experiment.args, **experiment.kwargs)[1]
+    return experiment.gradients_at(sites)
 
 
 def _estimates(
@@ -123,7 +121,10 @@ def moved_attention(body: Anatomy, experiment: Experiment) -> list[MovedAttentio
     base = _scores(body, experiment, layers, {}, None)
     for what, found in cells.items():
         for together in _apart(found):
-            changes = {str(one.cell.path): experiment.value_at(one.cell) for one in together}
+            changes = {
+                str(one.cell.path): experiment.new_in(one.cell, experiment.stems[str(one.cell.stem)])
+                for one in together
+            }
             new = _scores(body, experiment, layers, changes, base)
             for one in together:
                 moved[one.at] = _change_of(body, what, one, base, new)
@@ -139,7 +140,7 @@ def _projected(experiment: Experiment, parts: Sequence[Part]) -> list[_Projected
         layer = layers.get(str(replace(cell.path, chain=cell.path.chain[:size])))
         if layer is not None:
             known = size - len(cell.stem.chain)
-            value = trees.get(experiment.base.calls(cell.stem)[-1], cell.chain[:known])
+            value = trees.get(experiment.stems[str(cell.stem)], cell.chain[:known])
             found.append(_Projected(at, layer, cell, _touched(value, cell.chain[known:])))
     return found
 
@@ -178,7 +179,7 @@ def _scores(
     values = {**changes, **kept}
     changed = patch(experiment.model, values) if values else nullcontext()
     with torch.no_grad(), changed, capture(experiment.model, wanted) as seen:
-        experiment.model(*experiment.args, **experiment.kwargs)
+        experiment.run.output()
     return seen
 
 

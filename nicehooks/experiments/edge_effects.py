@@ -20,7 +20,7 @@ from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.estimates import Metric, checked_metric
 from nicehooks.experiments.reading import slopes_of
 from nicehooks.experiments.rewiring import rewired
-from nicehooks.experiments.runs import refuse_steps
+from nicehooks.experiments.runs import refuse_steps, repeatable
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.wiring import Wiring
 
@@ -59,10 +59,19 @@ class TwoRuns:
     new: Tensor
 
     @staticmethod
-    def of(wiring: Wiring, values: Any, metric: Metric, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TwoRuns:
-        """Runs the model once, without an intervention."""
-        refuse_steps(wiring.model, "edges")
-        output, base = base_of(wiring, args, kwargs)
+    def of(
+        wiring: Wiring,
+        values: Any,
+        metric: Metric,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        verb: str = "edges",
+        check: bool = True,
+    ) -> TwoRuns:
+        """Runs the model once, without an intervention; with `check`, it may draw no random numbers."""
+        refuse_steps(wiring.model, verb)
+        with repeatable(wiring.model, verb, check):
+            output, base = base_of(wiring, args, kwargs)
         target = values_for(wiring, values, base)
         baseline = checked_metric(metric(output)).detach()
         return TwoRuns(wiring, metric, args, kwargs, base, baseline, target, written(wiring, target))
@@ -82,6 +91,7 @@ def edges(
     senders: Any = None,
     receivers: Any = None,
     points: int = 5,
+    check: bool = True,
     progress: Telling = False,
     **kwargs: Any,
 ) -> Edges:
@@ -123,6 +133,7 @@ def edges(
         senders: which senders: parts, or their names; all if None.
         receivers: which receivers, likewise.
         points: how many runs `"eap-ig"` takes.
+        check: refuses a model that draws random numbers, as with dropout in training mode.
         progress: shows how far it is, in edges for `"exact"` and in runs otherwise; or a function of how many are done,
             and of how many there are.
         kwargs: what the model is called with.
@@ -130,6 +141,7 @@ def edges(
     Raises:
         NotCaptured: `values` lack a part; the message has the line that captures it.
         SiteNotFound: there is no such sender or receiver.
+        SweepMismatch: the model draws random numbers.
         UnsupportedModule: the model has no anatomy, or its norms are on the stream; `method` is none of these.
     """
     if method not in METHODS_OF_EDGES:
@@ -137,7 +149,7 @@ def edges(
         raise UnsupportedModule(f"edges(…, method={method!r}): the methods are {known}.")
     wiring = Wiring(model)
     names = wiring.chosen(senders, True), wiring.chosen(receivers, False)
-    runs = TwoRuns.of(wiring, values, metric, args, kwargs)
+    runs = TwoRuns.of(wiring, values, metric, args, kwargs, "edges", check)
     # [sender, receiver], with [batch] where the metric has it
     each = METHODS_OF_EDGES[method](runs, *names, points, teller(progress, "edges"))
     there = torch.tensor([[bool(wiring.there[s][:, r].any()) for r in names[1].values()] for s in names[0].values()])

@@ -50,6 +50,7 @@ def faithfulness(
     sizes: Sequence[int] | None = None,
     random: int = 0,
     seed: int = 0,
+    check: bool = True,
     **kwargs: Any,
 ) -> Faithfulness:
     """How much of the metric a circuit brings about alone: every edge outside of it is patched, in one forward.
@@ -77,13 +78,14 @@ def faithfulness(
         sizes: a curve: the circuits of so many edges, chosen by the effects that this one was chosen by.
         random: how many random circuits of each size to run beside; they reach the logits, too.
         seed: of these.
+        check: as for `edges`.
         kwargs: what the model is called with.
 
     Raises:
         NiceHooksError: `sizes` of a circuit that no effects are known of.
     """
     wiring = Wiring(model)
-    runs = TwoRuns.of(wiring, values, metric, args, kwargs)
+    runs = TwoRuns.of(wiring, values, metric, args, kwargs, "faithfulness", check)
     masks = [circuit.mask] if sizes is None else [_of_size(circuit, size).mask for size in sizes]
     generator = torch.Generator().manual_seed(seed)
     rows = [[mask, *(_random(wiring, int(mask.sum()), generator) for _ in range(random))] for mask in masks]

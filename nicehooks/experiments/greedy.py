@@ -20,6 +20,7 @@ def acdc(
     *args: Any,
     threshold: float,
     start: Circuit | None = None,
+    check: bool = True,
     **kwargs: Any,
 ) -> Circuit:
     """A circuit by greedy exact patching (Conmy et al. 2023, "Towards Automated Circuit Discovery").
@@ -46,10 +47,11 @@ def acdc(
         args: what the model is called with.
         threshold: how far an edge has to move the metric to stay.
         start: a circuit to begin from: only its edges are tried, the others are patched. All edges if None.
+        check: as for `edges`.
         kwargs: what the model is called with.
     """
     wiring = Wiring(model)
-    runs = TwoRuns.of(wiring, values, metric, args, kwargs)
+    runs = TwoRuns.of(wiring, values, metric, args, kwargs, "acdc", check)
     kept = wiring.there.clone() if start is None else start.mask
     effects = torch.zeros(kept.shape)
     now = runs.patched(wiring.there & ~kept).mean()

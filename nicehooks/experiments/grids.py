@@ -44,6 +44,11 @@ class Cell(NamedTuple):
     chain: Chain
     columns: tuple[Column, ...]
 
+    @property
+    def comes_by(self) -> bool:
+        """Whether what is there comes by in a call of the module, and is no parameter of it."""
+        return not self.path.port.name or "()" in str(self.path.port)
+
 
 class Column(NamedTuple):
     """What a path says in one place: `position`, say, is `3`.

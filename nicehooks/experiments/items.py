@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from nicehooks.caches.cache import ActivationCache
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.grids import Cell
 from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.runs import Run
+from nicehooks.paths.grammar import ModulePath
 
 
 class Unfit(NiceHooksError):
@@ -38,6 +41,55 @@ class GridItem(NamedTuple):
         return (0 if self.call is None else self.call.begin), self.at
 
 
+class StemCall(NamedTuple):
+    """The value at a stem in one call of the base run.
+
+    Attributes:
+        path: of the value in this call.
+        number: of the call; None where there is one alone, or the stem itself says which.
+        value: the value.
+    """
+
+    path: str
+    number: int | None
+    value: Any
+
+    def of_cell(self, cell: Cell) -> str:
+        """The path of a cell of the stem in this call."""
+        return str(cell.path if self.number is None else replace(cell.path, call=self.number))
+
+
+class Stems(dict[str, Any]):
+    """The values at the stems of the base run, by path: of several calls the last, where the path does not say which.
+
+    Args:
+        seen: what was captured there, of all calls.
+    """
+
+    def __init__(self, seen: ActivationCache) -> None:
+        super().__init__()
+        self.seen = seen
+        self._calls: dict[str, list[StemCall]] = {}
+
+    def __missing__(self, stem: str) -> Any:
+        self[stem] = self.calls(ModulePath.parse(stem))[-1].value
+        return self[stem]
+
+    def calls(self, stem: ModulePath) -> list[StemCall]:
+        """The value of each call that `stem` stands for."""
+        text = str(stem)
+        if text not in self._calls:
+            each = self.seen.calls(replace(stem, call=None))
+            if stem.call is not None:
+                found = [StemCall(text, None, each[int(stem.call)])]
+            elif len(each) == 1:
+                found = [StemCall(text, None, each[0])]
+            else:
+                found = [StemCall(str(replace(stem, call=at)), at, one) for at, one in enumerate(each)]
+            self._calls[text] = found
+        return self._calls[text]
+
+
 class Base(NamedTuple):
     """What is known of the base run.
 
@@ -52,7 +104,7 @@ class Base(NamedTuple):
 
     run: Run
     recording: Recording
-    stems: dict[str, Any]
+    stems: Stems
     metric: Tensor
     seconds: float
     reuses: bool

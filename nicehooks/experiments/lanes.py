@@ -56,6 +56,8 @@ class Growing:
         """When, and at which end of which call, the lane of `item` is appended."""
         if item.call is None:
             raise Unfit(f"nothing calls the module of {str(item.cell.path)!r}")
+        if self.replacements.differ_by_call and len(self.base.stems.calls(item.cell.stem)) > 1:
+            raise Unfit(f"{str(item.cell.path)!r} is called several times, and what is put there differs between these")
         if item.cell.path.call is not None and not item.cell.path.port.is_output:
             raise Unfit(f"{str(item.cell.path)!r} is what one of several calls is given: its lanes are not told apart")
         call = item.call.around[min(self.level, len(item.call.around) - 1)]

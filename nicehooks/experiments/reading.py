@@ -61,6 +61,6 @@ def slopes_of(wiring: Wiring, kind: str, layer: int, stream: Tensor, gradient: T
         gradient: of the metric with respect to what they read.
     """
     count = 1 if kind == "mlp_in" else gradient.shape[2]
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         streams = stream.detach().expand(count, *stream.shape).clone().requires_grad_()
-        return torch.autograd.grad(read_by(wiring, kind, layer, streams), streams, gradient)[0]
+        return torch.autograd.grad(read_by(wiring, kind, layer, streams), streams, gradient.clone())[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.subspaces import checked_basis, within
+from nicehooks.contexts.user_functions import call_user, takes_site
 from nicehooks.errors import NotCaptured, TreeMismatch
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.grids import Cell, Grid
@@ -29,15 +30,27 @@ class Replacements(NamedTuple):
         verb: whose they are, for messages.
         sources: one for each alternative.
         axis: of the alternatives; None where there is one value.
-        are_functions: whether they are functions of what stands in the cell.
         subspace: a basis, `[d, k]`: only the component within it is replaced; None for all of it.
     """
 
     verb: str
     sources: tuple[Source, ...]
     axis: Axis | None
-    are_functions: bool
     subspace: Tensor | None
+
+    def is_function(self, alternative: int) -> bool:
+        """Whether it is a function of what stands in the cell."""
+        return isinstance(self.sources[alternative], _ByFunction)
+
+    @property
+    def differ_by_call(self) -> bool:
+        """Whether they depend on what the base run has in the cell, of which each call has its own."""
+        return any([isinstance(source, _FromNextExample) for source in self.sources])
+
+    @property
+    def depend_on_region(self) -> bool:
+        """Whether what takes the place of a value depends on it."""
+        return self.subspace is not None or any(map(self.is_function, range(len(self.sources))))
 
     def new(self, alternative: int, cell: Cell, base: Any, region: Any) -> Any:
         """What takes the place of `region`, cast and broadcast as in an assignment.
@@ -50,7 +63,7 @@ class Replacements(NamedTuple):
         """
         try:
             given = self.sources[alternative](cell, region, base)
-            new = region if given is None and self.are_functions else trees.assign(region, given)
+            new = region if given is None and self.is_function(alternative) else trees.assign(region, given)
             return new if self.subspace is None or trees.is_same(new, region) else within(self.subspace, region, new)
         except TreeMismatch as error:
             raise TreeMismatch(f"{self.verb} at {str(cell.path)!r}: {error}") from None
@@ -72,13 +85,15 @@ class Replacements(NamedTuple):
     def effects(self, each: Tensor, grid: Grid, baseline: Tensor, notes: Sequence[str]) -> Effects:
         """The effects as a grid: `each` is `[item]`, or `[item, batch]`, the cells of one alternative after another."""
         axes = (*([] if self.axis is None else [self.axis]), *grid.axes)
-        every = each.reshape(*[len(axis.labels) for axis in axes], *baseline.shape)
-        values, examples = (every.mean(-1), every) if baseline.ndim else (every, None)
+        every = each.reshape(*[len(axis.labels) for axis in axes], *each.shape[1:])
+        values, examples = (every.mean(-1), every) if each.ndim > 1 else (every, None)
         return Effects(values, axes, baseline, grid.sites * len(self.sources), examples, notes)
 
 
-def replacements_of(values: Any, region: Any, subspace: Tensor | None, verb: str = "sweep") -> Replacements:
+def replacements_of(values: Any, region: Any, subspace: Tensor | None, batch: int, verb: str = "sweep") -> Replacements:
     """What `values` puts into each cell, within the `subspace`, if `region` is what stands in the first one.
+
+    Of the inputs, the first dimension has `batch` examples.
 
     Raises:
         TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
@@ -86,8 +101,8 @@ def replacements_of(values: Any, region: Any, subspace: Tensor | None, verb: str
     each, axis = _alternatives(values, region, verb)
     if not each:
         raise TreeMismatch(f"{verb}(model, where, values, …): values has no alternative in it.")
-    sources = tuple([_source(one, verb) for one in each])
-    return Replacements(verb, sources, axis, any(map(_is_user_function, each)), checked_basis(subspace))
+    sources = tuple([_source(one, verb, batch) for one in each])
+    return Replacements(verb, sources, axis, checked_basis(subspace))
 
 
 def _alternatives(values: Any, region: Any, verb: str) -> tuple[list[Any], Axis | None]:
@@ -114,16 +129,27 @@ def _is_one(values: Tensor, region: Tensor) -> bool:
     return trees.fits(values.shape, region.shape)
 
 
-def _source(value: Any, verb: str) -> Source:
+def _source(value: Any, verb: str, batch: int) -> Source:
     if isinstance(value, str) and value == RESAMPLE:
-        return _FromNextExample()
+        return _FromNextExample(verb, batch)
     if isinstance(value, Mapping):
         return _FromCache(cast(Any, value), verb)
     if _is_user_function(value):
-        return lambda cell, region, base: value(region)
+        return _ByFunction(value)
     if isinstance(value, int | float):
         return _Number(value)
     return lambda cell, region, base: value
+
+
+class _ByFunction:
+    """What a function of the user's makes of what stands there, as in `edit`."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.takes_site = takes_site(fn)
+
+    def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
+        return call_user(self.fn, self.takes_site, region, str(cell.path), cell.site)
 
 
 class _OfStem(ABC):
@@ -154,11 +180,35 @@ class _Number(_OfStem):
 class _FromNextExample(_OfStem):
     """What the next example of the batch has there; the last one has what the first has."""
 
+    def __init__(self, verb: str, batch: int) -> None:
+        self.verb = verb
+        self.batch = batch
+
     def __call__(self, cell: Cell, region: Any, base: Any) -> Any:
         return trees.get(self.whole(cell, base), cell.chain)
 
     def whole(self, cell: Cell, base: Any) -> Any:
-        return trees.map_tensors(lambda tensor: torch.roll(tensor, -1, 0), base)
+        path = str(cell.path)
+        if self.batch < 2:
+            raise TreeMismatch(NO_NEXT.format(verb=self.verb, path=path, count=self.batch))
+
+        def next_one(tensor: Tensor) -> Tensor:
+            if not (cell.comes_by and tensor.ndim) or tensor.shape[0] != self.batch:
+                shape = trees.structure_of(tensor)
+                raise TreeMismatch(NO_EXAMPLES.format(verb=self.verb, path=path, shape=shape, count=self.batch))
+            return torch.roll(tensor, -1, 0)
+
+        return trees.map_tensors(next_one, base)
+
+
+def _spread_over(base: Any, whole: Any) -> Any:
+    """`whole` with the shape of `base`, where it is a tensor that broadcasts to it: a mean over positions, say."""
+    both = isinstance(whole, Tensor) and isinstance(base, Tensor)
+    return (
+        whole.expand(base.shape)
+        if both and whole.shape != base.shape and trees.fits(whole.shape, base.shape)
+        else whole
+    )
 
 
 class _FromCache(_OfStem):
@@ -174,10 +224,7 @@ class _FromCache(_OfStem):
         whole = self.whole(cell, base)
         if whole is None:
             return self._directly(cell)
-        try:
-            return trees.get(whole, cell.chain)
-        except TreeMismatch:  # a mean with a dimension of one in the place of the positions, say
-            return trees.get(trees.assign(base, whole), cell.chain)
+        return trees.get(_spread_over(base, whole), cell.chain)
 
     def whole(self, cell: Cell, base: Any) -> Any:
         stem = str(cell.stem)
@@ -191,5 +238,12 @@ class _FromCache(_OfStem):
         except NotCaptured as error:
             raise NotCaptured(NO_VALUE.format(verb=self.verb, path=str(cell.path), error=error)) from None
 
+
+NO_NEXT = "{verb} at {path!r}: 'resample' takes the value of the next example, and there is {count} in the batch."
+
+NO_EXAMPLES = (
+    "{verb} at {path!r}: 'resample' takes the value of the next example, and the first dimension of {shape} is not "
+    "that of the {count} examples.\n    values=lambda value: value.roll(-1, 1)  # if they are in the second, say"
+)
 
 NO_VALUE = "{verb}(model, where, values, …) has no value for {path!r}: {error}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,8 +43,12 @@ class Run:
 
     def output(self) -> Any:
         """What the model returns. What it could change in its arguments, as a key/value cache, is a copy each time."""
-        args, kwargs = (copy.deepcopy((self.args, self.kwargs))) if self.has_state else (self.args, self.kwargs)
+        args, kwargs = self.given()
         return self.model(*args, **kwargs)
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with in a run."""
+        return copy.deepcopy((self.args, self.kwargs)) if self.has_state else (self.args, self.kwargs)
 
     def measured(self, output: Any) -> Tensor:
         """The metric of `output`: a scalar, or `[batch]`.
@@ -70,6 +75,33 @@ class Run:
             budget = torch.cuda.mem_get_info(self.inputs[0].device)[0] // 2
         tensors = [leaf for leaf in trees.leaves(self.sample) if isinstance(leaf, Tensor)]
         return max(1, budget // max(1, 3 * sum(map(trees.bytes_of, tensors))))
+
+
+@contextmanager
+def repeatable(model: nn.Module, verb: str, check: bool = True) -> Iterator[None]:
+    """Refuses a run that draws random numbers: no two would be equal.
+
+    Raises:
+        SweepMismatch: it did.
+    """
+    before = _random_states(model)
+    yield
+    if check and any([not torch.equal(old, new) for old, new in zip(before, _random_states(model), strict=True)]):
+        raise SweepMismatch(RANDOM.format(verb=verb))
+
+
+def _random_states(model: nn.Module) -> list[Tensor]:
+    """Those of the generators that a run may draw from."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return [torch.get_rng_state(), *[torch.cuda.get_rng_state(device) for device in sorted(devices, key=str)]]
+
+
+RANDOM = (
+    "{verb}: the model, or a function that was given, draws random numbers, so no two runs are equal, and an effect "
+    "would be noise as well. Is the model in training mode, with dropout?\n"
+    "    model.eval()\n"
+    "  check=False runs it all the same."
+)
 
 
 def refuse_steps(model: nn.Module, verb: str) -> None:

@@ -26,7 +26,7 @@ SHARE = 0.01
 """Of the interventions, how many are compared with the plain loop, beside the first one."""
 
 CHANGES = (
-    "sweep: runs of the model that should be equal are not, so there is no effect to measure: {what}.\n"
+    "{verb}: runs of the model that should be equal are not, so there is no effect to measure: {what}.\n"
     "  It may draw random numbers, or change something in itself when it runs (running statistics, a cache). Is it in "
     "training mode?\n"
     "    model.eval()"
@@ -73,10 +73,19 @@ class Schedule:
         """Takes over what is done in `effects`."""
         if effects is None:
             return
+        if not isinstance(effects, Effects):
+            raise TypeError(f"resume={effects!r}: it is what an earlier sweep has returned")
         if effects.values.numel() != len(self.items):
             raise NiceHooksError(
                 f"resume=…: these are the effects of another sweep, with {effects.values.numel()} cells and not "
                 f"{len(self.items)}."
+            )
+        if list(effects.sites) != [str(item.cell.path) for item in self.items]:
+            raise NiceHooksError("resume=…: these are the effects of another sweep, of other sites.")
+        if not is_close(self.base.run, effects.baseline.to(self.base.metric), self.base.metric, self.base.metric):
+            raise NiceHooksError(
+                f"resume=…: these are the effects of another sweep: without an intervention the metric was "
+                f"{_shown_notes(effects.baseline)} in it, and is {_shown_notes(self.base.metric)} now."
             )
         done = effects.examples if self.base.metric.ndim else effects.values
         if done is None:
@@ -150,7 +159,7 @@ class Schedule:
     def _reason(self, error: Exception, name: str, way: Any) -> Exception:
         """What to raise where no way is left."""
         if isinstance(error, Differs) and isinstance(way, OneByOne) and not way.answers:
-            return SweepMismatch(CHANGES.format(what=error))
+            return SweepMismatch(CHANGES.format(verb="sweep", what=error))
         return Unfit(ENGINE.format(name=name, what=error)) if isinstance(error, Unfit) else error
 
     def _compare(self, plain: OneByOne, chunk: Sequence[GridItem], metrics: Tensor) -> None:

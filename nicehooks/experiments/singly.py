@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nicehooks.contexts.changes import edit
 from nicehooks.contexts.patching import patch
 from nicehooks.core.frames import Frame
 from nicehooks.core.selection import Group, Site
+from nicehooks.experiments.acting import Intervened, intervening
 from nicehooks.experiments.items import Base, GridItem, Unfit
 from nicehooks.experiments.recording import CallsAround, FrameAction, RecordedCall
 from nicehooks.experiments.replacements import Replacements
@@ -45,18 +45,9 @@ class OneByOne:
 
     def metric(self, item: GridItem) -> Tensor:
         """The metric under `item`: the loop over contexts that a sweep has to be equal to."""
-        run, path = self.base.run, str(item.cell.path)
-        replacements, base = self.replacements, self.base.stems[str(item.cell.stem)]
-        source = replacements.sources[item.alternative]
-        with ExitStack() as stack:
-            if self.answers:
-                stack.enter_context(answered(self.base, item))
-            if replacements.are_functions:
-                new = lambda region: replacements.new(item.alternative, item.cell, base, region)  # noqa: E731
-                stack.enter_context(edit(run.model, path, new))
-            else:
-                value = source(item.cell, trees.get(base, item.cell.chain), base)
-                stack.enter_context(patch(run.model, path, value, subspace=replacements.subspace))
+        run, place = self.base.run, Intervened(item.alternative, item.cell)
+        from_record = answered(self.base, item) if self.answers else nullcontext()
+        with from_record, intervening(run.model, self.replacements, self.base.stems, [place]):
             return run.measured(run.output())
 
 
@@ -89,7 +80,8 @@ class Mapped:
     def _at(self, stem: str, items: list[GridItem]) -> Tensor:
         run, base = self.base.run, self.base.stems[stem]
         several = items[0].cell.path.call is None and len(self.base.recording.calls_of(items[0].cell.site.module)) > 1
-        if several and (self.replacements.are_functions or items[0].cell.chain):
+        differ = self.replacements.differ_by_call or self.replacements.depend_on_region
+        if several and (differ or items[0].cell.chain):
             raise Unfit(f"{stem!r} is called several times")
         wholes = [trees.leaves(self._whole(item, base)) for item in items]
         tensors = [at for at, leaf in enumerate(wholes[0]) if isinstance(leaf, Tensor)]

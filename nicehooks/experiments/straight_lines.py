@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
 from nicehooks.experiments.estimates import Experiment, first_orders
 from nicehooks.experiments.grids import Cell
@@ -43,12 +42,12 @@ def _cells_by_value(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 def _gradients_at(experiment: Experiment, cells: Sequence[Cell], share: float) -> Any:
     """The gradients at the value around `cells`, where all of them have gone `share` of the way."""
-    changes = {str(cell.path): _between(experiment, cell, share) for cell in cells}
+    calls = experiment.calls_of(cells[0])
+    changes = {call.of_cell(cell): _between(experiment, cell, call.value, share) for cell in cells for call in calls}
     with patch(experiment.model, changes):
-        run = grad_at(experiment.model, str(cells[0].stem), experiment.summed)
-        return run(*experiment.args, **experiment.kwargs)[1]
+        return experiment.gradients_at([call.path for call in calls if call.path in experiment.gradients])
 
 
-def _between(experiment: Experiment, cell: Cell, share: float) -> Any:
-    moves = iter([leaf for leaf in trees.leaves(experiment.change_at(cell)) if isinstance(leaf, Tensor)])
-    return trees.map_tensors(lambda old: torch.add(old, next(moves), alpha=share), experiment.base_at(cell))
+def _between(experiment: Experiment, cell: Cell, base: Any, share: float) -> Any:
+    moves = iter([leaf for leaf in trees.leaves(experiment.change_in(cell, base)) if isinstance(leaf, Tensor)])
+    return trees.map_tensors(lambda old: torch.add(old, next(moves), alpha=share), trees.get(base, cell.chain))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,19 +12,18 @@ from torch import Tensor, nn
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.core.selection import Where, select_groups
-from nicehooks.errors import NiceHooksError, SweepMismatch
+from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
-from nicehooks.experiments.items import Base, GridItem
+from nicehooks.experiments.items import Base, GridItem, Stems
 from nicehooks.experiments.lanes import Growing
 from nicehooks.experiments.positions import FromPosition, fits_positions
 from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
-from nicehooks.experiments.runs import Run, refuse_steps
+from nicehooks.experiments.runs import Run, refuse_steps, repeatable
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
 from nicehooks.experiments.telling import Telling
-from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
 
@@ -110,7 +108,7 @@ def sweep(
         base, seen = _recorded(run, where, check)
         grid = grid_of(model, where, seen)
         cell = grid.cells[0]
-        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace)
+        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace, run.batch)
         items = _items_to_run(grid, replacements, base.recording)
         schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
         if engine == "auto":
@@ -127,38 +125,18 @@ def _recorded(run: Run, where: Where, check: bool) -> tuple[Base, ActivationCach
         if site.path.port.is_gradient:
             raise NiceHooksError(f"sweep at {str(site)!r}: what replaces a gradient does not change the output.")
     recording = Recording(run.model, sites)
-    before, start = torch.get_rng_state(), time.perf_counter()
-    with recording.context, capture(run.model, *stems_of(run.model, where), keep="all", clone=True) as seen:
+    start = time.perf_counter()
+    with (
+        repeatable(run.model, "sweep", check),
+        recording.context,
+        capture(run.model, *stems_of(run.model, where), keep="all", clone=True) as seen,
+    ):
         output = run.output()
     seconds = time.perf_counter() - start
-    if check and not torch.equal(before, torch.get_rng_state()):
-        raise SweepMismatch(RANDOM)
     metric = run.measured(output)
-    stems = _Stems(seen)
+    stems = Stems(seen)
     run.sample = output
     return Base(run, recording, stems, metric, seconds, reuses=True), seen
-
-
-class _Stems(dict[str, Any]):
-    """The values at the stems of the base run, by path."""
-
-    def __init__(self, seen: ActivationCache) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __missing__(self, stem: str) -> Any:
-        path = ModulePath.parse(stem)
-        calls = self.seen.calls(replace(path, call=None))
-        self[stem] = calls[-1 if path.call is None else int(path.call)]
-        return self[stem]
-
-
-RANDOM = (
-    "sweep: the model draws random numbers, so no two of its runs are equal, and an effect would be noise as well. Is "
-    "it in training mode, with dropout?\n"
-    "    model.eval()\n"
-    "  check=False runs it all the same."
-)
 
 
 def _items_to_run(grid: Grid, replacements: Replacements, recording: Recording) -> list[GridItem]:
@@ -169,7 +147,7 @@ def _items_to_run(grid: Grid, replacements: Replacements, recording: Recording) 
     def first(cell: Cell) -> RecordedCall | None:
         of = calls.get(cell.site.module, [])
         number: Any = cell.path.call or 0
-        return of[number] if number < len(of) and number != EVERY_CALL and _runs(cell) else None
+        return of[number] if number < len(of) and number != EVERY_CALL and cell.comes_by else None
 
     firsts = [first(cell) for cell in grid.cells]
     count = len(grid.cells)
@@ -178,12 +156,6 @@ def _items_to_run(grid: Grid, replacements: Replacements, recording: Recording) 
         for alternative in range(len(replacements.sources))
         for at, (cell, call) in enumerate(zip(grid.cells, firsts, strict=True))
     ]
-
-
-def _runs(cell: Cell) -> bool:
-    """Whether what is at the cell comes by in a call of its module, and is no parameter of it."""
-    text = str(cell.path.port)
-    return not cell.path.port.name or "()" in text
 
 
 def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[GridItem]) -> list[tuple[str, Any]]:

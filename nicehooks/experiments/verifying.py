@@ -10,9 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nicehooks.errors import SweepMismatch
+from nicehooks.experiments.acting import Intervened
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment
-from nicehooks.experiments.grids import Cell
+from nicehooks.experiments.lanes import is_close
+from nicehooks.experiments.scheduling import CHANGES
 
 
 class Verified(Effects):
@@ -52,7 +55,9 @@ CONFIDENCE = 0.95
 
 def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, seed: int) -> Verified:
     """`estimates` with exact effects at the `k` largest; see `Attribution.verify`."""
-    places = [(one, cell) for one in experiment.each_alternative() for cell in experiment.grid.cells]
+    alternatives = range(len(experiment.replacements.sources))
+    places = [Intervened(alternative, cell) for alternative in alternatives for cell in experiment.grid.cells]
+    _check_repeats(experiment)
     sizes = estimates.values.flatten().abs()
     chosen = sorted(sizes.topk(min(k, len(places))).indices.tolist())
     found = [effect_of(experiment, [places[at]]) for at in chosen]
@@ -82,17 +87,20 @@ def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, s
     return result
 
 
-CellChange = tuple[Experiment, Cell]
-"""A cell, and the experiment with the alternative that is put there."""
+def _check_repeats(experiment: Experiment) -> None:
+    """Refuses a model of which a second run differs from the first: it changes something in itself, say."""
+    again = experiment.measured([])
+    if not is_close(experiment.run, again, experiment.baseline, experiment.baseline):
+        raise SweepMismatch(CHANGES.format(verb="verify", what="a second run without an intervention"))
 
 
-def effect_of(experiment: Experiment, places: Sequence[CellChange]) -> Tensor:
+def effect_of(experiment: Experiment, places: Sequence[Intervened]) -> Tensor:
     """The exact effect of intervening at all of `places` together, a scalar or `[batch]`."""
-    return experiment.run({str(cell.path): one.value_at(cell) for one, cell in places}) - experiment.baseline
+    return experiment.measured(places) - experiment.baseline
 
 
 def missed_among(
-    experiment: Experiment, left: Mapping[int, CellChange], samples: int, seed: int, like: Tensor
+    experiment: Experiment, left: Mapping[int, Intervened], samples: int, seed: int, like: Tensor
 ) -> Missed:
     """What random halves of the cells `left` say of each (Kramár et al. 2024, the diagnostics of AtP*).
 
@@ -122,7 +130,7 @@ def missed_among(
     return Missed(max(bounds), effects, of_effects, CONFIDENCE, samples)
 
 
-def _halves(places: Sequence[CellChange], samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _halves(places: Sequence[Intervened], samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Which of `places` each half has, and the cells of which it leaves alone, `[sample, place]` both."""
     cells = {path: number for number, path in enumerate(dict.fromkeys([str(cell.path) for _, cell in places]))}
     of_cell = [cells[str(cell.path)] for _, cell in places]
@@ -135,7 +143,7 @@ def _halves(places: Sequence[CellChange], samples: int, seed: int) -> tuple[Tens
     return (drawn * shares).floor() == torch.tensor(ranks), drawn >= 1
 
 
-def _mean_effect(experiment: Experiment, places: Sequence[CellChange], half: Tensor) -> Tensor:
+def _mean_effect(experiment: Experiment, places: Sequence[Intervened], half: Tensor) -> Tensor:
     if not half.any():
         return torch.zeros((), dtype=torch.float64)
     chosen = [place for place, is_chosen in zip(places, half.tolist(), strict=True) if is_chosen]

@@ -98,3 +98,40 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         return x + self.b(torch.tanh(self.a(x)))
+
+
+class Twice(nn.Module):
+    """Linear in what its layer gives in each of two calls: there the first order is exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.a(x.flip(1))
+
+
+class FirstCallCounts(nn.Module):
+    """A layer that is called twice, of which nobody looks at the last result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.a(y)
+        return y
+
+
+class CountsRuns(nn.Module):
+    """Gives something else in each run, without a random number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.a(x) * self.runs
