@@ -15,6 +15,7 @@ from torch import nn
 from nicehooks.anatomies.noted_values import Key, Value
 from nicehooks.anatomies.recording import ADDING, SCALING, NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
+from nicehooks.ports.attention import FUSED_KERNELS
 
 PLAIN_STREAM = ("add",)
 SCALED = ("add", "scale")
@@ -182,6 +183,6 @@ def is_norm(call: NotedCall) -> bool:
 
 def is_attention(call: NotedCall) -> bool:
     """Whether the call makes an attention pattern: a softmax over keys, or a fused kernel."""
-    return call.function == "scaled_dot_product_attention" or (
+    return call.function in FUSED_KERNELS or (
         call.function == "softmax" and len(call.outputs) == 1 and len(call.outputs[0].shape) > 2
     )
