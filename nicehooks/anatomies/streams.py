@@ -126,7 +126,8 @@ class Flow:
             if step.kind == "add":
                 keys = self._terms(step)
                 if len(keys) == 1:
-                    step.terms = [Term(keys[0], [one for one in self.calls if since < one.begin < step.call.begin])]
+                    ran = [one for one in self.calls if since < one.begin < step.call.begin]
+                    step.terms = [Term(keys[0], ran or self._branch(keys[0], step.call))]  # or before the other branch
                 else:
                     step.terms = [Term(key, self._branch(key, step.call)) for key in keys]
                 since = step.call.end
