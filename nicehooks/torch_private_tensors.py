@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
 import sys
+import threading
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack,
 )
 from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils._device import DeviceContext
 
 from nicehooks.torch_private import (
     WRAPPED_CHILD,
@@ -437,3 +440,96 @@ _FUNCTION_FILES = {inspect.getfile(part) for part in (torch.nn.functional, torch
 def is_lent_weights(module: nn.Module) -> bool:
     """Whether FSDP2 brings the whole weights of `module` before a call, and frees them after it (torch 2.4 … 2.13)."""
     return getattr(module, "_is_fsdp_managed_module", False)
+
+
+flex_kernel: Any = getattr(sys.modules.get("torch._higher_order_ops.flex_attention"), "flex_attention", None)
+"""The operator that `flex_attention` calls; None in a torch that has none (2.5 … 2.13)."""
+
+FLEX_ATTENTION = "torch.nn.attention.flex_attention"
+
+
+class _FlexShown(threading.local):
+    """How often this thread is inside of `flex_attention_shown`."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_flex_shown = _FlexShown()
+_flex_lock = threading.Lock()
+_flex_changes = ExitStack()
+_flex_threads = 0
+
+
+def is_flex_shown() -> bool:
+    """Whether this thread is inside of `flex_attention_shown`."""
+    return _flex_shown.depth > 0
+
+
+@contextmanager
+def flex_attention_shown() -> Generator[None]:
+    """Inside it `flex_attention` shows its kernel to the modes of this thread, compiled or not (2.6 … 2.13).
+
+    NOTE [How flex attention is seen]
+    It is no torch function, and models call it compiled. So what is compiled runs as it is written meanwhile; that is
+    one setting for all threads, where it changes no value. Then the operator in it asks the modes. What stands before
+    the operator is made to let through what the steps can do, and the kernel cannot: gradients on a CPU.
+    """
+    global _flex_threads
+    if torch.compiler.is_dynamo_compiling() or _is_being_compiled():
+        yield
+        return
+    with _flex_lock:
+        _flex_threads += 1
+        if _flex_threads == 1:
+            _show_flex_attention(_flex_changes)
+    _flex_shown.depth += 1
+    try:
+        yield
+    finally:
+        _flex_shown.depth -= 1
+        with _flex_lock:
+            _flex_threads -= 1
+            if _flex_threads == 0:
+                _flex_changes.close()
+
+
+def _is_being_compiled() -> bool:
+    """Whether what is called here is compiled when it is first called: the setting may not be changed there."""
+    frames = sys.modules.get("torch._C._dynamo.eval_frame")
+    return frames is not None and frames.get_eval_frame_callback() not in (None, False)
+
+
+def _show_flex_attention(changes: ExitStack) -> None:
+    flex: Any = importlib.import_module(FLEX_ATTENTION)
+    stance = getattr(torch.compiler, "set_stance", None)
+    if stance is None:
+        return
+    changes.enter_context(stance("force_eager"))
+    validate, warned = flex._validate_device, getattr(flex, "_WARNINGS_SHOWN", set[str]())
+    flex._validate_device = lambda *tensors: None if is_flex_shown() else validate(*tensors)
+    changes.callback(setattr, flex, "_validate_device", validate)
+    if "flex_attention_performance" not in warned:  # that it was called without being compiled
+        warned.add("flex_attention_performance")
+        changes.callback(warned.discard, "flex_attention_performance")
+
+
+@contextmanager
+def no_function_modes() -> Generator[None]:
+    """Inside it no torch function mode sees a call, but for that of a default device (2.4 … 2.13)."""
+    every = [torch.overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    kept = [mode for mode in every if isinstance(mode, DeviceContext)]
+    for mode in reversed(kept):
+        torch.overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in kept:
+            torch.overrides._pop_mode()
+        for mode in reversed(every):
+            torch.overrides._push_mode(mode)
+
+
+def indexed_by_tensors() -> AbstractContextManager[Any]:
+    """Inside it a tensor may be indexed by the scalars of `torch.vmap`, as in a `score_mod` (2.5 … 2.13)."""
+    return importlib.import_module("torch._dynamo._trace_wrapped_higher_order_op").TransformGetItemToIndex()

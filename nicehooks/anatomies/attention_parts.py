@@ -12,9 +12,10 @@ from nicehooks.anatomies.cores import Core
 from nicehooks.anatomies.mlp_parts import is_packed, is_projection
 from nicehooks.anatomies.noted_values import Value, key_of
 from nicehooks.anatomies.places import PartPlaces
-from nicehooks.anatomies.recording import FUSED, SCALING, NotedCall
+from nicehooks.anatomies.recording import SCALING, NotedCall
 from nicehooks.anatomies.streams import Flow, is_norm
 from nicehooks.anatomies.tables import Lacks
+from nicehooks.ports.attention import FUSED_KERNELS
 
 QKV = ("q", "k", "v")
 
@@ -48,7 +49,7 @@ def _owner(flow: Flow, core: Core, places: PartPlaces) -> None:
 def _pattern(flow: Flow, core: Core, places: PartPlaces) -> None:
     path = flow.record.path(core.call)
     places.heads["scores"] = places.heads["pattern"] = core.n_heads
-    if core.call.function == FUSED:
+    if core.call.function in FUSED_KERNELS:
         places.put("scores", f"{path}.scores")
         places.put("pattern", f"{path}.pattern")
     elif core.call.outputs[0].tensor.ndim != 4:

@@ -179,7 +179,8 @@ class _BranchFinder:
         after = {step.before: step for step in steps if step.kind == "norm"}
         found = self.found
         if len(adds) > 1:
-            found.put("resid_mid", self._sum_path(adds[-2], after))
+            is_read = self._is_read(steps, adds[-2], adds[-1])
+            found.put("resid_mid", self._sum_path(adds[-2], after) if is_read else SIDE_BY_SIDE)
         elif len(adds) == 1 and len(adds[0].terms) > 1:
             found.put("resid_mid", PARALLEL)
         else:
@@ -192,6 +193,14 @@ class _BranchFinder:
                 found.roles[role] = step.call.owner
         for part in ("attn_out", "mlp_out"):
             found.put(part, Lacks(NO_BRANCH[part]))
+
+    def _is_read(self, steps: Sequence[StreamStep], first: StreamStep, last: StreamStep) -> bool:
+        """Whether the branch that `last` adds may read the stream behind `first`: of one that is a module, it shows."""
+        if not any(not call.function for term in last.terms for call in term.calls):
+            return True
+        between = {step.after for step in steps[steps.index(first) : steps.index(last)]}
+        own = [step.call for step in steps]
+        return any(call not in own for key in between for call, _ in self.flow.read.get(key, []))
 
     def _sum_path(self, step: StreamStep, after: dict[Key, StreamStep]) -> str:
         norm = after.get(step.after)
@@ -253,6 +262,11 @@ def _run_with(call: NotedCall, stream: Value, new: Tensor) -> Tensor | None:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
+
+SIDE_BY_SIDE = Lacks(
+    "the branch that is added last reads what was there before another one was added: the sum in between is read by "
+    "nothing, and is no stream between two branches"
+)
 
 NO_SUM = "what the layer returns is no sum of what it reads and of what modules or functions in it give"
 

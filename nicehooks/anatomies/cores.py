@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nicehooks.anatomies.noted_values import Value
-from nicehooks.anatomies.recording import CUT, FUSED, PRODUCTS, NotedCall
+from nicehooks.anatomies.recording import CUT, PRODUCTS, NotedCall
+from nicehooks.ports.attention import FUSED_KERNELS
 
 
 @dataclass(eq=False)
@@ -39,7 +40,9 @@ class Core:
 def cores_of(calls: Sequence[NotedCall], batch: int) -> list[Core]:
     """The computations of attention among `calls`."""
     found = [
-        _fused(call) if call.function == FUSED else _explicit(call, calls, batch) for call in calls if call.outputs
+        _fused(call) if call.function in FUSED_KERNELS else _explicit(call, calls, batch)
+        for call in calls
+        if call.outputs
     ]
     return [core for core in found if core is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -16,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from nicehooks.anatomies.noted_values import Copied, Value, given_tensors, given_to_module, tensors_of
 from nicehooks.core.census import Census
 from nicehooks.paths.names import escape
+from nicehooks.ports.attention import FUSED_KERNELS
 from nicehooks.ports.calls import plain_function_name
-from nicehooks.torch_private_tensors import opened, unseen, version
+from nicehooks.torch_private_tensors import FLEX_ATTENTION, flex_attention_shown, opened, unseen, version
 
 
 @dataclass(eq=False, slots=True)
@@ -108,6 +110,8 @@ def record_forward(model: nn.Module, run: nn.Module, inputs: Any) -> tuple[Any, 
             if census.first[id(module)] == name and hasattr(module, "register_forward_pre_hook"):
                 stack.callback(module.register_forward_pre_hook(recorder.begins(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(recorder.ends, with_kwargs=True).remove)
+        if FLEX_ATTENTION in sys.modules:
+            stack.enter_context(flex_attention_shown())
         stack.enter_context(recorder)
         output = called_with(run, inputs)
     return output, record
@@ -206,8 +210,7 @@ NOT_CALLS = frozenset(
 ADDING = ("add", "iadd", "radd", "add_", "sub", "isub")
 SCALING = ("mul", "imul", "rmul", "truediv", "itruediv", "div")
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "rmatmul")
-FUSED = "scaled_dot_product_attention"
-WITH_VALUES = ("softmax", FUSED, *PRODUCTS)
+WITH_VALUES = ("softmax", *FUSED_KERNELS, *PRODUCTS)
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh", "sigmoid", "square", "pow", "softplus", "hardswish", "mish", "relu6")
 CUT = ("chunk", "split", "getitem", "narrow", "masked_fill", "where", "dropout", "float", "to", "type_as")
 LOOKED_INTO = frozenset((*ADDING, *SCALING, *WITH_VALUES, *ACTIVATIONS, *CUT, "layer_norm", "rms_norm", "topk"))

@@ -15,6 +15,7 @@ from torch import nn
 from nicehooks.anatomies.noted_values import Key, Value
 from nicehooks.anatomies.recording import ADDING, SCALING, NotedCall, Record
 from nicehooks.anatomies.stacks import Layer
+from nicehooks.ports.attention import FUSED_KERNELS
 
 PLAIN_STREAM = ("add",)
 SCALED = ("add", "scale")
@@ -125,7 +126,8 @@ class Flow:
             if step.kind == "add":
                 keys = self._terms(step)
                 if len(keys) == 1:
-                    step.terms = [Term(keys[0], [one for one in self.calls if since < one.begin < step.call.begin])]
+                    ran = [one for one in self.calls if since < one.begin < step.call.begin]
+                    step.terms = [Term(keys[0], ran or self._branch(keys[0], step.call))]  # or before the other branch
                 else:
                     step.terms = [Term(key, self._branch(key, step.call)) for key in keys]
                 since = step.call.end
@@ -182,6 +184,6 @@ def is_norm(call: NotedCall) -> bool:
 
 def is_attention(call: NotedCall) -> bool:
     """Whether the call makes an attention pattern: a softmax over keys, or a fused kernel."""
-    return call.function == "scaled_dot_product_attention" or (
+    return call.function in FUSED_KERNELS or (
         call.function == "softmax" and len(call.outputs) == 1 and len(call.outputs[0].shape) > 2
     )

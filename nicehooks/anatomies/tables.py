@@ -45,6 +45,7 @@ SEEN_BY: dict[str, tuple[str, str]] = {
         "{attn}@scaled_dot_product_attention().scores",
         "{attn}@scaled_dot_product_attention().pattern",
     ),
+    "flex_attention": ("{attn}@flex_attention().scores", "{attn}@flex_attention().pattern"),
 }
 """By attention implementation: where its scores and its pattern are."""
 

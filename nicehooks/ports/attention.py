@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from nicehooks.ports.flex import flex_attention_in_steps
 from nicehooks.ports.packed_heads import mask_with_heads_apart, note_packed_heads, packed_heads, with_heads_apart
+from nicehooks.torch_private_tensors import flex_kernel, is_flex_shown
 
 _wanted: ContextVar[int] = ContextVar("nicehooks.as_steps", default=0)
 
@@ -35,7 +37,7 @@ def as_steps_wanted() -> bool:
 
 
 class fused_attention_as_steps(AbstractContextManager[None]):
-    """Runs `scaled_dot_product_attention` as its explicit steps, so that `@softmax()` exists and can be patched.
+    """Runs fused attention as its explicit steps, so that `@softmax()` exists and can be patched.
 
     >>> import torch
     >>> from torch import nn
@@ -51,7 +53,8 @@ class fused_attention_as_steps(AbstractContextManager[None]):
 
     The steps are `matmul` (the scaled scores, `[batch, head, query, key]`), `add` (a mask), `softmax` (the pattern),
     `dropout`, and `matmul` again (the values). Causal, masked and grouped-query attention are covered. It acts in the
-    thread or task that entered it, and equals the fused result to rounding (1e-5 in float32).
+    thread or task that entered it, and equals the fused result to rounding (1e-5 in float32). `flex_attention` runs in
+    steps, too, where it is called by a module with a site of a call: NOTE [How flex attention is seen].
     """
 
     def __enter__(self) -> None:
@@ -71,11 +74,27 @@ class fused_attention_as_steps(AbstractContextManager[None]):
 
 class _AsSteps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention and as_steps_wanted():
-            return attention_in_steps(*args, **(kwargs or {}))
+        if runs_in_steps(func):
+            return steps_of(func)(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         note_packed_heads(func, args, result)
         return result
+
+
+def runs_in_steps(func: Any) -> bool:
+    """Whether `func` is a fused kernel that runs in its steps here."""
+    return (func is functional.scaled_dot_product_attention and as_steps_wanted()) or (
+        func is flex_kernel and func is not None and is_flex_shown()
+    )
+
+
+def steps_of(func: Any) -> Any:
+    """What computes in steps what `func` does: a fused kernel; itself, if it is none."""
+    if func is functional.scaled_dot_product_attention:
+        return attention_in_steps
+    if func is flex_kernel and func is not None:
+        return flex_attention_in_steps
+    return func
 
 
 def attention_in_steps(
@@ -124,3 +143,10 @@ def _bias(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> T
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -math.inf)
+
+
+FUSED_KERNELS: Mapping[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attention_in_steps,
+    "flex_attention": flex_attention_in_steps,
+}
+"""Fused attention by the name of its function: what computes the same in steps, and shows them to its `at`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import multi_head_attention_forward as attention_of_several_heads
-from torch.nn.functional import scaled_dot_product_attention as fused_attention
 from torch.overrides import TorchFunctionMode
 
 from nicehooks.core.calling import has_forward
@@ -33,12 +33,12 @@ from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.paths.ports import EVERY_CALL, Port, Words
 from nicehooks.paths.subscripts import fault
 from nicehooks.ports.arguments import arguments_of, by_name, complete, written_back
-from nicehooks.ports.attention import as_steps_wanted, attention_in_steps
+from nicehooks.ports.attention import FUSED_KERNELS, as_steps_wanted, runs_in_steps, steps_of
 from nicehooks.ports.overrides import StandIn
 from nicehooks.ports.packed_heads import note_packed_heads
 from nicehooks.ports.signatures import parameters_in_call
 from nicehooks.torch_private import evaluated_while_tracing
-from nicehooks.torch_private_tensors import in_compiled_graph, opened
+from nicehooks.torch_private_tensors import FLEX_ATTENTION, flex_attention_shown, in_compiled_graph, opened
 from nicehooks.values import trees
 from nicehooks.values.trees import Chain, is_same
 
@@ -52,7 +52,6 @@ class _Running(threading.local):
 
 _running = _Running()
 
-FUSED_ATTENTION = "scaled_dot_product_attention"
 STEPS = ("scores", "pattern")
 """The steps of fused attention that a path can name."""
 
@@ -198,6 +197,8 @@ class CallWatcher(AbstractContextManager[None]):
             for name in methods:
                 frame.module.__dict__[name] = self._watching(name, _bound(frame.module, name))
         frame.enter(_RunOf(frame))
+        if self._wants_flex_attention():
+            frame.enter(flex_attention_shown())
         self.mode: Any = _Mode(self)
         self.mode.__enter__()
 
@@ -206,6 +207,11 @@ class CallWatcher(AbstractContextManager[None]):
         self.mode = None
         if isinstance(error, _Carried):
             raise error.error from error.error.__cause__
+
+    def _wants_flex_attention(self) -> bool:
+        """Whether a rule is about flexible attention, or may be about its steps: NOTE [How flex attention is seen]."""
+        named = any([rule.path.port.name == "flex_attention" for rule in self.rules])
+        return named or (as_steps_wanted() and FLEX_ATTENTION in sys.modules)
 
     def _watching(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -240,7 +246,7 @@ class CallWatcher(AbstractContextManager[None]):
                 if rule.path.port.part == "input":
                     args, kwargs = rule.on_arguments(self.frame, name, number, function, args, kwargs)
         if any(rule.path.port.part in STEPS for rule in rules):
-            function = partial(attention_in_steps if function is fused_attention else function, at=at)
+            function = partial(steps_of(function), at=at)
         return at("", function(*args, **kwargs))
 
 
@@ -267,8 +273,8 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func is fused_attention and as_steps_wanted():
-            func = self._in_steps()
+        if runs_in_steps(func):
+            func = self._in_steps(steps_of(func))
         if self.watcher.wants(name, (func, args, kwargs)) and not in_compiled_graph():
             result = self.watcher.call(name, func, args, kwargs)
         elif func is attention_of_several_heads and self.watcher.is_here():
@@ -279,11 +285,11 @@ class _Mode(TorchFunctionMode):
         note_packed_heads(func, args, result)
         return result
 
-    def _in_steps(self) -> Callable[..., Tensor]:
-        @wraps(attention_in_steps)
-        def in_steps(*args: Any, **kwargs: Any) -> Tensor:
+    def _in_steps(self, steps: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(steps)
+        def in_steps(*args: Any, **kwargs: Any) -> Any:
             with self:  # the steps are calls in the module's own forward, too
-                return attention_in_steps(*args, **kwargs)
+                return steps(*args, **kwargs)
 
         return in_steps
 
@@ -337,8 +343,8 @@ def others_below(module: nn.Module) -> list[nn.Module]:
 class CallPort(PortKind):
     """`@name()`: the calls of one function in a module's own forward; `.input` is what it is given.
 
-    The steps `.scores` and `.pattern` of fused attention are parts of its call, before and after its softmax,
-    `[batch, head, query, key]`.
+    The steps `.scores` and `.pattern` of fused attention (`FUSED_KERNELS`) are parts of its call, before and after its
+    softmax, `[batch, head, query, key]`.
     """
 
     kind = "call"
@@ -351,7 +357,7 @@ class CallPort(PortKind):
         part, dot, rest = words.part.partition(".")
         if "grad" in (part, rest):
             raise fault(words.text, words.part_at if not dot else words.end - len(rest), GRAD_OF_CALL)
-        if part in STEPS and words.name != FUSED_ATTENTION:
+        if part in STEPS and words.name not in FUSED_KERNELS:
             raise fault(words.text, words.part_at, STEPS_OF_CALL)
         return Port(self.kind, words.name, words.call, part) if part in ("", "input", *STEPS) and not dot else None
 
@@ -370,7 +376,7 @@ def _other_forwards(module: nn.Module) -> Pairs:
     return [(other, OtherForwardRule()) for other in others_below(module)]
 
 
-STEPS_OF_CALL = f"scores and pattern are steps of @{FUSED_ATTENTION}() alone"
+STEPS_OF_CALL = f"scores and pattern are steps of {' and '.join(f'@{name}()' for name in FUSED_KERNELS)} alone"
 GRAD_OF_CALL = "the gradient of a call is that of a parameter's uses alone: @weight.uses().grad"
 
 register_port(CallPort())

@@ -299,7 +299,7 @@ def test_the_implementation_counts_at_the_time_a_part_is_asked_for() -> None:
     assert acts[parts.pattern[0]].shape == (2, 4, 7, 7)
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "paged_attention"])
 @pytest.mark.parametrize("what", ["pattern", "scores"])
 def test_other_kernels_are_refused_by_name(implementation: str, what: str) -> None:
     model = MAKERS["llama"]("eager").eval()
@@ -309,7 +309,8 @@ def test_other_kernels_are_refused_by_name(implementation: str, what: str) -> No
     assert str(raised.value) == (
         f"LlamaForCausalLM has no {what} under attention implementation '{implementation}': one kernel computes "
         "attention, and scores and pattern are never there.\n"
-        "    model.set_attn_implementation(\"eager\")  # 'eager' or 'sdpa' show it; then ask for the part again"
+        '    model.set_attn_implementation("eager")  '
+        "# 'eager' or 'sdpa' or 'flex_attention' show it; then ask for the part again"
     )
     assert str(anatomy(model).z[0]) == "model.layers.0.self_attn.o_proj@input[0]/4"
 

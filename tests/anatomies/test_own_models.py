@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from by_hooks import one_thread
+from gallery.every_architecture import tiny
 from gallery.own_transformers import (
     HEADS,
     WIDTH,
@@ -17,6 +18,7 @@ from gallery.own_transformers import (
     Inline,
     OfTensors,
     OwnTransformer,
+    SideBySide,
     Weighed,
     WithoutSoftmax,
 )
@@ -97,3 +99,22 @@ def test_what_is_multiplied_as_it_is_added_is_refused_and_so_is_what_was_then_no
         _ = parts.attn_out
     with pytest.raises(UnsupportedModule, match=r"what is added before it was checked .* nothing shows that this is"):
         _ = parts.mlp_out
+
+
+@pytest.mark.parametrize("make", [lambda: own(SideBySide), lambda: tiny("CohereForCausalLM")], ids=["own", "Cohere"])
+def test_between_two_additions_of_branches_side_by_side_is_no_stream(make: Any) -> None:
+    """The sum is there, but no branch reads it: an edit of it would not be one of what the MLP reads."""
+    parts = anatomy(make())
+    with pytest.raises(
+        UnsupportedModule, match="no resid_mid: the branch that is added last reads what was there before"
+    ):
+        parts.resid_mid  # noqa: B018
+    assert len(parts.attn_out) == len(parts.mlp_out) == len(parts.mlp_post) == parts.n_layers
+
+
+def test_between_two_branches_one_after_the_other_is_the_stream() -> None:
+    model = own(Inline)
+    parts = anatomy(model)
+    with capture(model, parts.resid_pre, parts.attn_out, parts.resid_mid) as acts:
+        model(IDS)
+    assert torch.allclose(acts[parts.resid_mid[0]], acts[parts.resid_pre[0]] + acts[parts.attn_out[0]], atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +13,32 @@ from torch import Tensor, nn
 
 from nicehooks import ablate, anatomy, capture, edit, fused_attention_as_steps, patch
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.:DeprecationWarning"
+    ),  # inductor itself uses what torch has deprecated
+    pytest.mark.usefixtures("as_written"),
+]
+
 single_thread = pytest.fixture(one_thread, scope="module", autouse=True)
+
+
+@pytest.fixture
+def as_written() -> Iterator[None]:
+    """What transformers compiles for flexible attention runs as it is written: to compile it takes long."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
 
 IDS = torch.tensor([[0, 0, 3, 1, 4], [9, 2, 6, 5, 3]])
 SEEN = (IDS != 0).long()
 STEPS, LAYER, HEAD = 3, 1, 2
 
-each_model = pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"])
+GROUPED = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+PAIRS = [(name, "sdpa") for name in (*GROUPED, "GPT2LMHeadModel")] + [(name, "flex_attention") for name in GROUPED]
+
+each_model = pytest.mark.parametrize(("name", "kernel"), PAIRS)
 each_step = pytest.mark.parametrize("part", ["scores", "pattern"])
 
 
@@ -57,24 +77,24 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 @each_step
 @each_model
-def test_a_step_of_attention_has_its_shape_in_each_step_of_generation(name: str, part: str) -> None:
-    eager, fused = (each_call(model_of(name, attention), part) for attention in ("eager", "sdpa"))
+def test_a_step_of_attention_has_its_shape_in_each_step_of_generation(name: str, kernel: str, part: str) -> None:
+    eager, fused = (each_call(model_of(name, attention), part) for attention in ("eager", kernel))
     assert [tuple(value.shape) for value in fused] == [(2, 4, 5, 5), (2, 4, 1, 6), (2, 4, 1, 7)]
     assert all(map(alike, eager, fused))
 
 
 @each_step
 @each_model
-def test_without_padding_too(name: str, part: str) -> None:
+def test_without_padding_too(name: str, kernel: str, part: str) -> None:
     given = {"ids": IDS[1:], "seen": SEEN[1:]}
-    eager, fused = (each_call(model_of(name, attention), part, **given) for attention in ("eager", "sdpa"))
+    eager, fused = (each_call(model_of(name, attention), part, **given) for attention in ("eager", kernel))
     assert [tuple(value.shape) for value in fused] == [(1, 4, 5, 5), (1, 4, 1, 6), (1, 4, 1, 7)]
     assert all(torch.allclose(a[a > -1e9], b[b > -1e9], atol=1e-5) for a, b in zip(eager, fused, strict=True))
 
 
 @each_model
-def test_a_head_of_the_pattern_ablated_is_that_head_of_z_in_each_step(name: str) -> None:
-    for attention in ("eager", "sdpa"):
+def test_a_head_of_the_pattern_ablated_is_that_head_of_z_in_each_step(name: str, kernel: str) -> None:
+    for attention in ("eager", kernel):
         model = model_of(name, attention)
         parts = anatomy(model)
         with ablate(model, parts.pattern[LAYER].head(HEAD)), capture(model, parts.z[LAYER], keep="all") as acts:
@@ -87,8 +107,8 @@ def test_a_head_of_the_pattern_ablated_is_that_head_of_z_in_each_step(name: str)
 
 
 @each_model
-def test_the_pattern_of_another_head_patched_in_each_step_gives_the_same_in_both(name: str) -> None:
-    eager, fused = model_of(name, "eager"), model_of(name, "sdpa")
+def test_the_pattern_of_another_head_patched_in_each_step_gives_the_same_in_both(name: str, kernel: str) -> None:
+    eager, fused = model_of(name, "eager"), model_of(name, kernel)
     where = anatomy(eager).pattern[LAYER], anatomy(fused).pattern[LAYER]
     with capture(fused, where[1].head(0), keep="all") as acts:
         generated(fused)
@@ -103,10 +123,10 @@ def test_the_pattern_of_another_head_patched_in_each_step_gives_the_same_in_both
 
 
 @each_model
-def test_an_edit_of_scores_by_queries_and_keys_acts_the_same(name: str) -> None:
+def test_an_edit_of_scores_by_queries_and_keys_acts_the_same(name: str, kernel: str) -> None:
     """The newest key alone: what this says is said in the true shape, of all heads."""
     outputs = []
-    for attention in ("eager", "sdpa"):
+    for attention in ("eager", kernel):
         model = model_of(name, attention)
         with patch(model, {anatomy(model).scores[LAYER][:, [0, 3], -1:, :-1]: -1e4}):
             outputs.append(generated(model))
@@ -114,13 +134,14 @@ def test_an_edit_of_scores_by_queries_and_keys_acts_the_same(name: str) -> None:
     assert not torch.allclose(outputs[1], generated(model), atol=1e-3)
 
 
-def test_gradients_of_a_pattern_have_its_shape() -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "flex_attention"])
+def test_gradients_of_a_pattern_have_its_shape(kernel: str) -> None:
     found = []
-    for attention in ("eager", "sdpa"):
+    for attention in ("eager", kernel):
         model = model_of("LlamaForCausalLM", attention)
         out = model(IDS, attention_mask=SEEN, use_cache=True)
         whole = torch.cat([SEEN, torch.ones(2, 1, dtype=torch.long)], 1)
-        with capture(model, anatomy(model).pattern[LAYER].grad) as acts, torch.enable_grad():
+        with capture(model, anatomy(model).pattern.grad) as acts, torch.enable_grad():  # all: flex has none on a CPU
             model.get_input_embeddings().weight.requires_grad_()
             again = model(torch.tensor([[7], [8]]), attention_mask=whole, cache=out.cache)
             again.logits[:, -1, 7].sum().backward()
@@ -129,8 +150,9 @@ def test_gradients_of_a_pattern_have_its_shape() -> None:
     assert torch.allclose(found[0] * whole[:, None, None], found[1] * whole[:, None, None], atol=1e-5)
 
 
-def test_attention_as_steps_has_the_heads_apart() -> None:
-    model = model_of("LlamaForCausalLM", "sdpa")
+@pytest.mark.parametrize("kernel", ["sdpa", "flex_attention"])
+def test_attention_as_steps_has_the_heads_apart(kernel: str) -> None:
+    model = model_of("LlamaForCausalLM", kernel)
     with fused_attention_as_steps(), capture(model, f"model.layers.{LAYER}.self_attn@softmax()", keep="all") as acts:
         logits = generated(model)
     (key,) = acts

@@ -61,6 +61,17 @@ class FusedCausal(nn.Module):
         return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
+class Flexible(nn.Module):
+    """Flexible attention, compiled as `flex` is, with a score that is changed and a mask."""
+
+    def __init__(self, flex, score_mod=None, block_mask=None, **options):
+        super().__init__()
+        self.flex, self.options = flex, {"score_mod": score_mod, "block_mask": block_mask, **options}
+
+    def forward(self, q, k, v):
+        return self.flex(q, k, v, **self.options)
+
+
 class Softmaxes(nn.Module):
     """Calls softmax twice in its own forward, once of them in a method; its child calls it too."""
 

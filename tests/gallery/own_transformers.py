@@ -56,6 +56,13 @@ class Inline(nn.Module):
         return x + self.mlp(self.second(x))
 
 
+class SideBySide(Inline):
+    """Both branches read what the layer reads, and are added one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attended(self.first(x)) + self.mlp(self.second(x))
+
+
 class InEinsums(Inline):
     """Positions stand before heads, and keys before queries."""
 

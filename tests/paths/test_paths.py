@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nicehooks import ModulePath, NiceHooksError, PathError, capture, select
 from nicehooks.paths.names import escape
 from nicehooks.paths.ports import EVERY_CALL, Port
-from nicehooks.ports.calls import FUSED_ATTENTION
+from nicehooks.ports.attention import FUSED_KERNELS
 from nicehooks.values.trees import STAR, Heads
 
 parse = ModulePath.parse
@@ -44,7 +44,9 @@ ports = st.one_of(
     st.sampled_from(["input", "grad", "input.grad"]).map(Port),
     identifiers.map(lambda name: Port("parameter", name)),
     st.builds(Port, st.just("call"), identifiers, calls, st.sampled_from(["", "input"])),
-    st.builds(Port, st.just("call"), st.just(FUSED_ATTENTION), calls, st.sampled_from(["scores", "pattern"])),
+    st.builds(
+        Port, st.just("call"), st.sampled_from(list(FUSED_KERNELS)), calls, st.sampled_from(["scores", "pattern"])
+    ),
 )
 integers = st.integers(-100, 100)
 slices = st.builds(slice, *[st.none() | integers] * 3).filter(lambda s: s.step != 0)
