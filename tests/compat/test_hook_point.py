@@ -66,6 +66,20 @@ def test_what_is_prepended_inside_suspend_acts():
     assert point(torch.ones(1)).item() == 1.0  # the other one acts again, and came first
 
 
+def test_a_hook_that_is_added_is_returned_as_it_is_listed():
+    point = HookPoint()
+    point.add_hook(zero)
+    handle = point.add_hook(lambda value, hook: value + 1, level=None, alias_names=["one"])
+    assert handle == point.fwd_hooks[1] and not handle.is_permanent and handle.context_level is None
+    assert point(torch.ones(1)).item() == 1.0
+    handle.hook.remove()
+    assert [each.user_hook for each in point.fwd_hooks] == [zero] and point(torch.ones(1)).item() == 0.0
+    backward = point.add_hook(double, dir="bwd")
+    assert backward == point.bwd_hooks[0] and backward.dir == "bwd"
+    backward.hook.remove()
+    assert not point.bwd_hooks
+
+
 def test_a_backward_hook_gets_the_gradient_itself_and_replaces_it():
     x, seen = torch.ones(2, requires_grad=True), []
     point = HookPoint()

@@ -101,14 +101,14 @@ class HookMethods:
         level: int | None = None,
         prepend: bool = False,
         alias_names: Iterable[str] | None = None,
-    ) -> None:
+    ) -> LensHandle:
         """Adds `hook(value, hook=self)`, in every thread, until it is removed.
 
         >>> import torch
         >>> from nicehooks.hookpoints import HookPoint
         >>> point = HookPoint()
-        >>> point.add_hook(lambda value, hook: value * 2)
-        >>> point(torch.ones(2)), point.remove_hooks(), point(torch.ones(2))
+        >>> handle = point.add_hook(lambda value, hook: value * 2)
+        >>> point(torch.ones(2)), handle.hook.remove(), point(torch.ones(2))
         (tensor([2., 2.]), None, tensor([1., 1.]))
 
         Args:
@@ -121,12 +121,17 @@ class HookMethods:
             prepend: whether it acts before all that is there, not after.
             alias_names: calls the hook once for each of these names, as if they were the place's own.
 
+        Returns:
+            It, as `fwd_hooks` and `bwd_hooks` list it.
+
         Raises:
             ValueError: `dir` is neither.
         """
         item = Item(repr(self.name or ""), [self], checked(hook), checked_direction(dir), False)
         aliases = () if alias_names is None else alias_names
-        add(LensHooks(self._root(), [item], level=level, is_permanent=is_permanent, first=prepend, aliases=aliases))
+        hooks = LensHooks(self._root(), [item], level=level, is_permanent=is_permanent, first=prepend, aliases=aliases)
+        (added,) = add(hooks)
+        return handle_of(added)
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> None:
         """Adds a hook that only `including_permanent=True` removes."""
@@ -222,7 +227,7 @@ class HookPoint(HookMethods, nn.Module):
     >>> import torch
     >>> from nicehooks.hookpoints import HookPoint
     >>> point = HookPoint()
-    >>> point.add_hook(lambda value, hook: hook.ctx.update(seen=value.sum().item()))
+    >>> _ = point.add_hook(lambda value, hook: hook.ctx.update(seen=value.sum().item()))
     >>> point(torch.ones(2)), point.ctx
     (tensor([1., 1.]), {'seen': 2.0})
 
@@ -282,7 +287,7 @@ class HookPlace(Within, HookMethods):
     >>> from nicehooks.hookpoints import hooked
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> place = hooked(model).hook_dict["0"]
-    >>> place.add_hook(lambda value, hook: value * 0)
+    >>> _ = place.add_hook(lambda value, hook: value * 0)
     >>> model(ones(2, 4)).any().item(), place.has_hooks()
     (False, True)
     >>> place.remove_hooks()

@@ -1,9 +1,9 @@
 """Hooks: functions `fn(value, hook=point)` at the places of a model, entered and left as one intervention.
 
 NOTE [Who holds an attached hook]
-`point.add_hook(fn)` returns nothing, so nobody holds the intervention that it attaches. It lies in the model itself, in
-the entry `HANDLES` of its `__dict__`: there it neither keeps the model alive nor comes along into a copy. What is bound
-to the taps knows it by a weak reference only.
+`point.add_hook(fn)` returns the hook, so nobody holds the intervention that it attaches. It lies in the model itself,
+in the entry `HANDLES` of its `__dict__`: there it neither keeps the model alive nor comes along into a copy. What is
+bound to the taps knows it by a weak reference only, and so does the hook.
 """
 
 from __future__ import annotations
@@ -430,10 +430,11 @@ def _scope_at(level: int | None, module: nn.Module) -> Scope | None:
     return next((scope for scope in scopes if any(module is inner for inner in scope.model.modules())), None)
 
 
-def add(hooks: LensHooks) -> None:
+def add(hooks: LensHooks) -> list[Hook]:
     """Attaches `hooks`; those of the level of an open context end with it, and act only where it does."""
     scope = None if hooks.level is None or hooks.is_permanent else _scope_at(hooks.level, unwrap(hooks.model))
     if scope is None:
         hooks.attach()
-        return
-    scope.begin(hooks)
+    else:
+        scope.begin(hooks)
+    return list(hooks._hooks)
