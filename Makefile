@@ -12,7 +12,7 @@
 # make dist          wheel and sdist, in dist/, and the quick tier against them in an empty environment
 # make bench         what the library costs, against raw hooks
 # make bench-peers   the same jobs with other libraries, each in an environment of its own; writes benchmarks/peers/README.md
-# make test-peers    what docs/from_nnsight.md and docs/from_pyvene.md say, beside those libraries
+# make test-peers    what the pages for who moves over from nnsight, pyvene and TransformerLens say, beside those libraries
 # make lock-peers    the newest releases of those libraries, into benchmarks/peers/locks, and measures them
 PYTHON ?= python3
 VENV := .venv

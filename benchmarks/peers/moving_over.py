@@ -3,24 +3,33 @@
     python benchmarks/peers/moving_over.py ours OUT.pt        # in the environment of this checkout
     python benchmarks/peers/moving_over.py nnsight OUT.pt     # in the peer's: compares, and exits with 1 if one differs
 
-`make test-peers` calls it. A row is found by its first cell; one that is not here compares no numbers.
+`make test-peers` calls it. The rows of a page are in `moved_from_….py`, once with each library, by their first cells.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Rows = dict[str, Callable[[], Any]]
-VECTOR = torch.arange(48.0) / 48
+PAGES = ("nnsight", "pyvene", "transformer_lens")
+DOCS = Path(__file__).parent.parent.parent / "docs"
+SAME, OTHER = "same", "other"
 
 
-def setting() -> tuple[Any, Tensor, Tensor]:
+def shown(same: Any, other: Any) -> dict[str, Any]:
+    """What a row gives that says in what it is different on purpose: `other` is to be another with each library."""
+    return {SAME: same, OTHER: other}
+
+
+def gpt2() -> tuple[Any, Tensor, Tensor]:
     """The model and the two inputs of the pages; the same in every environment."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,13 +40,19 @@ def setting() -> tuple[Any, Tensor, Tensor]:
     return model, ids, other
 
 
+def generating(ids: Tensor) -> dict[str, Any]:
+    """Options for three new tokens."""
+    return {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+
+
 def tokenizer() -> Any:
     """For a library that will not do without one."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"w": 0}, unk_token="w")), pad_token="w")
+    special = {"pad_token": "w", "eos_token": "w", "bos_token": "w", "unk_token": "w"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"w": 0}, unk_token="w")), **special)
 
 
 def loss_of(logits: Tensor) -> Tensor:
@@ -45,256 +60,123 @@ def loss_of(logits: Tensor) -> Tensor:
     return logits[0, -1, 7]
 
 
-def ours() -> dict[str, Rows]:
-    """With nicehooks, by page."""
-    from nicehooks import ablate, anatomy, capture, edit, patch, steer
-
-    model, ids, other = setting()
-    parts = anatomy(model)
-
-    def seen(*where: Any, given: Tensor = ids, **options: Any) -> Any:
-        with capture(model, *where, **options) as acts:
-            model(given)
-        values = list(acts.values())
-        return values[0] if len(values) == 1 else values
-
-    def under(*contexts: Any, given: Tensor = ids) -> Tensor:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
-            return model(given).logits
-
-    def gradient() -> Tensor:
-        with capture(model, "transformer.h.1@grad") as acts:
-            loss_of(model(ids).logits).backward()
-        return acts["transformer.h.1@grad"]
-
-    def generated() -> list[Tensor]:
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
-        with capture(model, "transformer.h.1", steps=slice(3), keep="all") as acts:
-            model.generate(ids, **options)
-        return acts["transformer.h.1"]
-
-    def z() -> Tensor:
-        return seen(parts.z[1]).flatten(-2)
-
-    def attached() -> Tensor:
-        handle = steer(model, "transformer.h.1", VECTOR).attach()
-        logits = model(ids).logits
-        handle.remove()
-        return logits
-
-    there = seen("transformer.h.1", given=other).detach()
-    block = "transformer.h.1"
-    nnsight: Rows = {
-        "`with model.trace(ids): x = h[1].output.save()`": lambda: seen(block),
-        "`h[1].attn.output[0].save()`": lambda: seen(f"{block}.attn[0]"),
-        "`h[1].input.save()`, `h[1].inputs`": lambda: seen(f"{block}@input[0]"),
-        "a loop over `h` that saves each": lambda: seen("transformer.h.*"),
-        "`h[1].output[:, -1] = v`": lambda: under(patch(model, f"{block}[:, -1]", VECTOR)),
-        "`h[1].output = fn(h[1].output)`": lambda: under(edit(model, block, lambda value: value / 2)),
-        "`h[1].output[:] += v`": lambda: under(steer(model, block, VECTOR)),
-        "a value of one `invoke` put into another": lambda: under(patch(model, f"{block}[:, -1]", there[:, -1])),
-        "`with loss.backward(): g = h[1].output.grad.save()`": gradient,
-        "`tracer.stop()`": lambda: seen(block, stop=True),
-        "`h[1].skip(value)`": lambda: under(patch(model, block, there)),
-        "`with model.generate(…) as tracer: for step in tracer.iter[:3]: …`": generated,
-        "`with model.edit() as edited: …`": attached,
-    }
-    pyvene: Rows = {
-        '`{"layer": 1, "component": "block_output"}`': lambda: seen(parts.resid_post[1]),
-        "`block_input` · `mlp_output` · `mlp_activation`": lambda: [
-            seen(part[1]) for part in (parts.resid_pre, parts.mlp_out, parts.mlp_post)
-        ],
-        "`attention_output` · `attention_value_output`": lambda: [seen(parts.attn_out[1]), z()],
-        "`query_output` · `key_output` · `value_output`, `head_…`": lambda: [
-            seen(part[1]).flatten(-2) for part in (parts.q, parts.k, parts.v)
-        ],
-        "`VanillaIntervention`, called with `base, [source]`": lambda: under(patch(model, block, there)),
-        "`ZeroIntervention` · `AdditionIntervention`": lambda: [
-            under(ablate(model, block)),
-            under(steer(model, block, VECTOR)),
-        ],
-        "`intervention=lambda base, source: …`": lambda: under(edit(model, block, lambda value: (value + there) / 2)),
-        "`source_representation=tensor`": lambda: under(patch(model, block, VECTOR)),
-    }
-    return {"nnsight": nnsight, "pyvene": pyvene}
+def error_of(fn: Callable[[], Any]) -> str:
+    """The name of the error that it raises, or "none"."""
+    try:
+        fn()
+    except Exception as error:
+        return type(error).__name__
+    return "none"
 
 
-def with_nnsight() -> Rows:
-    """As the first column writes it."""
-    import nnsight
+def pickles(thing: Any) -> bool:
+    """Whether it can be pickled as it is."""
+    import pickle
 
-    module, ids, other = setting()
-    model: Any = nnsight.NNsight(module)
-    h, v = model.transformer.h, VECTOR
-
-    def values(read: Callable[[], Any]) -> Any:
-        with model.trace(ids):
-            found = nnsight.save(read())
-        return found
-
-    def logits(change: Callable[[], Any]) -> Tensor:
-        with model.trace(ids):
-            change()
-            found = model.output.logits.save()
-        return found
-
-    def assign() -> None:
-        h[1].output[:, -1] = v
-
-    def halve() -> None:
-        h[1].output = h[1].output / 2
-
-    def add() -> None:
-        h[1].output[:] += v
-
-    def there() -> Tensor:
-        with model.trace(other):
-            found = h[1].output.save()
-        return found.detach()
-
-    def between() -> Tensor:
-        value = there()
-        with model.trace(ids):
-            h[1].output[:, -1] = value[:, -1]
-            found = model.output.logits.save()
-        return found
-
-    def gradient() -> Tensor:
-        with model.trace(ids):
-            output = h[1].output
-            loss = loss_of(model.output.logits)
-            with loss.backward():
-                found = output.grad.save()
-        return found
-
-    def stopped() -> Tensor:
-        with model.trace(ids) as tracer:
-            found = h[1].output.save()
-            tracer.stop()
-        return found
-
-    def skipped() -> Tensor:
-        value = there()
-        with model.trace(ids):
-            h[1].skip(value)
-            found = model.output.logits.save()
-        return found
-
-    def edited() -> Tensor:
-        with model.edit() as (_, changed):
-            h[1].output[:] += v
-        with changed.trace(ids):
-            found = changed.output.logits.save()
-        return found
-
-    def generated() -> list[Tensor]:
-        wrapped: Any = nnsight.LanguageModel(module, tokenizer=tokenizer())
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
-        with wrapped.generate(ids, **options) as tracer:
-            found = nnsight.save([])
-            for _ in tracer.iter[:3]:
-                found.append(wrapped.transformer.h[1].output)
-        return found
-
-    return {
-        "`with model.trace(ids): x = h[1].output.save()`": lambda: values(lambda: h[1].output),
-        "`h[1].attn.output[0].save()`": lambda: values(lambda: h[1].attn.output[0]),
-        "`h[1].input.save()`, `h[1].inputs`": lambda: values(lambda: h[1].input),
-        "a loop over `h` that saves each": lambda: values(lambda: [block.output for block in h]),
-        "`h[1].output[:, -1] = v`": lambda: logits(assign),
-        "`h[1].output = fn(h[1].output)`": lambda: logits(halve),
-        "`h[1].output[:] += v`": lambda: logits(add),
-        "a value of one `invoke` put into another": between,
-        "`with loss.backward(): g = h[1].output.grad.save()`": gradient,
-        "`tracer.stop()`": stopped,
-        "`h[1].skip(value)`": skipped,
-        "`with model.generate(…) as tracer: for step in tracer.iter[:3]: …`": generated,
-        "`with model.edit() as edited: …`": edited,
-    }
+    return error_of(lambda: pickle.dumps(thing)) == "none"
 
 
-def with_pyvene() -> Rows:
-    """As the first column writes it."""
-    import pyvene
+def names_run(model: Any, call: Callable[[], Any]) -> list[str]:
+    """The modules that ran in a call, in order."""
+    ran: list[str] = []
 
-    module, ids, other = setting()
+    def noting(name: str) -> Callable[..., None]:
+        return lambda *_: ran.append(name)
 
-    def made(component: str, **more: Any) -> Any:
-        return pyvene.IntervenableModel([{"layer": 1, "component": component, **more}], model=module)
-
-    def value(component: str) -> Tensor:
-        more = {"unit": "pos", "max_number_of_units": 6, "intervention_type": pyvene.CollectIntervention}
-        found = made(component, **more)({"input_ids": ids}, unit_locations={"base": [[list(range(6))]]})
-        return found[0][1][0].reshape(1, 6, -1)
-
-    def changed(source: Tensor | None = None, given: Tensor | None = None, **more: Any) -> Tensor:
-        model = made("block_output", **more)
-        sources = None if source is None else [{"input_ids": source}]
-        kept = None if given is None else {next(iter(model.interventions)): given}
-        places = {"sources->base": list(range(6))} if source is not None else None
-        return model({"input_ids": ids}, sources, places, source_representations=kept)[1].logits
-
-    return {
-        '`{"layer": 1, "component": "block_output"}`': lambda: value("block_output"),
-        "`block_input` · `mlp_output` · `mlp_activation`": lambda: [
-            value(name) for name in ("block_input", "mlp_output", "mlp_activation")
-        ],
-        "`attention_output` · `attention_value_output`": lambda: [
-            value(name) for name in ("attention_output", "attention_value_output")
-        ],
-        "`query_output` · `key_output` · `value_output`, `head_…`": lambda: [
-            value(name) for name in ("query_output", "key_output", "value_output")
-        ],
-        "`VanillaIntervention`, called with `base, [source]`": lambda: changed(
-            other, intervention_type=pyvene.VanillaIntervention
-        ),
-        "`ZeroIntervention` · `AdditionIntervention`": lambda: [
-            changed(intervention_type=pyvene.ZeroIntervention),
-            changed(given=VECTOR, intervention_type=pyvene.AdditionIntervention),
-        ],
-        "`intervention=lambda base, source: …`": lambda: changed(
-            other, intervention=lambda base, source: (base + source) / 2
-        ),
-        "`source_representation=tensor`": lambda: changed(given=VECTOR, intervention_type=pyvene.VanillaIntervention),
-    }
+    handles = [module.register_forward_hook(noting(name)) for name, module in model.named_modules()]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
 
 
-def _plain(value: Any) -> Any:
-    """Without what the file would need of this library."""
-    return value.detach() if isinstance(value, Tensor) else [each.detach() for each in value]
+def plain(value: Any) -> Any:
+    """Without what the file would need of this library, and without graphs."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def apart(expected: Any, found: Any) -> float:
-    """The largest difference of two values, or of the values in two lists."""
+    """The largest difference of two values, or of those in two lists or dicts; infinite where shapes differ."""
     if isinstance(expected, Tensor):
         return float((expected - found).abs().max()) if expected.shape == found.shape else float("inf")
-    return max(apart(*pair) for pair in zip(expected, found, strict=True))
+    if isinstance(expected, dict) and expected.keys() == found.keys():
+        return apart(list(expected.values()), [found[key] for key in expected])
+    if isinstance(expected, list):
+        if len(expected) != len(found):
+            return float("inf")
+        return max((apart(*pair) for pair in zip(expected, found, strict=True)), default=0.0)
+    return 0.0 if expected == found else float("inf")
+
+
+def verdict(expected: Any, found: Any) -> tuple[str, bool]:
+    """How what both gave compares, and whether it is as the page has it."""
+    off = apart(expected[SAME], found[SAME])
+    if off >= 1e-5:
+        return f"another, off by {off:.1g}", False
+    if expected[OTHER] is None and found[OTHER] is None:
+        return "the same", True
+    if apart(expected[OTHER], found[OTHER]) < 1e-5:
+        return f"the same where it is to be another, {found[OTHER]!r}", False
+    return f"different on purpose, {found[OTHER]!r} there and {expected[OTHER]!r} here", True
+
+
+def given(row: Callable[[], Any]) -> dict[str, Any]:
+    """What a row gives, as `shown`."""
+    value = row()
+    return plain(value if isinstance(value, dict) and value.keys() == {SAME, OTHER} else shown(value, None))
+
+
+def first_cells(page: str) -> list[str]:
+    """How the rows begin, of the tables that compare."""
+    text = (DOCS / f"from_{page}.md").read_text()
+    tables = re.findall(r"^\|.*\n\|[-| :]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [re.split(r"(?<!\\)\|", line)[1].strip() for table in tables for line in table.splitlines()]
+
+
+def bold(page: str) -> list[str]:
+    """Headings, and how the paragraphs begin that say in what it is different."""
+    return re.findall(r"^(?:\*\*|## )(.+?)(?:\*\*|\n)", (DOCS / f"from_{page}.md").read_text(), re.MULTILINE)
 
 
 def compare(rows: Rows, expected: dict[str, Any]) -> bool:
-    """Prints each row, and says whether all are the same."""
+    """Prints each row, and says whether all are as the page has them."""
     fine = rows.keys() == expected.keys()
     for row, theirs in rows.items():
         try:
-            off = apart(expected[row], theirs())
-            said = "the same" if off < 1e-5 else f"another, off by {off:.1g}"
+            said, right = verdict(expected[row], given(theirs))
         except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fine &= said == "the same"
+            said, right = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False
+        fine &= right
         print(f"{said}: {row}", flush=True)
     return fine
+
+
+def rows_of(page: str) -> Any:
+    """The file with the rows of a page."""
+    return importlib.import_module(f"moved_from_{page}")
 
 
 def main() -> None:
     name, out = sys.argv[1:]
     if name == "ours":
-        found = {page: {row: _plain(value()) for row, value in rows.items()} for page, rows in ours().items()}
-        torch.save(found, out)
+        torch.save({page: {row: given(fn) for row, fn in rows_of(page).ours().items()} for page in PAGES}, out)
         return
-    rows = {"nnsight": with_nnsight, "pyvene": with_pyvene}[name]()
-    sys.exit(0 if compare(rows, torch.load(out)[name]) else 1)
+    rows = rows_of(name)
+    expected = torch.load(out)[name]
+    fine = compare(rows.theirs(), expected)
+    cells, done = {*first_cells(name), *bold(name)}, {*expected, *rows.WITHOUT}
+    missing = {cell for cell in first_cells(name) if cell not in done} | {row for row in done if row not in cells}
+    for row, why in rows.WITHOUT.items():
+        print(f"not run, {why}: {row}")
+    for row in sorted(missing):
+        print(f"not both here and on the page: {row}")
+    sys.exit(0 if fine and not missing else 1)
 
 
 if __name__ == "__main__":

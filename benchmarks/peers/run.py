@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import moving_over
 import page
 
 HERE = Path(__file__).parent
@@ -31,8 +32,6 @@ ROOT = HERE.parent.parent
 ENVIRONMENTS, BUILD = ROOT / ".venv-peers", ROOT / "build" / "peers"
 LOCKS = HERE / "locks"
 HEADLINES = "headlines"
-MOVED_FROM = ("nnsight", "pyvene")
-"""Those with rows in moving_over.py."""
 SHARED = ("torch", "transformers", "safetensors")
 """What all of them measure with, in the versions of requirements.lock."""
 
@@ -130,7 +129,7 @@ def test() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     out, failed = BUILD / "moving_over.pt", 0
     run("nicehooks", Path(sys.executable), "moving_over.py", "ours", out)
-    for name in MOVED_FROM:
+    for name in moving_over.PAGES:
         print(f"From {name}", flush=True)
         try:
             run(name, interpreter(name, renew=False), "moving_over.py", name, out)

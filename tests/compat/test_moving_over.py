@@ -85,6 +85,14 @@ def test_the_tests_are_there(page: str) -> None:
             assert f"test_{name}" in cases_in(f"{FILES.get(file, f'compat/test_{file}')}.py"), proof
 
 
+@pytest.mark.parametrize("page", ["nnsight", "pyvene", "transformer_lens"])
+def test_every_row_is_run_beside_that_library_or_says_why_not(page: str) -> None:
+    """By `make test-peers`, which has the libraries."""
+    file = ROOT / "benchmarks" / "peers" / f"moved_from_{page}.py"
+    texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+    assert [row[0] for row in rows(PAGES[page]) if row[0] not in texts] == []
+
+
 FILES = {"methods": "core/test_methods", "cuda": "core/test_cuda"}
 """Where a test of another room is."""
 
@@ -320,14 +328,14 @@ NNSIGHT = {
     "`tracer.stop()`": "from_nnsight::stop_runs_nothing_behind_it",
     "`h[1].skip(value)`": "from_nnsight::a_module_whose_output_is_put_still_runs_and_is_seen_inside",
     "`with model.generate(…) as tracer: for step in tracer.iter[:3]: …`": "from_nnsight::steps_of_a_generation",
-    "`with model.edit() as edited: …`": "from_nnsight::an_edit_that_stays_is_a_handle_and_listed",
+    "`with model.edit() as (tracer, edited): …`": "from_nnsight::an_edit_that_stays_is_a_handle_and_listed",
     "`with model.scan(ids): …shape`": "from_nnsight::shapes_without_a_context_and_the_models_own_print",
     "`print(model)`": "from_nnsight::shapes_without_a_context_and_the_models_own_print",
     "`remote=True` (NDIF), vLLM, diffusion pipelines": "from_nnsight::no_context_asks_where_a_model_runs",
     "Ordinary Python.": "from_nnsight::the_body_runs_once_line_by_line",
     "Any order of lines.": "from_nnsight::places_are_given_in_any_order_and_kept_in_that_of_the_model",
     "Transforms.": "from_nnsight::contexts_act_inside_transforms",
-    "By the line, or by the name.": "from_nnsight::calls_inside_a_forward_have_paths_by_their_names",
+    "By the source, or by the call.": "from_nnsight::calls_inside_a_forward_have_paths_by_their_names",
 }
 
 PYVENE = {
