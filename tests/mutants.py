@@ -14,6 +14,7 @@ import json
 import os
 import random
 import secrets
+import select
 import shutil
 import signal
 import sys
@@ -34,8 +35,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("core", "values", "ports", "caches", "contexts")
 AT_FIRST, IN_ALL = 60, 400
 """How many tests a mutant meets at first, and how many more where it outlives them."""
-PATIENCE = 240
-"""Seconds after which a mutant that makes tests wait has died."""
+PATIENCE = 120
+"""Seconds for one test, after which a mutant that makes it wait has died."""
 
 
 OPERATORS = [
@@ -196,21 +197,30 @@ def to_failure(folder: Path, tests: list[str]) -> list[str]:
         os.setsid()
         run_tests(folder, tests, FirstFailure(writer))
     os.close(writer)
-    code = wait(child)
-    with open(reader) as said:
-        name = said.read()
+    name, hangs = listen(reader)
+    if hangs:
+        os.killpg(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return tests[: tests.index(name) + 1] if name in tests else tests if code else []
 
 
 @dataclass(frozen=True)
 class FirstFailure:
-    """A plugin of pytest that writes the name of a test that fails."""
+    """A plugin of pytest that writes the name of a test that fails, and a dot for each part of one that does not."""
 
     writer: int
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            os.write(self.writer, report.nodeid.encode())
+        os.write(self.writer, f"\n{report.nodeid}\n".encode() if report.failed else b".")
+
+
+def listen(reader: int) -> tuple[str, bool]:
+    """What `FirstFailure` has named, if anything, and whether it was not heard of for too long."""
+    said, hangs = b"", False
+    with open(reader, "rb", buffering=0) as file:
+        while not (hangs := not select.select([file], [], [], PATIENCE)[0]) and (more := file.read(4096)):
+            said += more
+    return said.decode().partition("\n")[2].partition("\n")[0], hangs
 
 
 def run_tests(folder: Path, tests: list[str], plugin: object) -> None:
@@ -229,19 +239,6 @@ def run_tests(folder: Path, tests: list[str], plugin: object) -> None:
     except BaseException:
         code = 1
     os._exit(code)
-
-
-def wait(child: int) -> int:
-    """The exit code of a process; 1 where it takes too long."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return 1
 
 
 def load() -> None:

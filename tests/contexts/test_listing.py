@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gallery.listed import Mixing, Model
+from gallery.methods import AsksItself
 from torch import Tensor, nn
 
 from nicehooks import ablate, capture, describe, edit, fused_attention_as_steps, patch, select, sites, steer, suspend
@@ -236,6 +237,10 @@ def test_calls_of_attention_in_its_steps_are_listed() -> None:
             model(x)
     assert {"@softmax()", "@matmul#0()", "@matmul#1()", "@scaled_dot_product_attention()"} <= set(paths)
     assert acts["@softmax()"].shape == (1, 2, 3, 3) and acts["@scaled_dot_product_attention()"].shape == x.shape
+
+
+def test_methods_that_every_module_has_are_no_calls_of_a_model() -> None:
+    assert [record.path for record in sites(AsksItself(), torch.ones(3), calls=True)] == ["", "@mul()", "@scaled()"]
 
 
 def test_calls_are_seen_in_an_example_alone() -> None:

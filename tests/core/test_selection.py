@@ -440,3 +440,9 @@ def test_a_wildcard_goes_only_where_it_may_match() -> None:
     model = counted(GPT())
     assert len(select(model, "transformer.h.*")) == 12
     assert Table.walked == 2  # those of h, once to go on and once to remember them
+
+
+def test_of_many_places_the_first_are_shown_and_how_many_more_there_are():
+    model = nn.Sequential(*[nn.Identity() for _ in range(6)])
+    assert repr(capture(model, *"0123")) == "capture(model, '0', '1', '2', '3')"
+    assert repr(capture(model, *"012345")) == "capture(model, '0', '1', '2', … 3 more)"

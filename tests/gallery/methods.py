@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -60,3 +61,17 @@ class Methods(nn.Module):
 
     def forward(self, x):
         return self.more(self.halved(x))
+
+
+class AsksItself(nn.Module):
+    """Calls a method of its own, and one that every module has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def scaled(self, x):
+        return x * self.get_parameter("weight")
+
+    def forward(self, x):
+        return self.scaled(x)

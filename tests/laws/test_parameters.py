@@ -70,6 +70,15 @@ def test_a_buffer():
     assert torch.equal(model(inputs()), steered)
 
 
+def test_a_running_statistic_is_captured_as_the_forward_has_read_it():
+    """In training a batch norm overwrites it without a trace."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    with capture(model, "1@running_mean", "1@running_var") as acts:
+        model(inputs())
+    assert torch.equal(acts["1@running_mean"], torch.zeros(4)) and model[1].running_mean.any()
+    assert torch.equal(acts["1@running_var"], torch.ones(4))
+
+
 def test_one_that_requires_grad():
     model = make("Mlp").requires_grad_(False)
     weight = torch.randn(2, 6, requires_grad=True)
