@@ -28,8 +28,8 @@ def mean_activations(
     >>> means["0"].shape
     torch.Size([1, 3])
 
-    The dimensions that the mean is over stay, with the size 1, so that the cache goes where one of activations goes:
-    into `patch`, `ablate(value=…)` and `sweep`.
+    The dimensions that the mean is over stay, with the size 1, so that the means of whole values go where activations
+    go: into `patch`, `ablate(value=…)` and `sweep`, which takes them for single positions too.
 
     Args:
         model: any module; it is run without gradients.
