@@ -105,9 +105,21 @@ class Schedule:
             while self.todo:
                 self._next_chunk(plain)
         except KeyboardInterrupt:
-            done = len(self.items) - len(self.todo)
-            self.notes.append(f"interrupted: {done} of {len(self.items)} are done; sweep(…, resume=effects) goes on.")
+            self.note_interrupt()
         return self.metrics
+
+    def note_interrupt(self) -> None:
+        """Says how far it came."""
+        done = len(self.items) - len(self.todo)
+        self.notes.append(f"interrupted: {done} of {len(self.items)} are done; sweep(…, resume=effects) goes on.")
+
+    def take(self, part: Sequence[GridItem], metrics: Tensor, notes: Sequence[str]) -> None:
+        """Takes over the metrics of `part`, which were found elsewhere."""
+        self.metrics[[item.at for item in part]] = metrics.to(self.metrics)
+        done = {item.at for item in part}
+        self.todo = [item for item in self.todo if item.at not in done]
+        self.notes += [note for note in notes if note not in self.notes]
+        self.show(len(self.items) - len(self.todo), len(self.items))
 
     def _next_chunk(self, plain: OneByOne) -> None:
         _, way = self.ways[0]

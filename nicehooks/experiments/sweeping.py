@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,11 +24,12 @@ from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run, refuse_steps, repeatable
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
+from nicehooks.experiments.spreading import spread
 from nicehooks.experiments.telling import Telling
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
 
-Engine = Literal["auto", "positions", "growing", "batch", "vmap", "loop"]
+Engine = Literal["auto", "positions", "growing", "batch", "vmap", "loop", "ray"]
 
 
 def sweep(
@@ -42,6 +44,8 @@ def sweep(
     check: bool = True,
     progress: Telling = False,
     resume: Effects | None = None,
+    workers: int = 2,
+    worker_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Effects:
     """What an intervention at each site of `where` does to a metric, each alone.
@@ -82,12 +86,15 @@ def sweep(
             language model, forwards that begin at the position in question, with the keys and values before it from a
             cache; `"batch"`, all side by side in one batch; `"vmap"`, those of one module together, for any module;
             `"loop"`, one after the other. In all but `"batch"` what runs before an intervention begins is not run
-            again. By itself the first one that works, and where a part of the grid says so, the positions.
+            again. By itself the first one that works, and where a part of the grid says so, the positions. `"ray"`
+            spreads the cells over `workers` of a Ray cluster, each of which takes a way by itself.
         chunk_size: how many interventions run at once, at most; by itself as many as fit into some memory.
         check: compares a random sample with the plain loop.
         progress: shows how far it is; or a function of what is done and of how much there is.
         resume: what an earlier call of the same sweep has returned when it was interrupted: what is done there is not
             done again.
+        workers: of the engine `"ray"`, how many there are, each with a copy of the model.
+        worker_options: of each, as `ray.remote` takes them: `{"num_gpus": 1}`, say.
         kwargs: more inputs.
 
     Returns:
@@ -110,11 +117,18 @@ def sweep(
         cell = grid.cells[0]
         replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace, run.batch)
         items = _items_to_run(grid, replacements, base.recording)
-        schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
+        ways = [] if engine == "ray" else ways_of(engine, base, replacements, items)
+        schedule = Schedule(base, items, ways, chunk_size, check, progress)
         if engine == "auto":
             schedule.later = _from_positions(base, replacements, items)
         schedule.resume(resume)
-        metrics = schedule.run(OneByOne(base, replacements, answers=False))
+        if engine == "ray":
+            here = partial(sweep, model, where, values, metric, *args, subspace=subspace, chunk_size=chunk_size)
+            job = partial(here, check=check, **kwargs)
+            as_effects = lambda each: replacements.effects(each - base.metric.cpu(), grid, base.metric.cpu(), [])  # noqa: E731
+            metrics = spread(schedule, job, as_effects, workers, worker_options or {})
+        else:
+            metrics = schedule.run(OneByOne(base, replacements, answers=False))
     return replacements.effects(metrics - base.metric, grid, base.metric, schedule.notes)
 
 
@@ -174,7 +188,7 @@ def ways_of(engine: Engine, base: Base, replacements: Replacements, items: list[
         "loop without reuse": [OneByOne(base, replacements, answers=False)],
     }
     if engine != "auto" and engine not in ways:
-        raise ValueError(f"engine={engine!r}: it is 'auto', 'positions', 'growing', 'batch', 'vmap' or 'loop'")
+        raise ValueError(f"engine={engine!r}: it is 'auto', 'positions', 'growing', 'batch', 'vmap', 'loop' or 'ray'")
     last = ("loop", "loop without reuse")
     chosen = ("growing", "vmap", *last) if engine == "auto" else last if engine == "loop" else (engine,)
     found = [(name, way) for name in chosen for way in ways[name]]

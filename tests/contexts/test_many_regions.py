@@ -122,3 +122,10 @@ def test_compiled_before_and_entered_again_with_other_values() -> None:
         with patch(net, {"0[0]": scale, "0[1]": 2 * scale}), capture(net, "0") as acts:
             compiled(x)
         assert acts["0"][:2, 0].tolist() == [scale, 2 * scale]
+
+
+@pytest.mark.parametrize("keys", [["0[5:5]"], ["0[0]", "0[5:5]"]])
+def test_a_region_with_nothing_in_it_is_not_reached(keys: list[str]) -> None:
+    values = {key: torch.zeros(0, 6) if ":" in key else torch.ones(6) for key in keys}
+    with pytest.raises(SiteNotReached, match=r"'0\[5:5\]'"), patch(net := model(), values):
+        net(inputs())

@@ -244,10 +244,19 @@ def test_what_cannot_be_a_module_is_refused(name, says):
     assert class_state() == classes
 
 
-@pytest.mark.parametrize("what", [Attention(), dict, "Attention"])
-def test_it_takes_a_class_of_modules(what):
-    with pytest.raises(TypeError, match=r"patch_method_to_module\(cls, name\) takes a class of modules, not"):
+INSTEAD = {
+    "a module": (Attention(), "not Attention: write patch_method_to_module(Attention, …)"),
+    "another class": (dict, "not dict: write a subclass of torch.nn.Module"),
+    "a text": ("Attention", "not str: write a subclass of torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("case", INSTEAD)
+def test_it_takes_a_class_of_modules(case):
+    what, said = INSTEAD[case]
+    with pytest.raises(TypeError) as caught:
         patch_method_to_module(what, "mix")
+    assert str(caught.value) == f"patch_method_to_module(cls, name) takes a class of modules, {said}"
 
 
 @pytest.mark.parametrize("world", WORLDS)
