@@ -173,7 +173,7 @@ class OwnPoint(HookPoint):
 
     def add_hook(self, hook, dir="fwd", is_permanent=False, level=None, prepend=False, alias_names=None):
         self.added.append((dir, level))
-        super().add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
+        return super().add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
 
 class WithOwnPoint(HookedRootModule):
