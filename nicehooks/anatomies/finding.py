@@ -36,6 +36,7 @@ from nicehooks.anatomies.structure import (
     several,
 )
 from nicehooks.anatomies.tables import FAMILIES, Family
+from nicehooks.anatomies.unchanged import unchanged
 from nicehooks.contexts.suspending import suspend
 from nicehooks.core.census import Census
 from nicehooks.errors import SiteNotFound, UnsupportedModule
@@ -145,7 +146,7 @@ def _found_anew(model: nn.Module, asked: Asked, inputs: Any) -> list[Layout]:
     tables = _tables_in(names, inside)
     if len(tables) > 1:
         raise UnsupportedModule(several(names, [base for base, _ in tables]))
-    with no_garbage(), quiet(model), suspend(model), running(model):
+    with no_garbage(), quiet(model), suspend(model), running(model), unchanged(model):
         if tables:
             layouts = [_of_table(model, names, *tables[0], asked, inputs)]
         else:
