@@ -48,6 +48,7 @@ class Row(NamedTuple):
         heads: whether queries, keys, values, patterns and z are.
         why: what is not there, and why not.
         tower: whether there is a vision tower beside it, whose stream is there, and checked.
+        tower_heads: whether its queries, keys, values, patterns and z are.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     heads: bool = False
     why: str = ""
     tower: bool = False
+    tower_heads: bool = False
 
 
 def row_of(name: str) -> Row:
@@ -72,7 +74,8 @@ def row_of(name: str) -> Row:
     rows = [_row(name, one) for one in bodies]
     stream, heads = all(one.stream for one in rows), all(one.heads for one in rows)
     tower = _tower(name, bodies[-1]) if name in architectures(*MAPPINGS["pictures"]) else Row(name, False)
-    return Row(name, True, stream, heads, "; ".join(filter(None, (one.why for one in [*rows, tower]))), tower.stream)
+    why = "; ".join(filter(None, (one.why for one in [*rows, tower])))
+    return Row(name, True, stream, heads, why, tower.stream, tower.heads)
 
 
 def _tower(name: str, found: Anatomy) -> Row:
@@ -122,9 +125,9 @@ def table(rows: list[Row]) -> str:
     """The rows that lack something, and how many there are of each kind."""
     built = [row for row in rows if row.built]
     counts = Counter(stream=sum(row.stream for row in built), heads=sum(row.heads for row in built))
-    towers = sum(row.tower for row in built)
+    towers, with_heads = sum(row.tower for row in built), sum(row.tower_heads for row in built)
     lines = [f"{len(built)} of {len(rows)} build and run; stream {counts['stream']}, heads {counts['heads']}"]
-    lines[0] += f"; the stream of a vision tower {towers}" if towers else ""
+    lines[0] += f"; the stream of a vision tower {towers}, its heads {with_heads}" if towers else ""
     lines += ["", "| architecture | stream | heads | what is not there, and why |", "| --- | --- | --- | --- |"]
     for row in sorted(rows):
         if row.built and not (row.stream and row.heads):

@@ -11,6 +11,7 @@ from nicehooks.anatomies.columns import columns_of, columns_path, leading_column
 from nicehooks.anatomies.cores import Core
 from nicehooks.anatomies.mlp_parts import is_packed, is_projection
 from nicehooks.anatomies.noted_values import Value, key_of
+from nicehooks.anatomies.packed import ONE_ROW
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import SCALING, NotedCall
 from nicehooks.anatomies.streams import Flow, is_norm
@@ -47,7 +48,7 @@ def _owner(flow: Flow, core: Core, places: PartPlaces) -> None:
 
 
 def _pattern(flow: Flow, core: Core, places: PartPlaces) -> None:
-    path = flow.record.path(core.call)
+    path, row = flow.record.path(core.call), ONE_ROW if core.call.outputs[0].is_in_row else ""
     places.heads["scores"] = places.heads["pattern"] = core.n_heads
     if core.call.function in FUSED_KERNELS:
         places.put("scores", f"{path}.scores")
@@ -62,8 +63,8 @@ def _pattern(flow: Flow, core: Core, places: PartPlaces) -> None:
             if core.pattern is None or core.keys == core.pattern.shape[-1]
             else f"[:, :, :, :{core.keys - core.pattern.shape[-1]}]"
         )
-        places.put("scores", f"{path}.input[0]{cut}")
-        places.put("pattern", f"{path}{cut}")
+        places.put("scores", f"{path}.input[0]{row}{cut}")
+        places.put("pattern", f"{path}{row}{cut}")
 
 
 def _as_heads(flow: Flow, core: Core) -> tuple[NotedCall, Value] | None:

@@ -245,10 +245,10 @@ def _as_changed(value: Tensor) -> Tensor:
 def _run_with(call: NotedCall, stream: Value, new: Tensor) -> Tensor | None:
     """What the module gives if it reads `new` in the place of `stream`; None if it does not run like that."""
     args, kwargs = call.arguments
-    shape = stream.shape
+    old, new = (stream.tensor[0], new[0]) if stream.is_in_row else (stream.tensor, new)
 
     def put(one: object) -> object:
-        same = isinstance(one, Tensor) and tuple(one.shape) == shape and torch.equal(one, stream.tensor)
+        same = isinstance(one, Tensor) and one.shape == old.shape and torch.equal(one, old)
         return new.clone() if same else one
 
     module: nn.Module | None = call.module
@@ -260,7 +260,9 @@ def _run_with(call: NotedCall, stream: Value, new: Tensor) -> Tensor | None:
         return None
     while isinstance(output, tuple | list) and output:
         output = output[0]
-    return output if isinstance(output, Tensor) else None
+    if not isinstance(output, Tensor):
+        return None
+    return output[None] if stream.is_in_row else output
 
 
 SIDE_BY_SIDE = Lacks(

@@ -17,6 +17,7 @@ OUTPUT_OF_HEADS = "attn_proj(z) = attn_out"
 def check_attention(seen: Seen, places: PartPlaces) -> None:
     """Checks the parts of attention in one layer: `q`, `k`, `v`, `scores`, `pattern`, `z`."""
     for cross in ("", "cross_"):
+        _check_heads(seen, places, cross)
         _check_pattern(seen, places, f"{cross}pattern")
         _check_z(seen, places, cross)
         _check_output(seen, places, cross)
@@ -24,6 +25,14 @@ def check_attention(seen: Seen, places: PartPlaces) -> None:
     for part, how in places.compared.items():
         if places.has(part):
             places.passed.setdefault(part, how)
+
+
+def _check_heads(seen: Seen, places: PartPlaces, cross: str) -> None:
+    for part in (f"{cross}{one}" for one in ("q", "k", "v", "z")):
+        value = seen.part(places, part)
+        if value is not None and (value.ndim != 4 or value.shape[2] != places.heads.get(part)):
+            expected = f"[batch, pos, {places.heads.get(part)}, d_head]"
+            places.refuse(part, WRONG_HEADS.format(expected=expected, came=list(value.shape)))
 
 
 def _check_pattern(seen: Seen, places: PartPlaces, part: str) -> None:

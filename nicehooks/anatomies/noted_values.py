@@ -53,13 +53,15 @@ class Value:
 
     Attributes:
         step: where it is in them, as text: `""`, `"[0]"`, `"['logits']"`; of an argument, `"input[0]"`.
+        is_in_row: whether a dimension was put before those that it had; see NOTE [Packed patches].
     """
 
-    __slots__ = ("_copied", "shape", "step")
+    __slots__ = ("_copied", "is_in_row", "shape", "step")
 
-    def __init__(self, step: str, copied: Copied) -> None:
+    def __init__(self, step: str, copied: Copied, is_in_row: bool = False) -> None:
         self.step = step
         self._copied = copied
+        self.is_in_row = is_in_row
         self.shape: tuple[int, ...] = tuple(copied.tensor.shape)
 
     @property
@@ -71,6 +73,10 @@ class Value:
     def key(self) -> Key:
         """What it shares with every value of the same numbers."""
         return self._copied.key
+
+    def in_row(self, step: str) -> Value:
+        """The same value with one dimension more, the first, which `step` makes in a path."""
+        return Value(self.step + step, Copied(self.tensor[None]), is_in_row=True)
 
 
 def _values_in(value: Any) -> bool:

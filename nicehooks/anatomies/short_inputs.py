@@ -51,7 +51,7 @@ def _main_inputs(run: nn.Module, names: Mapping[str, Any], config: Any) -> Itera
     if "pixel_values" in names and config is not None:
         yield from _pictures(run, config)
     if "grid_thw" in names and config is not None and hasattr(config, "patch_size"):
-        yield _patches(run, next(iter(names)), config)
+        yield from _patches(run, names, config)
     for name in ("input_values", "inputs_embeds", "hidden_states"):
         if name in names and config is not None:
             yield {name: _random_input(run, BATCH, FEW_POSITIONS, _width(config))}
@@ -67,11 +67,15 @@ def _pictures(run: nn.Module, config: Any) -> Iterator[Inputs]:
             yield {"pixel_values": _random_input(run, BATCH, channels, high, wide)}
 
 
-def _patches(run: nn.Module, first: str, config: Any) -> Inputs:
-    """A picture of four times four patches, for a model that is given patches and their grid."""
-    width = getattr(config, "in_channels", 3) * getattr(config, "temporal_patch_size", 1) * config.patch_size**2
-    grid = torch.tensor([[1, 4, 4]], device=_place_of_input(run)[0])
-    return {first: _random_input(run, 16, width), "grid_thw": grid}
+def _patches(run: nn.Module, names: Mapping[str, Any], config: Any) -> Iterator[Inputs]:
+    """A picture of four times six patches, for a model that is given patches, flat or not, and their grid."""
+    device, channels, side = _place_of_input(run)[0], getattr(config, "in_channels", 3), config.patch_size
+    grid: Inputs = {"grid_thw": torch.tensor([[1, 4, 6]], device=device)}
+    if "merge_sizes" in names:
+        grid["merge_sizes"] = torch.tensor([2], device=device)
+    frames = getattr(config, "temporal_patch_size", 1)
+    for shape in ((channels * frames * side**2,), (channels, side, side)):
+        yield {next(iter(names)): _random_input(run, 24, *shape), **grid}
 
 
 def _unnamed(run: nn.Module, names: Mapping[str, inspect.Parameter]) -> Iterator[Inputs]:

@@ -48,7 +48,7 @@ def stacks_in(record: Record) -> list[Stack]:
     groups: dict[str, list[Layer]] = {}
     called: dict[str, int] = {}
     for call in record.of_modules():
-        numbered = re.sub(r"(?<![A-Za-z0-9])\d+|\d+(?![A-Za-z0-9])", "#", call.owner)
+        numbered = numbered_as(call.owner)
         if "#" not in numbered:
             continue
         called[numbered] = called.get(numbered, 0) + any(len(value.shape) > 2 for value in call.outputs)
@@ -58,6 +58,11 @@ def stacks_in(record: Record) -> list[Stack]:
     even = {name: layers for name, layers in groups.items() if len(layers) == called[name]}
     stacks = [Stack(_base(layers), layers) for layers in even.values()]
     return [stack for stack in stacks if not _is_inside(stack, stacks) and _has_parts(record, stack)]
+
+
+def numbered_as(name: str) -> str:
+    """The name of a module with `#` for each number in it: what the layers of a stack have in common."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+|\d+(?![A-Za-z0-9])", "#", name)
 
 
 def _as_layer(call: NotedCall, before: list[Layer]) -> Layer | None:

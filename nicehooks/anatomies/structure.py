@@ -12,6 +12,7 @@ from torch import nn
 from nicehooks.anatomies.branches import layer_places
 from nicehooks.anatomies.ends import Ends
 from nicehooks.anatomies.layouts import Layout, Sizes
+from nicehooks.anatomies.packed import as_one_row
 from nicehooks.anatomies.places import PartPlaces
 from nicehooks.anatomies.recording import Record, record_forward
 from nicehooks.anatomies.short_inputs import short_inputs
@@ -133,7 +134,10 @@ def main_layouts(layouts: list[Layout], names: Mapping[str, nn.Module], at: str)
 
 def found_layouts(recorded: Recorded) -> list[Layout]:
     """The layout of each stack of layers that ran, the largest first."""
-    stacks = sorted(stacks_in(recorded.record), key=lambda stack: -stack.n_parameters)
+    found = stacks_in(recorded.record)
+    if not found and as_one_row(recorded.record):
+        found = stacks_in(recorded.record)
+    stacks = sorted(found, key=lambda stack: -stack.n_parameters)
     return [_layout(recorded, stack) for stack in stacks]
 
 

@@ -69,9 +69,7 @@ class _Kept:
         self.hooks = {name: dict(vars(module)[name]) for name in HOOKS if name in vars(module)}
 
     def tensors(self) -> Iterator[Tensor]:
-        for one in (*self.own.values(), *self.buffers.values()):
-            if type(one) is Tensor and one.layout == torch.strided and not one.is_meta:
-                yield one
+        return (one for one in (*self.own.values(), *self.buffers.values()) if type(one) is Tensor)
 
     def put_back(self) -> None:
         own = _own_attributes(self.module)
@@ -91,7 +89,9 @@ class _Writes(TorchFunctionMode):
         super().__init__()
         self.sharing: dict[int, list[Tensor]] = {}
         for one in tensors:
-            self.sharing.setdefault(one.untyped_storage().data_ptr(), []).append(one)
+            place = _place_of(one)
+            if place is not None:
+                self.sharing.setdefault(place, []).append(one)
         self.copies: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,16 +102,23 @@ class _Writes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _copy(self, value: Any) -> None:
-        if type(value) is Tensor and value.layout == torch.strided and not value.is_meta:
-            place = value.untyped_storage().data_ptr()
-            if place in self.sharing and place not in self.copies:
-                self.copies[place] = [(one, one.detach().clone()) for one in self.sharing[place]]
+        place = _place_of(value) if type(value) is Tensor else None
+        if place in self.sharing and place not in self.copies:
+            self.copies[place] = [(one, one.detach().clone()) for one in self.sharing[place]]
 
     def undo(self) -> None:
         with torch.no_grad():
             for pairs in self.copies.values():
                 for tensor, before in pairs:
                     tensor.copy_(before)
+
+
+def _place_of(tensor: Tensor) -> int | None:
+    """Where the numbers of a tensor are: what its views share. None where it has none, or does not say (in `vmap`)."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _is_writing(name: str, kwargs: Mapping[str, Any]) -> bool:

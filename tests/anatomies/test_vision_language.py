@@ -144,17 +144,6 @@ def test_a_model_of_tokens_alone_has_no_tower() -> None:
     )
 
 
-def test_patches_without_a_batch_are_refused_and_the_language_model_is_there() -> None:
-    model = tiny("Qwen2VLForConditionalGeneration")
-    parts = anatomy(model)
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    with capture(model, *(parts[part] for part in ("resid_pre", "attn_out", "mlp_out", "resid_post"))) as acts:
-        model(ids)
-    assert parts.base == "model.language_model" and adds_up(parts, acts)
-    with pytest.raises(UnsupportedModule, match=r"showed no layers in it, .* \[batch, pos, d_model\]"):
-        _ = parts.vision
-
-
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
 def test_of_two_towers_side_by_side_one_is_asked_for(name: str) -> None:
     model = tiny(name)

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers", "num_mem_blocks", "depth"), LAYERS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embedding_size", "emb_dim"), 32),
     **dict.fromkeys(("dim_model", "word_embed_proj_dim", "lru_width", "attention_hidden_size", "d_embed"), 32),
-    **dict.fromkeys(("embed_dim", "d_latents", "qk_channels", "v_channels", "projection_dim"), 32),
+    **dict.fromkeys(("embed_dim", "d_latents", "qk_channels", "v_channels", "projection_dim", "out_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner"), 48),
     **dict.fromkeys(("ffn_hidden_size", "dim_ff", "dff", "moe_intermediate_size", "ffn_hidden", "mlp_dim"), 48),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size"), 48),
@@ -98,6 +98,7 @@ OWN: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": {"head_dim": 8},
     "NemotronForCausalLM": {"head_dim": 8},
     "Qwen2VLForConditionalGeneration": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
 }
 """What a config needs besides, by the class of the model."""
 
