@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import nicehooks
+from nicehooks.anatomies.anatomy import FAMILIES
 from nicehooks.paths import ports
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,6 +73,15 @@ def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page may add a port of its own, which no other test is to know."""
     known = {spelling.kind: spelling for spelling in ports.all_spellings()}
     monkeypatch.setattr(ports, "_spellings", known)
+
+
+@pytest.fixture(autouse=True)
+def own_families() -> Iterator[None]:
+    """A page may describe a class of torch's, of which other tests ask what is found."""
+    before = dict(FAMILIES)
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(before)
 
 
 # --- README and docs --------------------------------------------------------------------------------------------------
