@@ -8,6 +8,7 @@ import pickle
 import optree
 import pytest
 import torch
+from gallery.every_architecture import tiny
 from gallery.toy import inputs, toy
 from point_hooks import records
 from torch import nn
@@ -102,6 +103,34 @@ def test_a_name_that_the_model_lacks_says_why():
         hooked(MODELS["gpt_neox"]()).add_hook("blocks.0.hook_resid_mid", print)
     with pytest.raises(SiteNotFound, match=r"nearest names: blocks.0.hook_resid_pre"):
         llama.add_hook("blocks.0.hook_resid_prf", print)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", "JambaForCausalLM", "PhimoeForCausalLM"])
+def test_layers_that_differ_have_the_names_of_what_they_have(name):
+    """Of a mixture behind a dense layer, of attention among mixers, of mixtures with a LayerNorm."""
+    model = tiny(name)
+    parts, view = anatomy(model), hooked(model)
+    _, cache = view.run_with_cache(IDS)
+    for hook, what in PARTS.items():
+        for layer in range(parts.n_layers):
+            called = hook.replace("blocks.1.", f"blocks.{layer}.")
+            assert (called in cache) == (not parts.lacks(what) and layer in parts[what].layers), called
+    assert ("blocks.1.ln2.hook_normalized" in cache) == (name == "PhimoeForCausalLM")
+    with ablate(model, parts.z[1].head(2)):
+        expected = model(IDS).logits
+    changed = view.run_with_hooks(IDS, fwd_hooks=[("blocks.1.attn.hook_z", without_third_head)]).logits
+    assert torch.equal(changed, expected)
+
+
+def without_third_head(value, hook):
+    heads = torch.arange(value.shape[2])
+    return value * (heads != 2)[:, None]
+
+
+def test_a_part_that_other_layers_have_is_lacking_with_their_numbers():
+    view = hooked(tiny("JambaForCausalLM"))
+    with pytest.raises(SiteNotFound, match=r"'blocks.0.attn.hook_z': z\[0\]: layer 0 has none; .* have one: 1\."):
+        view.add_hook("blocks.0.attn.hook_z", print)
 
 
 def test_hooks_change_the_model_at_these_names(gpt2):

@@ -11,7 +11,7 @@ from torch import nn
 from nicehooks.anatomies.body import Anatomy
 from nicehooks.anatomies.finding import find_anatomy, says_what_it_is
 from nicehooks.core.census import Census
-from nicehooks.errors import NiceHooksError, UnsupportedModule
+from nicehooks.errors import NiceHooksError, SiteNotFound, UnsupportedModule
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.names import escape
 
@@ -111,7 +111,7 @@ def canonical_names(model: nn.Module) -> CanonicalNames | None:
     for name, what, layer in _names_wanted(parts):
         try:
             found.paths[name] = _path(model, parts, what, layer)
-        except UnsupportedModule as error:
+        except (UnsupportedModule, SiteNotFound) as error:  # no layer has it, or others have it
             found.lacking[name] = str(error)
     return found
 
@@ -149,8 +149,13 @@ def _normalized(parts: Anatomy, role: str, layer: int | None) -> ModulePath:
     name, module = parts.name(role, layer), parts.module(role, layer)
     if not isinstance(module, nn.LayerNorm):
         raise UnsupportedModule(NO_NORMALIZED.format(kind=parts.kind, norm=type(module).__name__, name=name))
-    rows = "/rows" if layer is not None and role == "mlp_norm" and str(parts.mlp_pre[layer]).endswith("/rows") else ""
+    rows = "/rows" if layer is not None and role == "mlp_norm" and _is_flat(parts, layer) else ""
     return ModulePath.parse(escape(name) + rows)
+
+
+def _is_flat(parts: Anatomy, layer: int) -> bool:
+    """Whether the MLP of a layer reads batch and positions in one dimension."""
+    return str(parts.layout.layers[layer].path("mlp_pre", parts.attention)).endswith("/rows")
 
 
 NO_NORMALIZED = (
