@@ -32,10 +32,19 @@ def attention_parts(flow: Flow, calls: Sequence[NotedCall], core: Core, places: 
         found = None if target is None else search.path_to(target)
         places.put(what, Lacks(NO_PROJECTION.format(what=what)) if found is None else found[0])
         if found is not None:
+            places.latent |= frozenset() if _reads_stream(flow, found[2]) else {what}
             places.heads[what] = found[1]
             places.compared[what] = (
                 FIRST if what != "v" and not search.is_normed else NORMED_HEADS if search.is_normed else READ
             )
+
+
+def _reads_stream(flow: Flow, projection: NotedCall) -> bool:
+    """Whether what it reads is the stream, or a norm of it; True where nothing is known of the stream."""
+    if not flow.stream or projection.function:
+        return True
+    normed = {call.outputs[0].key for call in flow.calls if flow.is_norm_of_stream(call)}
+    return any(value.key in flow.stream or value.key in normed for value in projection.inputs)
 
 
 def _owner(flow: Flow, core: Core, places: PartPlaces) -> None:

@@ -41,6 +41,7 @@ class PartPlaces:
         d_head: the width of a head.
         compared: of queries, keys and values, how they were compared with what attention reads when they were found.
         passed: by part, the checks that it has passed.
+        latent: those of queries, keys and values whose projection reads neither the stream nor a norm of it.
     """
 
     block: str
@@ -52,6 +53,7 @@ class PartPlaces:
     d_head: int | None = None
     compared: dict[str, str] = field(default_factory=dict[str, str])
     passed: dict[str, str] = field(default_factory=dict[str, str])
+    latent: frozenset[str] = frozenset()
 
     def put(self, part: str, place: PlaceOfPart) -> None:
         """A part is at `place`, unless it has been found before."""

@@ -50,7 +50,7 @@ class Wiring:
         depths: of each node, for a picture: 0 the embeddings, `2l + 1` the heads of layer `l`, `2l + 2` its MLP.
 
     Raises:
-        UnsupportedModule: the model has no anatomy, or its norms stand on the stream.
+        UnsupportedModule: the model has no anatomy, its norms stand on the stream, or its attention is latent.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,6 +59,9 @@ class Wiring:
         self.modules = dict(Census(model).unwrapped())
         if self.body.family.post_norm:
             raise UnsupportedModule(POST_NORM_EDGES.format(kind=self.body.kind))
+        latent = sorted({part for places in self.body.layout.layers for part in places.latent})
+        if latent:
+            raise UnsupportedModule(LATENT_EDGES.format(kind=self.body.kind, parts=", ".join(latent)))
         self.has_mlp = not self.body.lacks("mlp_out")
         self.parallel = self.has_mlp and self.body.lacks("resid_mid")
         self.senders = tuple(self._senders())
@@ -158,6 +161,11 @@ def _names(which: Any) -> list[str]:
         return [which.what]
     return [name for one in which for name in _names(one)]
 
+
+LATENT_EDGES = (
+    "{kind} makes {parts} of something else than the residual stream or a norm of it, as latent attention does: what a "
+    "part writes is no term of what they read. attribute(model, …) and sweep(model, …) work."
+)
 
 POST_NORM_EDGES = (
     "{kind} has its norms on the residual stream, one after each addition: what a part writes goes through all norms "

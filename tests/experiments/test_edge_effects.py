@@ -10,6 +10,7 @@ import torch
 from bodies import body
 from by_hooks import one_thread
 from gallery.architectures import VOCABULARY, gpt2
+from gallery.every_architecture import tiny
 from torch import Tensor
 
 from nicehooks import ActivationCache, NotCaptured, SiteNotFound, UnsupportedModule, anatomy, capture, edges, patch
@@ -252,3 +253,9 @@ def test_what_is_refused() -> None:
         edges(model, values, metric, clean, method="magic")
     with pytest.raises(UnsupportedModule, match="has its norms on the residual stream"):
         edges(body("bert"), 0.0, metric, clean)
+    with pytest.raises(UnsupportedModule) as raised:
+        edges(tiny("DeepseekV3ForCausalLM"), 0.0, metric, clean)
+    assert str(raised.value) == (
+        "DeepseekV3ForCausalLM makes k, q, v of something else than the residual stream or a norm of it, as latent "
+        "attention does: what a part writes is no term of what they read. attribute(model, …) and sweep(model, …) work."
+    )
