@@ -89,7 +89,7 @@ class _Writes(TorchFunctionMode):
         super().__init__()
         self.sharing: dict[int, list[Tensor]] = {}
         for one in tensors:
-            place = _place_of(one)
+            place = _storage_of(one)
             if place is not None:
                 self.sharing.setdefault(place, []).append(one)
         self.copies: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -102,7 +102,7 @@ class _Writes(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _copy(self, value: Any) -> None:
-        place = _place_of(value) if type(value) is Tensor else None
+        place = _storage_of(value) if type(value) is Tensor else None
         if place in self.sharing and place not in self.copies:
             self.copies[place] = [(one, one.detach().clone()) for one in self.sharing[place]]
 
@@ -113,7 +113,7 @@ class _Writes(TorchFunctionMode):
                     tensor.copy_(before)
 
 
-def _place_of(tensor: Tensor) -> int | None:
+def _storage_of(tensor: Tensor) -> int | None:
     """Where the numbers of a tensor are: what its views share. None where it has none, or does not say (in `vmap`)."""
     try:
         return tensor.untyped_storage().data_ptr() or None
