@@ -2,8 +2,9 @@
 
 NOTE [What is put back]
 A module may keep what it has computed: a state, a table that has grown, a flag beside hooks that it has registered.
-Around the forwards of ours the attributes, buffers and hooks of each module are remembered as they are bound, which
-costs no copy. A tensor among them that is written into is copied just before that. A model that has made itself anew
+Around the forwards of ours the attributes, buffers and hooks of each module are remembered as they are bound. Of small
+tensors among them there is a copy; a large one that is written into is copied just before that, which takes a look at
+every function that runs. A model that has made itself anew
 (its lazy modules, or other modules in the place of its own) stays as it has become: the parts are those that it has
 now. So does a module to which an object has been bound that is no plain value: nothing tells what else belongs to it.
 """
@@ -11,7 +12,7 @@ now. So does a module to which an object has been bound that is no plain value: 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,19 +39,25 @@ PLAIN_VALUES = (
 )
 UNBOUND = object()
 
+COPIED_AT_ONCE = 1 << 18
+"""How many numbers a tensor may have of which a copy is made whatever happens to it."""
+
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Inside it `model` may run; on leaving its modules hold what they held before; see NOTE [What is put back]."""
     kept = [_Kept(module) for module in model.modules()]
     before = _modules_as_they_are(model)
-    writes = _Writes(one for module in kept for one in module.tensors())
+    tensors = {id(one): one for module in kept for one in module.tensors()}.values()
+    small = [(one, one.detach().clone()) for one in tensors if one.numel() <= COPIED_AT_ONCE]
+    writes = _Writes(one for one in tensors if one.numel() > COPIED_AT_ONCE)
     try:
-        with writes:
+        with writes if writes.sharing else nullcontext():
             yield
     finally:
         if before == _modules_as_they_are(model):
             writes.undo()
+            _write_back([(tensor, old) for tensor, old in small if not torch.equal(tensor, old)])
             for module in kept:
                 module.put_back()
 
@@ -69,7 +76,8 @@ class _Kept:
         self.hooks = {name: dict(vars(module)[name]) for name in HOOKS if name in vars(module)}
 
     def tensors(self) -> Iterator[Tensor]:
-        return (one for one in (*self.own.values(), *self.buffers.values()) if type(one) is Tensor)
+        held = [one for one in (*self.own.values(), *self.buffers.values()) if type(one) is Tensor]
+        return (one for one in held if one.layout is torch.strided and not one.is_meta)
 
     def put_back(self) -> None:
         own = _own_attributes(self.module)
@@ -107,10 +115,14 @@ class _Writes(TorchFunctionMode):
             self.copies[place] = [(one, one.detach().clone()) for one in self.sharing[place]]
 
     def undo(self) -> None:
-        with torch.no_grad():
-            for pairs in self.copies.values():
-                for tensor, before in pairs:
-                    tensor.copy_(before)
+        for pairs in self.copies.values():
+            _write_back(pairs)
+
+
+def _write_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, before in pairs:
+            tensor.copy_(before)
 
 
 def _storage_of(tensor: Tensor) -> int | None:

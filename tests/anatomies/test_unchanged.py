@@ -13,6 +13,7 @@ from gallery.own_transformers import Neurons
 from torch import Tensor, nn
 
 from nicehooks import UnsupportedModule, anatomy
+from nicehooks.anatomies import unchanged
 
 single_thread = pytest.fixture(one_thread, scope="module", autouse=True)
 
@@ -63,7 +64,11 @@ def test_a_state_from_a_generation_is_still_there() -> None:
 
 @pytest.mark.parametrize("kind", [KeepsLast, HooksItself, BatchNormed])
 @pytest.mark.parametrize("is_training", [True, False])
-def test_what_layers_bind_count_register_and_write_into_is_put_back(kind: type[nn.Module], is_training: bool) -> None:
+@pytest.mark.parametrize("small", [0, unchanged.COPIED_AT_ONCE], ids=["copied when written into", "copied at once"])
+def test_what_layers_bind_count_register_and_write_into_is_put_back(
+    kind: type[nn.Module], is_training: bool, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unchanged, "COPIED_AT_ONCE", small)
     model = keeping(kind).train(is_training)
     before = held(model)
     parts = anatomy(model)
