@@ -24,6 +24,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack,
 )
 from torch._functorch.vmap import _remove_batch_dim as remove_batch_dim  # pyright: ignore[reportPrivateImportUsage]
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 
 from nicehooks.torch_private import (
@@ -216,6 +217,24 @@ _of_batch: Callable[..., Tensor] = torch._remove_batch_dim  # pyright: ignore[re
 
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 """Whether autograd knows of another tensor with the memory of this one (torch 2.4 … 2.13)."""
+
+
+class ComputedAnew:
+    """While it is entered, and behind it, a parametrized tensor is computed anew: `parametrize.cached()` keeps none.
+
+    Args:
+        key: the identity of the module, and the name of the tensor (torch 2.4 … 2.13).
+    """
+
+    def __init__(self, key: tuple[int, str]) -> None:
+        self.key = key
+
+    def __enter__(self) -> None:
+        if not torch.compiler.is_compiling():
+            parametrize._cache.pop(self.key, None)
+
+    def __exit__(self, *_: object) -> None:
+        self.__enter__()
 
 
 def each_of_batch(act: OnTensors, gradients: list[Tensor]) -> list[Tensor]:

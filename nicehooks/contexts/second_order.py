@@ -79,7 +79,8 @@ class _Again(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # value.detach() would lose the graph, and value itself is no input: no gradient is to flow to it from here.
         ctx.value, ctx.edges, ctx.leaves = value, edges, leaves
-        return tuple([gradient.view_as(gradient) for gradient in found])  # each a tensor of its own
+        own = [g.view_as(g) if g.layout is torch.strided else g.clone() for g in found]
+        return tuple(own)  # each a tensor of its own
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor | None) -> Any:

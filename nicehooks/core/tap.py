@@ -96,7 +96,7 @@ class Tap:
         """Calls the module's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
-        if not is_dynamo_compiling() and self.kind.forward is not self.found:
+        if not is_dynamo_compiling() and type(module).forward is not self.found:
             self.look_again()
         return self.function(module, *args, **kwargs)
 
@@ -136,7 +136,7 @@ def _forward_of(tap: Tap) -> Callable[..., Any]:
             return staged(tap, acting_in_traced_code(tap), args, kwargs)
         active = active_sessions()
         rule = tap.only
-        if rule is not None and tap.kind.forward is tap.found:
+        if rule is not None and type(tap.bound.__self__).forward is tap.found:
             session = rule.session
             if active is session.acts_in:
                 value = tap.bound(*args, **kwargs) if kwargs else tap.bound(*args)

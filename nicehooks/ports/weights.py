@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from nicehooks import torch_private_tensors
 from nicehooks.core.calling import has_forward
 from nicehooks.core.census import Census, has_parameter, parameter_names
-from nicehooks.core.frames import Frame
+from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
 from nicehooks.core.rules import Action, OutputRule, SiteRule
 from nicehooks.core.selection import Site
@@ -88,14 +88,15 @@ class ParameterRule(SiteRule):
         module, name = self.site.module, self.path.port.name
         value = getattr(module, name)
         if torch.compiler.is_compiling():
-            return value
+            kept = not self.action.changes and module.training and name in module._buffers
+            return value.clone() if kept else value
         if not any([is_held(holder, name_there) for holder, name_there in self._held_as()]):
             raise UnsupportedModule(GONE_FROM_TABLES.format(site=self.key, kind=type(module).__name__))
         if value.is_meta and any([hasattr(holder, "_hf_hook") for holder in self.modules()]):
             raise UnsupportedModule(OFFLOADED.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
             lent = torch_private_tensors.is_lent_weights(module) and not trees.is_distributed(value)
-            return value.clone() if lent or (module.training and name in RUNNING) else value
+            return value.clone() if lent or (module.training and name in module._buffers) else value
         return value if type(value) in (nn.Parameter, Tensor) else numbers_of_parameter(value, self.key)
 
     def _comes_later(self, frame: Frame) -> bool:
@@ -127,9 +128,6 @@ class ParameterRule(SiteRule):
             self.was_missed = True
 
 
-RUNNING = ("running_mean", "running_var")
-"""Buffers that a batch norm in training overwrites without a trace: what the forward read is a copy."""
-
 GONE_FROM_TABLES = (
     "{site!r}: {kind} no longer holds this parameter itself (a parametrization was added, or it was deleted). "
     "Leave the context, or remove the handle, and enter it again."
@@ -156,6 +154,43 @@ def numbers_of_parameter(value: Tensor, site: str) -> Tensor:
     if not (value.is_floating_point() or value.is_complex()):
         raise UnsupportedModule(PACKED.format(site=site, kind=type(value).__name__, dtype=value.dtype))
     return value
+
+
+class WhileRunning(Rule):
+    """Says whether the model, or a module that holds a computed parameter, runs here; see `ParametrizedRule`."""
+
+    __slots__ = ("index", "is_swapped")
+
+    def __init__(self, site: Site) -> None:
+        self.index = (id(site.module), site.path.port.name)  # of what is computed, as torch's own cache has it
+        self.is_swapped = False
+
+    def before(self, frame: Frame) -> None:
+        if not Override.is_open(self):
+            frame.enter(Override(self, [], None))
+            frame.enter(torch_private_tensors.ComputedAnew(self.index))
+
+    def after(self, frame: Frame) -> None:
+        pass
+
+
+class ParametrizedRule(OutputRule):
+    """A parametrized tensor: what its parametrization computes while the model runs, or a module that holds it.
+
+    Who reads it at other times, to make it a plain parameter again, say, gets the model's own.
+    """
+
+    __slots__ = ("running",)
+    reusable = False
+    output_only = False
+
+    def __init__(self, site: Site, action: Action, when: When) -> None:
+        super().__init__(site, action, when)
+        self.running = WhileRunning(site)
+
+    def after(self, frame: Frame) -> None:
+        if Override.is_open(self.running):
+            super().after(frame)
 
 
 class AttributeRule(SiteRule):
@@ -213,15 +248,21 @@ class ParameterPort(OfParameter):
         if when.first_call is not None:
             raise UnsupportedModule(NO_CALLS.format(site=str(site)))
         if name in getattr(owner, "parametrizations", {}):
-            return [(owner.parametrizations[name], OutputRule(site, action, when))]  # type: ignore[index]
+            rule = ParametrizedRule(site, action, when)
+            around = [(module, rule.running) for module in _modules_around(root, [owner])]
+            return [(owner.parametrizations[name], rule), *around]  # type: ignore[index]
         if name in vars(owner):
             return [(owner, AttributeRule(site, action, when))]
         places = _places(owner, name, root)
-        holders = [module for module, _ in places]
-        around = [m for m in root.modules() if any(below is holder for below in m.modules() for holder in holders)]
-        modules = {id(module): module for module in (root, *around, *holders)}
         rule = ParameterRule(site, action, when, places)
-        return [(module, rule) for module in modules.values() if has_forward(module)]
+        return [(module, rule) for module in _modules_around(root, [module for module, _ in places])]
+
+
+def _modules_around(root: nn.Module, holders: list[nn.Module]) -> list[nn.Module]:
+    """The root, what is around `holders` in it, and these."""
+    around = [m for m in root.modules() if any(below is holder for below in m.modules() for holder in holders)]
+    modules = {id(module): module for module in (root, *around, *holders)}
+    return [module for module in modules.values() if has_forward(module)]
 
 
 NO_CALLS = "{site!r}: a parameter has no calls; choose the steps of the model with steps=."

@@ -305,3 +305,10 @@ def test_one_gradient_of_several_can_be_differentiated_alone():
     for path, one in zip(paths, expected, strict=True):
         asked = [torch.autograd.grad(g.sin().sum(), model.head.weight, retain_graph=True) for g in (grads[path], one)]
         assert torch.allclose(*map(torch.stack, asked)) and asked[0][0].any()
+
+
+def test_the_gradient_of_a_weight_may_be_sparse():
+    model, ids = nn.Sequential(nn.Embedding(5, 3, sparse=True)), torch.tensor([1, 2])
+    _, grads = grad_at(model, "0@weight", total)(ids)
+    (expected,) = torch.autograd.grad(total(model(ids)), model[0].weight)
+    assert grads["0@weight"].is_sparse and torch.equal(grads["0@weight"].to_dense(), expected.to_dense())

@@ -64,3 +64,15 @@ class Weighted(nn.Module):
     def forward(self, x):
         x = x @ self.weight
         return x + self.weight
+
+
+class NormsByFunction(nn.Module):
+    """Keeps running statistics that a function of torch overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.mean, self.var, training=True)

@@ -106,3 +106,21 @@ class Gate(nn.Module):
 
     def forward(self, value: Tensor, by: Tensor, scale: float = 1.0) -> Tensor:
         return value * by.sigmoid() * scale
+
+
+class Adds(nn.Module):
+    """Adds a number."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.number
+
+
+class AddsTenfold(Adds):
+    """Adds ten times the number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 10 * self.number

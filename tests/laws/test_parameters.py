@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.utils.prune
+from gallery.parameters import NormsByFunction
 from gallery.shared import Tied
 from torch import nn
 from worlds import inputs, make, same, state
@@ -220,3 +221,44 @@ def test_a_weight_of_which_a_part_is_pruned():
         out = model(inputs())
     assert (acts["0@weight"] == 0).sum() == 6 and torch.allclose(out - model[0].bias, 2 * (clean - model[0].bias))
     assert torch.equal(model(inputs()), clean)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "orthogonal"])
+def test_a_computed_weight_is_another_one_only_while_the_model_runs(norm):
+    """Who makes a plain parameter of it inside of the context gets the model's own."""
+    model = nn.Sequential(getattr(nn.utils.parametrizations, norm)(nn.Linear(4, 3)))
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.expand(5, 3)
+    with ablate(model, "0@weight"):
+        assert torch.equal(model(inputs()), bias) and torch.equal(model[0](inputs()), bias)
+        assert torch.equal(model[0].weight, weight)
+        nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_a_computed_weight_is_in_no_cache_of_torch_under_another_value():
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)))
+    clean = model(inputs())
+    with nn.utils.parametrize.cached():
+        for _ in range(2):
+            with ablate(model, "0@weight"), capture(model, "0@weight") as acts:
+                assert torch.equal(model(inputs()), model[0].bias.expand(5, 3))
+            assert not acts["0@weight"].any() and torch.equal(model(inputs()), clean)
+
+
+def test_a_buffer_that_a_function_overwrites_without_a_trace_is_captured_as_it_was():
+    model = nn.Sequential(NormsByFunction()).train()
+    with capture(model, "0@mean") as acts:
+        model(inputs())
+    assert torch.equal(acts["0@mean"], torch.zeros(4)) and model[0].mean.any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_running_statistic_in_compiled_code_is_captured_as_the_forward_has_read_it():
+    model = nn.Sequential(nn.BatchNorm1d(4)).train()
+    run = torch.compile(model, backend="aot_eager")
+    run(inputs())
+    before = model[0].running_mean.clone()
+    with capture(model, "0@running_mean") as acts:
+        run(inputs())
+    assert torch.equal(acts["0@running_mean"], before) and not torch.equal(model[0].running_mean, before)

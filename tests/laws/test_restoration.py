@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from gallery.plain import Mlp
+from gallery.plain import Adds, AddsTenfold, Mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -419,3 +419,13 @@ def test_removing_a_handle_whose_site_was_not_reached_warns():
     model(inputs(), inputs(), inputs())
     with pytest.warns(NotReachedWarning, match="never reached"):
         handle.remove()
+
+
+@pytest.mark.parametrize("make", [lambda m: capture(m, "0"), lambda m: edit(m, "0", lambda value: value)])
+def test_an_instance_that_becomes_one_of_another_class_runs_the_forward_of_that(make):
+    model = nn.Sequential(Adds(1), nn.Identity())
+    with make(model):
+        assert model(torch.zeros(1)) == 1
+        model[0].__class__ = AddsTenfold
+        assert model(torch.zeros(1)) == 10
+    assert model(torch.zeros(1)) == 10
