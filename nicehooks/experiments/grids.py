@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.core.selection import Group, Site, Where, select_groups
-from nicehooks.errors import SiteNotReached, TreeMismatch
+from nicehooks.errors import SiteNotFound, SiteNotReached, TreeMismatch
 from nicehooks.experiments.effects import Axis, is_grid
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
@@ -112,6 +112,8 @@ def grid_of(model: nn.Module, where: Where, seen: ActivationCache, verb: str = "
 def stems_of(model: nn.Module, where: Where, verb: str = "sweep") -> list[Group]:
     """The sites of the values around those that `where` selects: what `capture` takes to have each `*` filled in."""
     groups = select_groups(model, where, verb)
+    if not any([group.sites for group in groups]):
+        raise SiteNotFound(f"{verb}(model, where, …): where selects nothing, so there is no effect to measure.")
     return [group._replace(sites=[site.at(_recorded_at(site)) for site in group.sites]) for group in groups]
 
 
