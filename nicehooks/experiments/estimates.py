@@ -117,8 +117,8 @@ def experiment_of(
     if not baseline:  # the forward did not come by
         raise unreached or AssertionError
     grid, seen = grid_of(model, where, base, verb), Stems(base)
-    cell = grid.cells[0]
-    replacements = replacements_of(values, trees.get(seen[str(cell.stem)], cell.chain), subspace, run.batch, verb)
+    regions = (trees.get(seen[str(cell.stem)], cell.chain) for cell in grid.cells)
+    replacements = replacements_of(values, regions, subspace, run.batch, verb)
     experiment = Experiment(run, replacements, grid, seen, baseline[0], gradients)
     return replace(experiment, gradients={**gradients, **_of_calls(experiment)})
 

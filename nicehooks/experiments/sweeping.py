@@ -109,8 +109,8 @@ def sweep(
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         base, seen = _recorded(run, where, check)
         grid = grid_of(model, where, seen)
-        cell = grid.cells[0]
-        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace, run.batch)
+        regions = (trees.get(base.stems[str(cell.stem)], cell.chain) for cell in grid.cells)
+        replacements = replacements_of(values, regions, subspace, run.batch)
         items = _items_to_run(grid, replacements, base.recording)
         schedule = Schedule(base, items, ways_of(engine, base, replacements, items), chunk_size, check, progress)
         if engine == "auto":
