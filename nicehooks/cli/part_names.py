@@ -37,6 +37,23 @@ def parts_called(model: nn.Module, name: str) -> list[Part]:
     return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
 
 
+def parts_by_name(model: nn.Module) -> dict[str, list[Part]]:
+    """The parts of the anatomy by their names; none where the model is not known, or has two sides."""
+    found = anatomy_if_known(model)
+    if not isinstance(found, Anatomy):
+        return {}
+    return {name: parts for name in dir(found) if (parts := _parts_named(found, name))}
+
+
+def _parts_named(found: Anatomy, name: str) -> list[Part]:
+    """A part of every layer, or a single part; none where the model lacks it, or where `name` is none."""
+    try:
+        parts = getattr(found, name)
+    except NiceHooksError:
+        return []
+    return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
+
+
 def is_single(name: str) -> bool:
     """Whether the part `name` is one that a model has once."""
     return name in SINGLE_LAYOUT

@@ -10,25 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks import attribute, capture, sweep
-from nicehooks.anatomies.residual import residual_stream
-from nicehooks.cli.part_names import is_single, parts_called
+from nicehooks.cli.places import NothingToPatch, is_part, sites_of
 from nicehooks.cli.prompts import PromptPairs, last_logits_only
-from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.grids import stems_of
 
 Show = Callable[[int, int], None]
 """Is told how many interventions are done, of how many."""
 
-HEADS = {"q": 2, "k": 2, "v": 2, "z": 2, "scores": 1, "pattern": 1}
-"""The parts that are looked at head by head, with the dimension of their heads; others position by position."""
-
 EXACT = "exact"
 """The method that makes each patch; all others are estimates, by `attribute`."""
-
-
-class NothingToPatch(NiceHooksError, ValueError):
-    """Prompts, layers or positions between which there is no effect to measure."""
 
 
 def patched(
@@ -71,7 +62,7 @@ def patched(
         model(**pairs.clean)
     given: dict[str, Any] = {"engine": engine} if method == EXACT else {"method": method}
     run: Any = sweep if method == EXACT else attribute
-    spared = last_logits_only(model) if axes and what != "logits" else {}  # not where a path may ask for all of them
+    spared = last_logits_only(model) if what != "logits" and is_part(model, what) else {}  # a path may ask for them
     given |= {"progress": show, **spared}
     effects: Effects = run(model, where, values, pairs.logit_difference, **given, **pairs.corrupted)
     return labelled(effects.normalized(clean, corrupted), axes)
@@ -96,73 +87,14 @@ def unlike(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
     return clean, corrupted
 
 
-# --- where ------------------------------------------------------------------------------------------------------------
-
-
-def sites_of(
-    model: nn.Module,
-    pairs: PromptPairs,
-    what: str,
-    layers: Sequence[int] | None,
-    positions: Sequence[int] | None,
-) -> tuple[list[str], list[Axis]]:
-    """The paths to patch: of a part of each of these layers, by positions or heads; else `what` itself.
-
-    Returns:
-        The paths, and the axes that are known of them: a layer or a position alone is an axis, too.
-    """
-    parts = _parts(model, pairs, what)
-    if not parts:
-        return [what], []
-    rows = _existing("layer", layers, len(parts))
-    axes = [Axis("part", (what,))] if is_single(what) else [Axis("layer", tuple(map(str, rows)))]
-    if what in HEADS:
-        return [f"{parts[row]}[{':, ' * HEADS[what]}*]" for row in rows], axes
-    _check_positions(model, pairs, what, parts[0])
-    columns = _existing("position", positions, len(pairs.tokens))
-    paths = [f"{parts[row]}[:, {column}]" for row in rows for column in columns]
-    return paths, [*axes, Axis("position", tuple([f"{column} {pairs.tokens[column]}" for column in columns]))]
-
-
-def _parts(model: nn.Module, pairs: PromptPairs, what: str) -> list[str]:
-    """The part `what` of each layer; none where it is the name of no part."""
-    if what == "resid":  # which has a way of its own, for models that have no anatomy
-        return list(residual_stream(model, pairs.clean)[1])
-    return [str(part) for part in parts_called(model, what)]
-
-
-def _check_positions(model: nn.Module, pairs: PromptPairs, what: str, part: str) -> None:
-    """An error where the second dimension of a part does not count positions."""
-    with torch.no_grad(), capture(model, part) as values:
-        model(**pairs.clean)
-    shape = list(getattr(values[part], "shape", ()))
-    if len(shape) < 2 or shape[1] != len(pairs.tokens):
-        raise NothingToPatch(NOT_BY_POSITIONS.format(what=what, shape=shape, part=part))
-
-
-NOT_BY_POSITIONS = (
-    "{what} has no dimension of positions, it is {shape}. To patch some of it, write its path and a subscript, such as "
-    "--sites '{part}[:, 0]'."
-)
-
-
-def _existing(what: str, wanted: Sequence[int] | None, count: int) -> list[int]:
-    """`wanted`, counted from the start; an error where there is no such layer or position."""
-    wanted = range(count) if wanted is None else wanted
-    for number in wanted:
-        if not -count <= number < count:
-            raise NothingToPatch(f"there is no {what} {number}: they go from 0 to {count - 1}.")
-    return [number % count for number in wanted]
-
-
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
 def labelled(effects: Effects, axes: list[Axis]) -> Effects:
-    """`effects` along `axes`; where these have only the layers, the heads are what `effects` has last."""
+    """`effects` along `axes`; an axis without labels has those that `effects` has last."""
     if not axes:
         return effects
-    axes = axes if len(axes) == 2 else [*axes, Axis("head", effects.axes[-1].labels)]
+    axes = [axis if axis.labels else Axis(axis.name, effects.axes[-1].labels) for axis in axes]
     shape = [len(axis.labels) for axis in axes]
     examples = None if effects.examples is None else effects.examples.reshape(*shape, -1)
     return Effects(effects.values.reshape(shape), axes, effects.baseline, effects.sites, examples, effects.notes)

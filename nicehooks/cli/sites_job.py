@@ -8,11 +8,9 @@ from typing import Any
 from torch import nn
 
 from nicehooks import ModulePath, select
-from nicehooks.anatomies.anatomy import Anatomy
-from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.cli.part_names import anatomy_if_known, parts_called
+from nicehooks.anatomies.parts import Part
+from nicehooks.cli.part_names import parts_by_name, parts_called
 from nicehooks.contexts.listing import SiteTable, sites
-from nicehooks.errors import NiceHooksError
 
 
 def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) -> SiteTable:
@@ -27,7 +25,7 @@ def named_sites(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any
         SiteNotFound: a path selects nothing.
         UnsupportedModule: a path is the name of a part that the model lacks.
     """
-    parts = _parts_of(model)
+    parts = parts_by_name(model)
     table = sites(model, **inputs)
     wanted = {where for path in paths for where in _modules(model, parts, path)}
     records = [record for record in table if not paths or record.path in wanted]
@@ -40,23 +38,6 @@ def _modules(model: nn.Module, parts: Mapping[str, list[Part]], path: str) -> li
     if named:
         return [part.name for part in named]
     return [site.path.name for site in select(model, path)]
-
-
-def _parts_of(model: nn.Module) -> dict[str, list[Part]]:
-    """The parts of the anatomy by their names; none where the model is not known."""
-    found = anatomy_if_known(model)
-    if not isinstance(found, Anatomy):
-        return {}
-    return {name: parts for name in dir(found) if (parts := _parts_named(found, name))}
-
-
-def _parts_named(found: Anatomy, name: str) -> list[Part]:
-    """A part of every layer, or a single part; none where the model lacks it, or where `name` is none."""
-    try:
-        parts = getattr(found, name)
-    except NiceHooksError:
-        return []
-    return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
 
 
 def _notes_on(parts: Mapping[str, list[Part]]) -> dict[str, str]:

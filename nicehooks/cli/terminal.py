@@ -56,7 +56,9 @@ def print_table(values: Tensor, rows: Sequence[str], columns: Sequence[str], cor
 
     console = Console(highlight=False)
     for part in _columns_at_a_time(len(columns), (console.width - ROW_WIDTH) // COLUMN_WIDTH):
-        console.print(_one_table(values[:, part], rows, columns[part], corner))
+        with console.capture() as shown:  # printed by itself: rich leaves the program where a pipe is closed
+            console.print(_one_table(values[:, part], rows, columns[part], corner))
+        print(shown.get(), end="")
 
 
 def _columns_at_a_time(count: int, most: int) -> Iterator[slice]:

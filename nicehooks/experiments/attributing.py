@@ -11,36 +11,12 @@ from torch import Tensor, nn
 from nicehooks.core.selection import Where
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.corrections import corrected
-from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment, Metric, experiment_of, first_orders
+from nicehooks.experiments.given import check_model_and_metric, count_given
 from nicehooks.experiments.runs import Run
 from nicehooks.experiments.straight_lines import along_the_line
 from nicehooks.experiments.telling import Tell, Telling, teller
-from nicehooks.experiments.verifying import Verified, verified
-
-
-class Attribution(Effects):
-    """Effects that were estimated from gradients; `verify` makes the largest of them exact."""
-
-    experiment: Experiment
-
-    def verify(self, k: int = 10, samples: int = 64, seed: int = 0) -> Verified:
-        """The same grid, with exact effects at the `k` cells whose estimates are largest.
-
-        What the estimates may have missed among the other cells is tested as in AtP* (Kramár et al. 2024): random
-        halves of them are patched, all cells of a half together, and the effect of each cell is told from the halves
-        that have it and those that do not. So the bound holds for the effect of a cell on average over such halves.
-
-        Args:
-            k: how many cells; each costs one run of the model.
-            samples: how many random halves are patched, one run each; with 0, nothing is said of the other cells.
-            seed: of the halves.
-
-        Returns:
-            The effects. Their attributes say which are `exact`, what share of the runs of a whole sweep was `spent`,
-            and up to which `bound` a cell that was not verified may have an effect.
-        """
-        return verified(self, self.experiment, k, samples, seed)
+from nicehooks.experiments.verifying import Attribution
 
 
 def attribute(
@@ -105,6 +81,8 @@ def attribute(
     if method not in ESTIMATES:
         known = ", ".join(map(repr, ESTIMATES))
         raise UnsupportedModule(f"attribute(…, method={method!r}): the methods are {known}.")
+    check_model_and_metric(model, metric, "attribute")
+    points = count_given(points, "attribute(…, points", 1)
     experiment = experiment_of(Run(model, metric, args, kwargs), where, values, subspace, "attribute", check)
     tell, count = teller(progress, "attribute"), len(experiment.replacements.sources)
     estimates = [

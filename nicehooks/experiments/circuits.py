@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nicehooks.errors import NiceHooksError
+from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.experiments.edge_effects import Edges
-from nicehooks.experiments.wiring import Wiring
+from nicehooks.experiments.given import count_given, number_given
+from nicehooks.experiments.nodes import Nodes
 from nicehooks.pictures.graphs import graph_view
 from nicehooks.pictures.pages import Page
 
@@ -40,11 +41,11 @@ class Circuit:
         edges: its edges, those with the largest effects first.
         nodes: its nodes, each with its depth: 0 for the embeddings, `2l + 1` for the heads of layer `l`, `2l + 2` for
             its MLP, and the largest for the logits.
-        wiring: the nodes of the model.
+        wiring: the nodes of the model that it is of.
         scores: the effects that it was chosen by.
     """
 
-    def __init__(self, wiring: Wiring, edges: Iterable[Edge], scores: Edges | None = None) -> None:
+    def __init__(self, wiring: Nodes, edges: Iterable[Edge], scores: Edges | None = None) -> None:
         self.wiring = wiring
         self.scores = scores
         self.edges = sorted(edges, key=lambda edge: -abs(edge.effect))
@@ -87,6 +88,7 @@ class Circuit:
             title: what stands above it.
 
         Raises:
+            FileMissing: there is no such folder.
             PlotError: the file cannot be written.
         """
         return self._page(title).to_html(file)
@@ -128,18 +130,30 @@ def circuit(edges: Edges, top: int | None = None, threshold: float | None = None
         threshold: how large the effect of an edge has to be, at least; then as many as are that large.
 
     Raises:
+        TypeError, ValueError: `edges` are others, `top` is no whole number, `threshold` no number.
+        TreeMismatch: the effect of an edge is NaN.
         NiceHooksError: neither is given, or both; `edges` are those of chosen senders or receivers alone.
     """
     if (top is None) == (threshold is None):
         raise NiceHooksError("circuit(edges, top=…) takes a number of edges, or threshold=… the smallest effect.")
+    if not isinstance(edges, Edges):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"circuit(edges, …) takes what edges(model, …) returns, not {type(edges).__name__}")
+    top = None if top is None else count_given(top, "circuit(edges, top")
+    threshold = None if threshold is None else number_given(threshold, "circuit(edges, threshold")
     wiring = edges.wiring
     if tuple(edges.values.shape) != tuple(wiring.there.shape):
         raise NiceHooksError("circuit takes the effects of all edges; leave senders= and receivers= of edges(…) out.")
+    lost = (wiring.there & edges.values.isnan().cpu()).nonzero().tolist()
+    if lost:
+        raise TreeMismatch(NAN_EDGE.format(edge=edge_at(wiring, edges.values, *lost[0])))
     chosen = grown(wiring, edges.values, wiring.there.numel() if top is None else top, threshold or 0.0)
     return Circuit(wiring, [edge_at(wiring, edges.values, *place) for place in chosen], edges)
 
 
-def grown(wiring: Wiring, scores: Tensor, top: int, threshold: float = 0.0) -> list[tuple[int, int]]:
+NAN_EDGE = "circuit: the effect of the edge {edge.sender} → {edge.receiver} is NaN, so it has no size."
+
+
+def grown(wiring: Nodes, scores: Tensor, top: int, threshold: float = 0.0) -> list[tuple[int, int]]:
     """The places of the edges that a circuit grows by from the logits, in order."""
     sizes = scores.abs().tolist()
     there = wiring.there.tolist()
@@ -167,13 +181,13 @@ def grown(wiring: Wiring, scores: Tensor, top: int, threshold: float = 0.0) -> l
     return chosen
 
 
-def edge_at(wiring: Wiring, scores: Tensor, sender: int, receiver: int) -> Edge:
+def edge_at(wiring: Nodes, scores: Tensor, sender: int, receiver: int) -> Edge:
     """The edge at a place, with its effect."""
     reads = wiring.receivers[receiver]
     return Edge(wiring.senders[sender].name, reads.name, scores[sender, receiver].item(), reads.into)
 
 
-def connected(wiring: Wiring, mask: Tensor) -> Tensor:
+def connected(wiring: Nodes, mask: Tensor) -> Tensor:
     """The edges of `mask` from which a way leads to the logits."""
     kept = torch.zeros_like(mask)
     for sender, receiver in grown(wiring, mask.float(), mask.numel(), 0.5):
@@ -184,3 +198,21 @@ def connected(wiring: Wiring, mask: Tensor) -> Tensor:
 def edges_in(mask: Tensor) -> Sequence[tuple[int, int]]:
     """The places that are true, in order."""
     return [(sender, receiver) for sender, receiver in mask.nonzero().tolist()]
+
+
+def check_circuit_of(wiring: Nodes, circuit: Circuit, verb: str) -> None:
+    """Refuses a circuit of a model with other parts.
+
+    Raises:
+        TreeMismatch: it is.
+    """
+    if circuit.wiring.sizes != wiring.sizes:
+        raise TreeMismatch(PARTS_DIFFER.format(verb=verb, of=_shown_parts(circuit.wiring), model=_shown_parts(wiring)))
+
+
+def _shown_parts(nodes: Nodes) -> str:
+    shared = "" if nodes.n_kv_heads == nodes.n_heads else f" that share {nodes.n_kv_heads} keys"
+    return f"{nodes.kind} with {nodes.n_layers} layers of {nodes.n_heads} heads{shared}"
+
+
+PARTS_DIFFER = "{verb}(model, …): the circuit is of a {of}, and model is a {model}: their edges are not the same."

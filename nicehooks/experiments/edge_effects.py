@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.differentiating import grad_at
 from nicehooks.contexts.patching import patch
-from nicehooks.errors import UnsupportedModule
+from nicehooks.errors import SiteNotFound, TreeMismatch, UnsupportedModule
 from nicehooks.experiments.contributions import base_of, values_for, written, written_parts
 from nicehooks.experiments.effects import Axis, Effects
-from nicehooks.experiments.estimates import Metric, checked_metric
+from nicehooks.experiments.estimates import Metric
+from nicehooks.experiments.given import check_model_and_metric, count_given
+from nicehooks.experiments.nodes import Nodes, SizesOfNodes
 from nicehooks.experiments.reading import slopes_of
 from nicehooks.experiments.rewiring import rewired
-from nicehooks.experiments.runs import refuse_steps, repeatable
+from nicehooks.experiments.runs import Run, refuse_steps, repeatable
 from nicehooks.experiments.telling import Tell, Telling, teller
 from nicehooks.experiments.wiring import Wiring
 
@@ -28,7 +31,17 @@ from nicehooks.experiments.wiring import Wiring
 class Edges(Effects):
     """The effect of each sender through each receiver, `[sender, receiver]`; NaN where there is no such edge."""
 
-    wiring: Wiring
+    wiring: Nodes
+
+    def _beside(self) -> dict[str, Any]:
+        return {"nodes": json.dumps([self.wiring.kind, self.wiring.sizes])}
+
+    def _take_from(self, content: Mapping[str, Any]) -> None:
+        kind, sizes = json.loads(content["nodes"])
+        self.wiring = Nodes(kind, SizesOfNodes(*sizes))
+
+    def _take_over(self, other: Edges, low: float, span: float) -> None:
+        self.wiring = other.wiring
 
     def __repr__(self) -> str:
         there = self.values[~self.values.isnan()]
@@ -42,7 +55,7 @@ class TwoRuns:
 
     Attributes:
         wiring: the nodes of the model.
-        metric: of the output; `args` and `kwargs` are what the model is called with.
+        run: the model, what it is called with, and the metric of its output.
         base: what was captured in the run.
         baseline: its metric.
         target: the values that are to be put in, by part.
@@ -50,9 +63,7 @@ class TwoRuns:
     """
 
     wiring: Wiring
-    metric: Metric
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    run: Run
     base: ActivationCache
     baseline: Tensor
     target: Mapping[str, Tensor]
@@ -64,22 +75,29 @@ class TwoRuns:
         values: Any,
         metric: Metric,
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         verb: str = "edges",
         check: bool = True,
     ) -> TwoRuns:
         """Runs the model once, without an intervention; with `check`, it may draw no random numbers."""
         refuse_steps(wiring.model, verb)
+        run = Run(wiring.model, metric, args, kwargs)
+        run.refuse_no_examples(verb)
         with repeatable(wiring.model, verb, check):
-            output, base = base_of(wiring, args, kwargs)
+            output, base = base_of(wiring, *run.given())
         target = values_for(wiring, values, base)
-        baseline = checked_metric(metric(output)).detach()
-        return TwoRuns(wiring, metric, args, kwargs, base, baseline, target, written(wiring, target))
+        baseline = run.measured(output).detach()
+        if baseline.isnan().any():
+            raise TreeMismatch(NAN_METRIC.format(verb=verb))
+        return TwoRuns(wiring, run, base, baseline, target, written(wiring, target))
 
     def patched(self, edges: Tensor) -> Tensor:
         """The metric of the run with these edges, `[sender, receiver]`, patched."""
         with torch.no_grad(), rewired(self.wiring, edges, self.new):
-            return checked_metric(self.metric(self.wiring.model(*self.args, **self.kwargs))).detach()
+            return self.run.measured(self.run.output()).detach()
+
+
+NAN_METRIC = "{verb}: the metric is NaN in the run without an intervention, so nothing can be told from it."
 
 
 def edges(
@@ -140,21 +158,31 @@ def edges(
 
     Raises:
         NotCaptured: `values` lack a part; the message has the line that captures it.
-        SiteNotFound: there is no such sender or receiver.
+        SiteNotFound: there is no such sender or receiver, or no edge between those that were chosen.
         SweepMismatch: the model draws random numbers.
+        TreeMismatch: the metric is no number, or one per example, or NaN; a value does not fit.
         UnsupportedModule: the model has no anatomy, or its norms are on the stream; `method` is none of these.
     """
     if method not in METHODS_OF_EDGES:
         known = ", ".join(map(repr, METHODS_OF_EDGES))
         raise UnsupportedModule(f"edges(…, method={method!r}): the methods are {known}.")
+    check_model_and_metric(model, metric, "edges")
+    points = count_given(points, "edges(…, points", 1)
     wiring = Wiring(model)
     names = wiring.chosen(senders, True), wiring.chosen(receivers, False)
+    there = torch.tensor([[bool(wiring.there[s][:, r].any()) for r in names[1].values()] for s in names[0].values()])
+    if not there.any():
+        raise SiteNotFound(NO_EDGE.format(sender=next(iter(names[0])), receiver=next(iter(names[1]))))
     runs = TwoRuns.of(wiring, values, metric, args, kwargs, "edges", check)
     # [sender, receiver], with [batch] where the metric has it
     each = METHODS_OF_EDGES[method](runs, *names, points, teller(progress, "edges"))
-    there = torch.tensor([[bool(wiring.there[s][:, r].any()) for r in names[1].values()] for s in names[0].values()])
     return _as_edges(wiring, each, there.to(each.device), names, runs.baseline, NOTES_ON_EDGES[method])
 
+
+NO_EDGE = (
+    "edges(…, senders=…, receivers=…): no edge leads from any of these to any of those: {sender} writes after "
+    "{receiver} has read. Are they the wrong way round?"
+)
 
 Places = Mapping[str, list[int]]
 
@@ -211,8 +239,8 @@ def _slopes(runs: TwoRuns, share: float) -> list[tuple[slice, int, Tensor]]:
     streams = [*body.resid_pre, *(body.attn_out if wiring.has_mlp and not wiring.parallel else ())]
     moved = patch(model, first, embedded) if share else nullcontext()
     with moved, capture(model, *streams, detach=True) as seen:
-        metric: Callable[[Any], Tensor] = lambda output: checked_metric(runs.metric(output)).sum()  # noqa: E731
-        _, gradients = grad_at(model, sites, metric)(*runs.args, **runs.kwargs)
+        args, kwargs = runs.run.given()
+        _, gradients = grad_at(model, sites, lambda output: runs.run.differentiable(output).sum())(*args, **kwargs)
     found = [(slice(-1, None), len(wiring.senders), gradients[body.resid_post[-1]].detach()[None])]
     for layer in range(body.n_layers):
         for kind in kinds:

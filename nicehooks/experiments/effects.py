@@ -1,10 +1,16 @@
-"""The effects of many interventions: a grid of numbers whose axes have labels."""
+"""The effects of many interventions: a grid of numbers whose axes have labels.
+
+NOTE [Kinds of effects]
+Edges, verified effects and some others know more than the numbers of their grid. That goes into files and into other
+units with them: `_beside` is what is written into a file, `_take_from` reads it again, and `_take_over` takes it from
+effects of the same kind, with each metric `m` as `(m - low) / span`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +20,7 @@ from torch import Tensor
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.errors import FileFault, NiceHooksError, TreeMismatch
+from nicehooks.experiments.given import count_given
 from nicehooks.extras import needs
 from nicehooks.pictures.grids import grid_view
 from nicehooks.pictures.pages import Page
@@ -22,6 +29,7 @@ from nicehooks.pictures.plots import plot_grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
+    from typing_extensions import Self
 
 
 class Axis(NamedTuple):
@@ -102,11 +110,12 @@ class Effects:
 
     def top(self, k: int = 10) -> list[Effect]:
         """The `k` largest effects, of either sign, largest first."""
+        k = count_given(k, "top(k")
         ranks = self.values.flatten().abs().nan_to_num(-1.0)
         cells = self.cells()
         return [cells[index] for index in ranks.topk(min(k, len(ranks))).indices.tolist()]
 
-    def normalized(self, clean: float | Tensor, corrupted: float | Tensor) -> Effects:
+    def normalized(self, clean: float | Tensor, corrupted: float | Tensor) -> Self:
         """The effects in parts of the way from the metric `corrupted` to the metric `clean`.
 
         Where the baseline is the corrupted run, 0 is an intervention that does nothing and 1 one that brings back the
@@ -132,12 +141,11 @@ class Effects:
             )
         span, low = span.to(self.values.device), low.to(self.values.device)
         examples = None if self.examples is None else self.examples / span
-        return self.replaced(self.values / span, (self.baseline - low) / span, examples)
-
-    def replaced(self, values: Tensor, baseline: Tensor | None = None, examples: Tensor | None = None) -> Effects:
-        """The same grid with other numbers."""
-        baseline = self.baseline if baseline is None else baseline
-        return Effects(values, self.axes, baseline, self.sites, examples, self.notes)
+        found = type(self)(
+            self.values / span, self.axes, (self.baseline - low) / span, self.sites, examples, self.notes
+        )
+        found._take_over(self, low.item(), span.item())
+        return found
 
     def to_pandas(self) -> DataFrame:
         """A table with a row for each cell: a column for each axis, then `effect`, perhaps `spread`, and `site`.
@@ -179,6 +187,7 @@ class Effects:
         The value of a cell is shown under the pointer, a click sorts by a row or a column; the keyboard does both.
 
         Raises:
+            FileMissing: there is no such folder.
             PlotError: the file cannot be written.
         """
         return self._page(title).to_html(file)
@@ -195,24 +204,43 @@ class Effects:
         Raises:
             FileFault: the file cannot be written.
         """
-        labels = json.dumps([self.axes, self.sites, self.notes])
+        labels = json.dumps([self.axes, self.sites, self.notes, type(self).__name__])
         content = {"values": self.values, "baseline": self.baseline, "examples": self.examples, "labels": labels}
-        ActivationCache(content).save(file)
+        ActivationCache({**content, **self._beside()}).save(file)
 
     @classmethod
-    def load(cls, file: Any) -> Effects:
-        """The effects that `save` has written to `file`.
+    def load(cls, file: Any) -> Self:
+        """The effects that `save` has written to `file`, of the kind that they were.
 
         Raises:
             FileFault: the file cannot be read, or holds something else.
         """
         content = dict(ActivationCache.load(file))
         try:
-            axes, sites, notes = json.loads(content["labels"])
+            axes, sites, notes, kind = json.loads(content["labels"])
             named = [Axis(name, tuple(labels)) for name, labels in axes]
-            return cls(content["values"], named, content["baseline"], sites, content["examples"], notes)
+            found = _KINDS[kind](content["values"], named, content["baseline"], sites, content["examples"], notes)
+            found._take_from(content)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise FileFault(f"{str(file)!r} cannot be read: it holds no effects. Effects.save writes them.") from None
+        if not isinstance(found, cls):
+            raise FileFault(OTHER_KIND.format(file=str(file), kind=kind, wanted=cls.__name__))
+        return found
+
+    # What effects of a kind of their own have beside the numbers; see NOTE [Kinds of effects].
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.__name__] = cls
+
+    def _beside(self) -> dict[str, Any]:
+        return {}
+
+    def _take_from(self, content: Mapping[str, Any]) -> None:
+        pass
+
+    def _take_over(self, other: Any, low: float, span: float) -> None:
+        pass
 
     def _labels(self) -> Iterator[tuple[str, ...]]:
         """The labels of each cell, in the order of `values.flatten()`."""
@@ -228,6 +256,12 @@ class Effects:
             return f"{size}, no cells"
         low, high, base = there.min().item(), there.max().item(), self.baseline.mean().item()
         return f"{size}, from {low:.4g} to {high:.4g}, baseline {base:.4g}"
+
+
+_KINDS: dict[str, type[Effects]] = {"Effects": Effects}
+"""All kinds of effects, by their names."""
+
+OTHER_KIND = "{file!r} holds {kind}, and not {wanted}: {kind}.load reads it."
 
 
 def is_grid(labels: Sequence[Sequence[str]]) -> bool:

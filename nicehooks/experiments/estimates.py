@@ -80,33 +80,17 @@ class Experiment:
     def measured(self, places: Sequence[Intervened]) -> Tensor:
         """The metric of a run with the interventions at `places`, all together."""
         with torch.no_grad(), intervening(self.model, self.replacements, self.stems, places):
-            return checked_metric(self.run.metric(self.run.output())).detach()
+            return self.run.measured(self.run.output()).detach()
 
     def gradients_at(self, sites: Sequence[str]) -> Mapping[str, Any]:
         """The gradients of the metric, summed over the examples, at `sites`."""
         args, kwargs = self.run.given()
-        return grad_at(self.model, sites, lambda output: checked_metric(self.run.metric(output)).sum())(
-            *args, **kwargs
-        )[1]
+        return grad_at(self.model, sites, lambda output: self.run.differentiable(output).sum())(*args, **kwargs)[1]
 
 
 def _moved_by(new: Tensor, old: Tensor) -> Tensor:
     """`new - old`, and 0 where both are the same: of masked scores both are -inf, whose difference is NaN."""
     return (new - old).masked_fill(new == old, 0)
-
-
-def checked_metric(value: Any) -> Tensor:
-    """What a metric returned, if it is a scalar or one number per example.
-
-    Raises:
-        TreeMismatch: it is something else.
-    """
-    if isinstance(value, Tensor) and value.ndim < 2 and value.is_floating_point():
-        return value
-    raise TreeMismatch(
-        f"the metric returned {trees.structure_of(value)}, and not one number, or one per example, [batch].\n"
-        "    metric = lambda output: output.logits[:, -1, 42]  # for example"
-    )
 
 
 def experiment_of(
@@ -116,12 +100,13 @@ def experiment_of(
 
     Of modules that are called several times, a second one gives the gradient of each call.
     """
-    model, metric = run.model, run.metric
+    model = run.model
     refuse_steps(model, verb)
+    run.refuse_no_examples(verb)
     stems, baseline = stems_of(model, where, verb), list[Tensor]()
 
     def once(output: Any) -> Tensor:
-        value = checked_metric(metric(output))
+        value = run.differentiable(output)
         baseline.append(value.detach())
         run.sample = trees.map_tensors(Tensor.detach, output)
         return value.sum()
@@ -132,8 +117,8 @@ def experiment_of(
     if not baseline:  # the forward did not come by
         raise unreached or AssertionError
     grid, seen = grid_of(model, where, base, verb), Stems(base)
-    cell = grid.cells[0]
-    replacements = replacements_of(values, trees.get(seen[str(cell.stem)], cell.chain), subspace, run.batch, verb)
+    regions = (trees.get(seen[str(cell.stem)], cell.chain) for cell in grid.cells)
+    replacements = replacements_of(values, regions, subspace, run.batch, verb)
     experiment = Experiment(run, replacements, grid, seen, baseline[0], gradients)
     return replace(experiment, gradients={**gradients, **_of_calls(experiment)})
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nicehooks.errors import NiceHooksError
-from nicehooks.experiments.circuits import Circuit, grown
+from nicehooks.experiments.circuits import Circuit, check_circuit_of, grown
 from nicehooks.experiments.circuits import circuit as circuit_of
 from nicehooks.experiments.edge_effects import TwoRuns
 from nicehooks.experiments.effects import Axis, Effects
 from nicehooks.experiments.estimates import Metric
+from nicehooks.experiments.given import check_model_and_metric, count_given
 from nicehooks.experiments.wiring import Wiring
 
 
@@ -27,6 +29,15 @@ class Faithfulness(Effects):
 
     model: float
     nothing: float
+
+    def _beside(self) -> dict[str, Any]:
+        return {"ends": json.dumps([self.model, self.nothing])}
+
+    def _take_from(self, content: Mapping[str, Any]) -> None:
+        self.model, self.nothing = json.loads(content["ends"])
+
+    def _take_over(self, other: Faithfulness, low: float, span: float) -> None:
+        self.model, self.nothing = [(end - low) / span for end in (other.model, other.nothing)]
 
     @property
     def shares(self) -> Tensor:
@@ -82,9 +93,19 @@ def faithfulness(
         kwargs: what the model is called with.
 
     Raises:
+        TypeError, ValueError: a size, or `random`, is no number of circuits.
+        TreeMismatch: the circuit is of a model with other parts; the metric is no number, or NaN.
         NiceHooksError: `sizes` of a circuit that no effects are known of.
     """
+    check_model_and_metric(model, metric, "faithfulness")
+    if not isinstance(circuit, Circuit):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"faithfulness(model, circuit, …) takes a Circuit, not {type(circuit).__name__}")
+    random = count_given(random, "faithfulness(…, random")
+    sizes = None if sizes is None else [count_given(size, "faithfulness(…, sizes=…, one") for size in sizes]
+    if sizes == []:
+        raise ValueError("faithfulness(…, sizes=[]): no size is asked for")
     wiring = Wiring(model)
+    check_circuit_of(wiring, circuit, "faithfulness")
     runs = TwoRuns.of(wiring, values, metric, args, kwargs, "faithfulness", check)
     masks = [circuit.mask] if sizes is None else [_of_size(circuit, size).mask for size in sizes]
     generator = torch.Generator().manual_seed(seed)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.experiments.circuits import Circuit, connected, edge_at, edges_in
+from nicehooks.errors import TreeMismatch
+from nicehooks.experiments.circuits import Circuit, check_circuit_of, connected, edge_at, edges_in
 from nicehooks.experiments.edge_effects import TwoRuns
 from nicehooks.experiments.estimates import Metric
+from nicehooks.experiments.given import check_model_and_metric, number_given
 from nicehooks.experiments.wiring import Wiring
 
 
@@ -49,8 +51,16 @@ def acdc(
         start: a circuit to begin from: only its edges are tried, the others are patched. All edges if None.
         check: as for `edges`.
         kwargs: what the model is called with.
+
+    Raises:
+        TypeError, ValueError: `threshold` is no number.
+        TreeMismatch: `start` is of a model with other parts; the metric is no number, or NaN.
     """
+    check_model_and_metric(model, metric, "acdc")
+    threshold = number_given(threshold, "acdc(…, threshold")
     wiring = Wiring(model)
+    if start is not None:
+        check_circuit_of(wiring, start, "acdc")
     runs = TwoRuns.of(wiring, values, metric, args, kwargs, "acdc", check)
     kept = wiring.there.clone() if start is None else start.mask
     effects = torch.zeros(kept.shape)
@@ -62,6 +72,8 @@ def acdc(
         for sender in reversed(kept[:, receiver].nonzero().flatten().tolist()):
             kept[sender, receiver] = False
             without = runs.patched(wiring.there & ~kept).mean()
+            if without.isnan():
+                raise TreeMismatch(NAN_WITHOUT.format(edge=edge_at(wiring, effects, sender, receiver)))
             if (without - now).abs() < threshold:
                 now = without
             else:
@@ -69,6 +81,9 @@ def acdc(
                 effects[sender, receiver] = without - now
     found = connected(wiring, kept)
     return Circuit(wiring, [edge_at(wiring, effects, *place) for place in edges_in(found)])
+
+
+NAN_WITHOUT = "acdc: the metric is NaN without the edge {edge.sender} → {edge.receiver}, so nothing can be told of it."
 
 
 def _leads_on(wiring: Wiring, kept: Tensor, receiver: int) -> bool:

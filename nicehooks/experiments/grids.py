@@ -1,81 +1,22 @@
-"""The grid of an experiment: its cells, a path each, and the axes along which their paths differ.
-
-NOTE [How paths become axes]
-A path is taken apart into columns: its name with the numbers left out (`h.*.attn`), each number in the name, the number
-of the call, each item of its subscripts. The columns that differ between the cells are the axes, if there is a cell for
-each combination of their labels. Otherwise the grid is ragged, and has one axis, of paths. A `*` is an axis even where
-there is only one index. A name, or a second number in it, that another column decides is no axis: in a hybrid model the
-number of the layer says whether it is a `mixer` or an `attention`.
-"""
+"""The grid of an experiment: a cell for each site, each `*` in it filled in; see NOTE [How paths become axes]."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
+from nicehooks.anatomies.parts import Part
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.core.selection import Group, Site, Where, select_groups
-from nicehooks.errors import SiteNotReached, TreeMismatch
-from nicehooks.experiments.effects import Axis, is_grid
+from nicehooks.errors import SiteNotFound, SiteNotReached, TreeMismatch
+from nicehooks.experiments.axes import Cell, Column, Grid, with_axes
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
 from nicehooks.values.trees import STAR, Chain, Heads, Rows, items_of
-
-
-class Cell(NamedTuple):
-    """One cell of a grid: a place that one intervention of many acts at.
-
-    Attributes:
-        site: where it was selected; its path may have a `*` still.
-        path: of the cell, without any `*`.
-        stem: the path of the value around it that is recorded: the path up to its first subscript of a tensor.
-        chain: the subscripts that lead from there to the cell.
-        columns: what tells it from others; see NOTE [How paths become axes].
-    """
-
-    site: Site
-    path: ModulePath
-    stem: ModulePath
-    chain: Chain
-    columns: tuple[Column, ...]
-
-    @property
-    def comes_by(self) -> bool:
-        """Whether what is there comes by in a call of the module, and is no parameter of it."""
-        return not self.path.port.name or "()" in str(self.path.port)
-
-
-class Column(NamedTuple):
-    """What a path says in one place: `position`, say, is `3`.
-
-    Attributes:
-        place: the same for the columns that are compared with each other.
-        name: of the axis that it may become.
-        label: what the path says there.
-        starred: whether the path that was asked for has a `*` there.
-    """
-
-    place: str
-    name: str
-    label: str
-    starred: bool
-
-
-class Grid(NamedTuple):
-    """The cells of an experiment in the order of `values.flatten()`, and their axes."""
-
-    cells: tuple[Cell, ...]
-    axes: tuple[Axis, ...]
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The paths of the cells."""
-        return tuple([str(cell.path) for cell in self.cells])
 
 
 def grid_of(model: nn.Module, where: Where, seen: ActivationCache, verb: str = "sweep") -> Grid:
@@ -106,12 +47,14 @@ def grid_of(model: nn.Module, where: Where, seen: ActivationCache, verb: str = "
         wild = wild or group.wild
         for cell in [cell for site in reached for cell in _cells_at(site, seen)]:
             found.setdefault(str(cell.path), cell)
-    return _with_axes(list(found.values()), wild)
+    return with_axes(list(found.values()), wild)
 
 
 def stems_of(model: nn.Module, where: Where, verb: str = "sweep") -> list[Group]:
     """The sites of the values around those that `where` selects: what `capture` takes to have each `*` filled in."""
     groups = select_groups(model, where, verb)
+    if not any([group.sites for group in groups]):
+        raise SiteNotFound(f"{verb}(model, where, …): where selects nothing, so there is no effect to measure.")
     return [group._replace(sites=[site.at(_recorded_at(site)) for site in group.sites]) for group in groups]
 
 
@@ -175,6 +118,8 @@ def _columns_of_name(site: Site, stem: ModulePath) -> Iterator[Column]:
     """What the name of a cell says, and the number of its call, place by place."""
     parts = stem.plain_name.split(".")
     skeleton = ".".join(["*" if part.isdigit() else part for part in parts])
+    if isinstance(site.path, Part) and site.path.what:
+        yield Column("part", "part", site.path.what.partition("[")[0], False)
     yield Column("module", "module", f"{skeleton}{stem.port}{stem.subscripts}", False)
     for count, (before, number) in enumerate(_numbers_in(parts)):
         yield Column(f"number {count}", before, number, False)
@@ -193,6 +138,9 @@ def _columns_of_chain(
             yield Column(f"step {number} item {place}", name, _shown_label(item), star is STAR)
         if number + 1 < len(chain):
             was_tensor, value = isinstance(value, Tensor), trees.get(value, (own,))
+            if isinstance(own, Heads):
+                names = (*names[:-1], "head", "neuron")
+                continue
             names = _left(names, items) if was_tensor else _names_of_dimensions(replace(stem, chain=()), value)
 
 
@@ -222,6 +170,8 @@ def _names_of_dimensions(path: ModulePath, value: Any) -> tuple[str, ...]:
         return ()
     if path.chain and isinstance(path.chain[-1], Heads):
         return (*_NAMES.get(value.ndim - 1, ())[:-1], "head", "neuron")
+    if value.ndim == 2 and not value.is_floating_point() and not value.is_complex():  # tokens, or their mask
+        return ("example", "position")
     is_call = str(path.port).endswith(")") or ")." in str(path.port)
     if path.port.name and not is_call:  # a parameter
         return ("row", "column") if value.ndim == 2 else _NAMES.get(value.ndim, ()) if value.ndim == 1 else ()
@@ -236,58 +186,3 @@ def _left(names: tuple[str, ...], items: Sequence[Any]) -> tuple[str, ...]:
 
 def _shown_label(item: Any) -> str:
     return item if isinstance(item, str) else trees.show_step(item).strip("[]")
-
-
-# --- axes -------------------------------------------------------------------------------------------------------------
-
-
-def _with_axes(cells: list[Cell], wild: bool) -> Grid:
-    """The cells in order, with the axes that their columns give."""
-    columns = _by_place(cells)
-    kept = [column for column in columns.values() if _varies(column) or _is_asked_for(column, wild)]
-    kept = [column for column in kept if not _is_decided(column, kept)]
-    rows = list(zip(*[[item.label for item in column] for column in kept], strict=True))
-    if not rows or not is_grid(rows):
-        return Grid(tuple(cells), (Axis("site", tuple([str(cell.path) for cell in cells])),))
-    labels = [tuple(dict.fromkeys([item.label for item in column])) for column in kept]
-    names = _once_each([column[0].name for column in kept])
-    at = dict(zip(rows, cells, strict=True))
-    return Grid(tuple([at[row] for row in product(*labels)]), tuple(map(Axis, names, labels)))
-
-
-def _by_place(cells: list[Cell]) -> dict[str, list[Column]]:
-    """The columns of all cells; one that a cell does not have is empty there."""
-    having = [{column.place: column for column in cell.columns} for cell in cells]
-    places = sorted({place: None for of in having for place in of}, key=_rank)
-    empty = {place: next(of[place] for of in having if place in of) for place in places}
-    return {place: [of.get(place, empty[place]._replace(label="")) for of in having] for place in places}
-
-
-def _rank(place: str) -> tuple[int, str]:
-    kinds = ("module", "number", "call", "step")
-    return kinds.index(place.split()[0]), place
-
-
-def _varies(column: Iterable[Column]) -> bool:
-    return len({item.label for item in column}) > 1
-
-
-def _is_asked_for(column: list[Column], wild: bool) -> bool:
-    return column[0].starred or (wild and column[0].place == "number 0")
-
-
-def _is_decided(column: list[Column], others: list[list[Column]]) -> bool:
-    """Whether the name follows from its first number, or another number from that or from the name."""
-    place = column[0].place
-    by = {"module": ("number 0",), "number": ("number 0", "module")}.get(place.split()[0], ())
-    return place != "number 0" and any([_decides(other, column) for other in others if other[0].place in by])
-
-
-def _decides(one: list[Column], other: list[Column]) -> bool:
-    pairs = {(a.label, b.label) for a, b in zip(one, other, strict=True)}
-    return len(pairs) == len({a for a, _ in pairs})
-
-
-def _once_each(names: list[str]) -> list[str]:
-    """The names, with a number behind those that came before."""
-    return [name if name not in names[:at] else f"{name} {names[:at].count(name) + 1}" for at, name in enumerate(names)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -90,43 +90,55 @@ class Replacements(NamedTuple):
         return Effects(values, axes, baseline, grid.sites * len(self.sources), examples, notes)
 
 
-def replacements_of(values: Any, region: Any, subspace: Tensor | None, batch: int, verb: str = "sweep") -> Replacements:
-    """What `values` puts into each cell, within the `subspace`, if `region` is what stands in the first one.
+def replacements_of(
+    values: Any, regions: Iterable[Any], subspace: Tensor | None, batch: int, verb: str = "sweep"
+) -> Replacements:
+    """What `values` puts into each cell, within the `subspace`, if `regions` are what stands in the cells.
 
     Of the inputs, the first dimension has `batch` examples.
 
     Raises:
         TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
     """
-    each, axis = _alternatives(values, region, verb)
+    each, axis = _alternatives(values, regions, verb)
     if not each:
         raise TreeMismatch(f"{verb}(model, where, values, …): values has no alternative in it.")
     sources = tuple([_source(one, verb, batch) for one in each])
     return Replacements(verb, sources, axis, checked_basis(subspace))
 
 
-def _alternatives(values: Any, region: Any, verb: str) -> tuple[list[Any], Axis | None]:
+def _alternatives(values: Any, regions: Iterable[Any], verb: str) -> tuple[list[Any], Axis | None]:
     if isinstance(values, list):
-        labels = [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
-        return values, Axis("alternative", tuple(labels))
-    if not isinstance(values, Tensor) or not isinstance(region, Tensor) or _is_one(values, region):
-        return [values], None
-    if values.ndim != region.ndim + 1 or not trees.fits(values.shape[1:], region.shape):
-        here, there = trees.structure_of(values), trees.structure_of(region)
-        raise TreeMismatch(
-            f"{verb}(model, where, values, …): {here} is neither a value for {there}, nor several along a new first "
-            "dimension."
+        return values, _axis_of(
+            [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
         )
-    labels = [f"{one.item():.4g}" if one.numel() == 1 else str(at) for at, one in enumerate(values)]
-    return list(values), Axis("alternative", tuple(labels))
+    if not isinstance(values, Tensor):
+        return [values], None
+    shapes = {region.shape: region for region in regions if isinstance(region, Tensor)}
+    if all([trees.fits(values.shape, shape) for shape in shapes]):
+        return [values], None
+    if not all([values.ndim == len(shape) + 1 and trees.fits(values.shape[1:], shape) for shape in shapes]):
+        unlike = next(region for shape, region in shapes.items() if not trees.fits(values.shape, shape))
+        here, there = trees.structure_of(values), trees.structure_of(unlike)
+        raise TreeMismatch(NEITHER.format(verb=verb, here=here, there=there))
+    return list(values), _axis_of(
+        [f"{one.item():.4g}" if one.numel() == 1 else str(at) for at, one in enumerate(values)]
+    )
+
+
+def _axis_of(labels: Sequence[str]) -> Axis:
+    """The axis of alternatives: by their numbers, or places; by the places alone where these cannot be told apart."""
+    apart = len(set(labels)) == len(labels)
+    return Axis("alternative", tuple(labels if apart else [f"#{at}" for at in range(len(labels))]))
+
+
+NEITHER = (
+    "{verb}(model, where, values, …): {here} is neither a value for {there}, nor several along a new first dimension."
+)
 
 
 def _is_user_function(value: Any) -> TypeGuard[Callable[[Any], Any]]:
     return callable(value) and not isinstance(value, Tensor | Mapping)
-
-
-def _is_one(values: Tensor, region: Tensor) -> bool:
-    return trees.fits(values.shape, region.shape)
 
 
 def _source(value: Any, verb: str, batch: int) -> Source:

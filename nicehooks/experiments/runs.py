@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nicehooks.core.children import unwrap
 from nicehooks.core.sessions import is_acting
 from nicehooks.core.tap import tap_of
-from nicehooks.errors import SweepMismatch, TreeMismatch
+from nicehooks.errors import NiceHooksError, SweepMismatch, TreeMismatch
 from nicehooks.values import trees
 
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -41,6 +41,11 @@ class Run:
         self.batch = next((tensor.shape[0] for tensor in self.inputs if tensor.ndim), 0)
         self.has_state = not is_plain((args, kwargs))
 
+    def refuse_no_examples(self, verb: str) -> None:
+        """An error where the batch is empty."""
+        if self.inputs and self.inputs[0].ndim and self.batch == 0:
+            raise NiceHooksError(f"{verb}(model, …): there are no examples in the batch.")
+
     def output(self) -> Any:
         """What the model returns. What it could change in its arguments, as a key/value cache, is a copy each time."""
         args, kwargs = self.given()
@@ -56,11 +61,43 @@ class Run:
         Raises:
             TreeMismatch: it is something else.
         """
+        return self._checked(self.metric(output), output)
+
+    def differentiable(self, output: Any) -> Tensor:
+        """The metric of `output`, of which gradients are taken: a scalar tensor, or `[batch]`.
+
+        Raises:
+            TreeMismatch: it is something else.
+        """
         value = self.metric(output)
-        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-        if value.ndim > 1:
-            raise TreeMismatch(NO_NUMBER.format(shape=trees.structure_of(value)))
-        return value if value.is_floating_point() else value.float()
+        checked = self._checked(value, output)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TreeMismatch(NO_SLOPE.format(shape=trees.structure_of(value)))
+        return checked
+
+    def _checked(self, given: Any, output: Any) -> Tensor:
+        """What a metric returned, as floating-point numbers; one number in a tensor of one dimension is a scalar.
+
+        It has one for each example where it has as many as the inputs have examples. Where nothing in the output has
+        that many rows, the first dimension of the inputs may be no batch, and any number of them is taken.
+        """
+        value = _real_numbers(given)
+        if value is None or value.ndim > 1:
+            raise TreeMismatch(NO_NUMBER.format(shape=trees.structure_of(given)))
+        value = value if value.is_floating_point() else value.float()
+        counts = self._counts
+        if not value.ndim or not counts or len(value) in counts:
+            return value
+        if len(value) == 1:
+            return value[0]
+        if any([leaf.shape[0] in counts for leaf in trees.leaves(output) if isinstance(leaf, Tensor) and leaf.ndim]):
+            raise TreeMismatch(OTHER_COUNT.format(shape=trees.structure_of(given), count=self.batch))
+        return value
+
+    @functools.cached_property
+    def _counts(self) -> set[int]:
+        """How many examples the inputs may have: by the first dimension, or, of sequences first, by the second."""
+        return {size for tensor in self.inputs for size in tensor.shape[: 2 if tensor.ndim > 2 else 1]}
 
     @functools.cached_property
     def scale(self) -> tuple[float, float]:
@@ -122,6 +159,17 @@ STEPS_AROUND = (
 )
 
 
+def _real_numbers(value: Any) -> Tensor | None:
+    """What a metric returned as a tensor of real numbers; None where it is no such thing."""
+    if value is None or isinstance(value, str | bytes):
+        return None
+    try:
+        numbers = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return None if numbers.is_complex() else numbers
+
+
 def is_plain(tree: Any) -> bool:
     """Whether `tree` is made of containers, tensors and constants alone."""
     return all([isinstance(leaf, PLAIN) for leaf in trees.leaves(tree)])
@@ -129,5 +177,17 @@ def is_plain(tree: Any) -> bool:
 
 NO_NUMBER = (
     "metric(output) is one number for each example, or one for all, but it returned {shape}.\n"
+    "    metric=lambda output: output.logits[:, -1, answer]"
+)
+
+OTHER_COUNT = (
+    "metric(output) is one number for each example, or one for all, but it returned {shape} for a batch of "
+    "{count}.\n"
+    "    metric=lambda output: output.logits[:, -1, answer]"
+)
+
+NO_SLOPE = (
+    "metric(output) returned {shape}. It is a number, but what is missing is a floating tensor with a gradient: leave "
+    ".item() and float(…) out.\n"
     "    metric=lambda output: output.logits[:, -1, answer]"
 )

@@ -59,7 +59,7 @@ class Schedule:
         self.base = base
         self.items = items
         self.ways = ways
-        self.size = base.run.lanes_in(BUDGET) if chunk_size == "auto" else max(chunk_size, 1)
+        self.size = base.run.lanes_in(BUDGET) if chunk_size == "auto" else chunk_size
         self.notes: list[str] = []
         self.metrics = torch.full((len(items), *base.metric.shape), torch.nan, dtype=base.metric.dtype)
         self.metrics = self.metrics.to(base.metric.device)

@@ -15,6 +15,7 @@ from nicehooks.contexts.capturing import capture
 from nicehooks.core.selection import Where, select_groups
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Effects
+from nicehooks.experiments.given import check_model_and_metric, count_given
 from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
 from nicehooks.experiments.items import Base, GridItem, Stems
 from nicehooks.experiments.lanes import Growing
@@ -107,15 +108,16 @@ def sweep(
         SweepMismatch: runs of the model differ from each other, as with dropout in training mode, or under an
             intervention with `steps=`.
     """
+    check_model_and_metric(model, metric, "sweep")
+    chunk_size = chunk_size if chunk_size == "auto" else count_given(chunk_size, "sweep(…, chunk_size", 1)
     refuse_steps(model, "sweep")
     run = Run(model, metric, args, kwargs)
-    if run.inputs and run.batch == 0 and run.inputs[0].ndim:
-        raise NiceHooksError("sweep(model, where, values, metric, …): there are no examples in the batch.")
+    run.refuse_no_examples("sweep")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         base, seen = _recorded(run, where, check)
         grid = grid_of(model, where, seen)
-        cell = grid.cells[0]
-        replacements = replacements_of(values, trees.get(base.stems[str(cell.stem)], cell.chain), subspace, run.batch)
+        regions = (trees.get(base.stems[str(cell.stem)], cell.chain) for cell in grid.cells)
+        replacements = replacements_of(values, regions, subspace, run.batch)
         items = _items_to_run(grid, replacements, base.recording)
         ways = [] if engine == "ray" else ways_of(engine, base, replacements, items)
         schedule = Schedule(base, items, ways, chunk_size, check, progress)

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nicehooks.errors import SweepMismatch
+from nicehooks.errors import NiceHooksError, SweepMismatch
 from nicehooks.experiments.acting import Intervened
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.estimates import Experiment
+from nicehooks.experiments.given import count_given
 from nicehooks.experiments.lanes import is_close
 from nicehooks.experiments.scheduling import CHANGES
 
 
-class Verified(Effects):
+class Attribution(Effects):
+    """Effects that were estimated from gradients; `verify` makes the largest of them exact."""
+
+    experiment: Experiment | None = None
+
+    def verify(self, k: int = 10, samples: int = 64, seed: int = 0) -> Verified:
+        """The same grid, with exact effects at the `k` cells whose estimates are largest.
+
+        What the estimates may have missed among the other cells is tested as in AtP* (Kramár et al. 2024): random
+        halves of them are patched, all cells of a half together, and the effect of each cell is told from the halves
+        that have it and those that do not. So the bound holds for the effect of a cell on average over such halves.
+
+        What is verified already can be verified further: then the cells that are exact stay so, and `k` more become so.
+
+        Args:
+            k: how many cells; each costs one run of the model.
+            samples: how many random halves are patched, one run each; with 0, nothing is said of the other cells.
+            seed: of the halves.
+
+        Returns:
+            The effects. Their attributes say which are `exact`, what share of the runs of a whole sweep was `spent`,
+            and what is known of those `missed`.
+
+        Raises:
+            TypeError, ValueError: `k` or `samples` is no number of them.
+            NiceHooksError: the effects are from a file, or were normalized: there is no model to run.
+            SweepMismatch: a second run of the model differs from the first.
+        """
+        count_given(k, "verify(k")
+        count_given(samples, "verify(…, samples")
+        if self.experiment is None:
+            raise NiceHooksError(NO_MODEL_TO_VERIFY)
+        return verified(self, self.experiment, k, samples, seed)
+
+
+NO_MODEL_TO_VERIFY = (
+    "verify runs the model, which effects from a file, or in other units, do not have any more. Verify first:\n"
+    "    attribute(model, …).verify(k).normalized(clean, corrupted)"
+)
+
+
+class Verified(Attribution):
     """Effects of which the largest are exact.
 
     Attributes:
@@ -30,6 +74,23 @@ class Verified(Effects):
     exact: Tensor
     spent: float
     missed: Missed | None
+
+    def _beside(self) -> dict[str, Any]:
+        if self.missed is None:
+            return {"exact": self.exact, "beside": json.dumps([self.spent])}
+        bound, effects, errors, *rest = self.missed
+        said = json.dumps([self.spent, bound, *rest])
+        return {"exact": self.exact, "missed": torch.stack([effects, errors]), "beside": said}
+
+    def _take_from(self, content: Mapping[str, Any]) -> None:
+        self.exact = content["exact"]
+        self.spent, *rest = json.loads(content["beside"])
+        bound, *more = rest or [None]
+        self.missed = Missed(bound, *content["missed"], *more) if rest else None
+
+    def _take_over(self, other: Verified, low: float, span: float) -> None:
+        self.exact, self.spent = other.exact, other.spent
+        self.missed = None if other.missed is None else other.missed.scaled(1 / span)
 
 
 class Missed(NamedTuple):
@@ -49,42 +110,47 @@ class Missed(NamedTuple):
     confidence: float
     samples: int
 
+    def scaled(self, factor: float) -> Missed:
+        """The same of effects that are `factor` times as large."""
+        size = abs(factor)
+        effects, errors = self.effects * factor, self.errors * size
+        return self._replace(bound=self.bound * size, effects=effects, errors=errors)
+
 
 CONFIDENCE = 0.95
 
 
-def verified(estimates: Effects, experiment: Experiment, k: int, samples: int, seed: int) -> Verified:
-    """`estimates` with exact effects at the `k` largest; see `Attribution.verify`."""
+def verified(estimates: Attribution, experiment: Experiment, k: int, samples: int, seed: int) -> Verified:
+    """`estimates` with exact effects at the `k` largest, beside those that are exact; see `Attribution.verify`."""
     alternatives = range(len(experiment.replacements.sources))
     places = [Intervened(alternative, cell) for alternative in alternatives for cell in experiment.grid.cells]
     _check_repeats(experiment)
-    sizes = estimates.values.flatten().abs()
-    chosen = sorted(sizes.topk(min(k, len(places))).indices.tolist())
-    found = [effect_of(experiment, [places[at]]) for at in chosen]
+    exact, spent, notes = _known_of(estimates)
+    sizes = estimates.values.flatten().abs().masked_fill(exact.to(estimates.values.device), -1.0)
+    chosen = sorted(sizes.topk(min(k, int((~exact).sum()))).indices.tolist())
     values, examples = estimates.values.clone(), None if estimates.examples is None else estimates.examples.clone()
-    for at, effect in zip(chosen, found, strict=True):
+    for at in chosen:
+        effect = effect_of(experiment, [places[at]])
         values.view(-1)[at] = effect.mean()
         if examples is not None:
             examples.view(-1, examples.shape[-1])[at] = effect
-    left = {at: place for at, place in enumerate(places) if at not in set(chosen)}
+    exact[chosen] = True
+    left = {at: place for at, place in enumerate(places) if not exact[at]}
     missed = missed_among(experiment, left, samples, seed, estimates.values) if left and samples else None
-    runs = len(chosen) + (samples if missed else 0)
-    result = Verified(
-        values,
-        estimates.axes,
-        estimates.baseline,
-        estimates.sites,
-        examples,
-        [
-            *estimates.notes,
-            *_notes(found, len(places), runs, missed),
-        ],
-    )
-    result.exact = torch.zeros(len(places), dtype=torch.bool)
-    result.exact[chosen] = True
-    result.exact = result.exact.reshape(values.shape)
-    result.spent, result.missed = runs / max(len(places), 1), missed
+    runs = round(spent * len(places)) + len(chosen) + (samples if missed else 0)
+    said = [*notes, *_notes(values.flatten()[exact.to(values.device)], len(places), runs, missed)]
+    result = Verified(values, estimates.axes, estimates.baseline, estimates.sites, examples, said)
+    result.experiment = experiment
+    result.exact, result.spent, result.missed = exact.reshape(values.shape), runs / max(len(places), 1), missed
     return result
+
+
+def _known_of(estimates: Attribution) -> tuple[Tensor, float, Sequence[str]]:
+    """Which effects are exact already, flat, what that has spent, and the notes on the estimates alone."""
+    if not isinstance(estimates, Verified):
+        return torch.zeros(estimates.values.numel(), dtype=torch.bool), 0.0, estimates.notes
+    own = len(_notes(estimates.values[estimates.exact.to(estimates.values.device)], 1, 0, estimates.missed))
+    return estimates.exact.flatten().clone(), estimates.spent, estimates.notes[: len(estimates.notes) - own]
 
 
 def _check_repeats(experiment: Experiment) -> None:
@@ -168,17 +234,23 @@ def _quantile(confidence: float, freedom: float) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def _notes(found: Sequence[Tensor], cells: int, runs: int, missed: Missed | None) -> list[str]:
-    if not found:
-        return []
-    smallest = min(effect.mean().abs().item() for effect in found)
-    notes = [
-        f"{len(found)} of {cells} effects are exact, the smallest of them {smallest:.3g}; it took {runs} runs, "
-        f"{runs / cells:.0%} of those of a whole sweep"
-    ]
-    if missed is not None:
+def _notes(exact: Tensor, cells: int, runs: int, missed: Missed | None) -> list[str]:
+    """What is said of the effects that are `exact`, and of those that are not."""
+    notes = list[str]()
+    if exact.numel():
         notes.append(
-            f"no other cell has an effect above {missed.bound:.3g}, as far as {missed.samples} random halves of them "
-            f"say ({missed.confidence:.0%} for each cell)"
+            f"{exact.numel()} of {cells} effects are exact, the smallest of them {exact.abs().min().item():.3g}; it "
+            f"took {runs} runs, {runs / cells:.0%} of those of a whole sweep"
         )
+    if exact.numel() and missed is not None:
+        notes.append(_note_on_missed(missed))
     return notes
+
+
+def _note_on_missed(missed: Missed) -> str:
+    if math.isinf(missed.bound):
+        return f"nothing is known of the other cells: {missed.samples} random halves of them are too few to tell"
+    return (
+        f"no other cell has an effect above {missed.bound:.3g}, as far as {missed.samples} random halves of them "
+        f"say ({missed.confidence:.0%} for each cell)"
+    )

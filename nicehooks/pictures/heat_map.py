@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from nicehooks.extras import needs
-from nicehooks.pictures.pages import PlotError
+from nicehooks.pictures.pages import PlotError, check_folder
 from nicehooks.pictures.plots import heat_map_on, most_of, plot_axes
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def check_file(file: str | Path) -> Path:
     """The path of a picture that can be written; worth asking before a long run.
 
     Raises:
-        PlotError: there is no such directory, or the name says no known format.
+        FileMissing: there is no such directory.
+        PlotError: the name says no known format.
         MissingExtra: matplotlib is not installed.
     """
     with needs("plot"):
@@ -77,9 +78,3 @@ def check_file(file: str | Path) -> Path:
         raise PlotError(f"cannot write {str(path)!r}: its name should end in .{', .'.join(sorted(known))}.")
     check_folder(path)
     return path
-
-
-def check_folder(path: Path) -> None:
-    """Raises a `PlotError` where the directory that `path` should be in is not there."""
-    if not path.parent.is_dir():
-        raise PlotError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")

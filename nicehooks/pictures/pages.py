@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nicehooks.errors import NiceHooksError
+from nicehooks.errors import FileMissing, NiceHooksError
 
 
 class PlotError(NiceHooksError, OSError):
@@ -42,9 +42,11 @@ class Page:
         """Writes the page to `file`, and returns its path.
 
         Raises:
+            FileMissing: there is no such folder.
             PlotError: the file cannot be written.
         """
         path = Path(file).expanduser()
+        check_folder(path)
         try:
             path.write_text(self.document(), encoding="utf-8")
         except OSError as error:
@@ -68,6 +70,12 @@ class Page:
 
     def __repr__(self) -> str:
         return f"Page({self.title!r})"
+
+
+def check_folder(path: Path) -> None:
+    """Raises `FileMissing` where the directory that `path` should be in is not there."""
+    if not path.parent.is_dir():
+        raise FileMissing(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
 
 
 # The policy has the browser refuse whatever would be loaded, should a script ever ask for it.

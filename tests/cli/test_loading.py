@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gallery.language import shipped
-from transformers import GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 from nicehooks import NiceHooksError
 from nicehooks.cli import loading
@@ -68,6 +68,18 @@ def test_a_directory_without_a_model(tmp_path: Path):
         f"cannot load '{tmp_path}' as a causal language model.",
         f"  tried: the directory {tmp_path}",
     ]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])  # of no files transformers makes a tokenizer, or none
+def test_a_model_without_a_tokenizer(model_type: str, tmp_path: Path):
+    config = AutoConfig.for_model(
+        model_type, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(LoadError) as error:
+        load(str(tmp_path))
+    assert message(error)[0] == f"'{tmp_path}' is a model without a tokenizer, which is needed to read a text."
+    assert message(error)[-1].startswith("    tokenizer.save_pretrained(directory)")
 
 
 def test_a_file_that_only_claims_to_be_a_model(tmp_path: Path):

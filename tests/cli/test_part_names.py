@@ -14,7 +14,8 @@ from nicehooks import capture, patch
 from nicehooks.anatomies.tables import FURTHER_PARTS, PARTS
 from nicehooks.cli import command
 from nicehooks.cli.loading import load
-from nicehooks.cli.patching_job import NothingToPatch, differences, patched, sites_of
+from nicehooks.cli.patching_job import differences, patched
+from nicehooks.cli.places import NothingToPatch, sites_of
 from nicehooks.cli.prompts import encode_pair
 
 CLEAN, CORRUPTED = "When Mary and John went, John gave to", "When Mary and John went, Mary gave to"
@@ -107,8 +108,9 @@ def test_the_reason_is_that_of_the_anatomy(mamba: str, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", ["n_layers", "report", "nonsense"])
 def test_what_is_no_part_is_a_path(name: str, llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "patch", "--model", llama, *WORDS, "--sites", name)
-    assert said == f"nicehooks: no module matches '{name}' in LlamaForCausalLM."
+    assert command.main(["patch", "--model", llama, *WORDS, "--sites", name]) == 2
+    said = capsys.readouterr().err
+    assert f"nicehooks: no module matches '{name}' in LlamaForCausalLM.\n  --sites takes a path, or a part: " in said
 
 
 def test_a_module_of_the_name_of_a_part_that_is_lacking_is_that_module(llama: str) -> None:

@@ -268,7 +268,7 @@ def test_what_is_refused() -> None:
     model, clean, corrupted = linear_behind()
     with pytest.raises(UnsupportedModule, match=r"the methods are 'gradient', 'integrated', 'atp\*'"):
         attribute(model, "1", 0.0, torch.sum, corrupted, method="magic")
-    with pytest.raises(TreeMismatch, match="not one number, or one per example"):
+    with pytest.raises(TreeMismatch, match="is one number for each example, or one for all"):
         attribute(model, "1", 0.0, lambda output: output.unsqueeze(0), corrupted)
     with pytest.raises(NotCaptured, match=r"attribute\(model, where, values, …\) has no value for '1\[:, 0\]'"):
         attribute(model, "1[:, *]", seen(model, clean, "0"), torch.sum, corrupted)

@@ -10,8 +10,8 @@ from browser import Browser
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nicehooks import circuit, edges
+from nicehooks.errors import FileMissing
 from nicehooks.experiments.circuits import Circuit
-from nicehooks.pictures.pages import PlotError
 
 
 def found(kind: str, top: int = 12) -> Circuit:
@@ -57,5 +57,7 @@ def test_a_notebook_shows_a_circuit(browser: Browser, tmp_path: Path) -> None:
 
 def test_a_circuit_of_nothing_is_a_page_and_one_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     assert 'data-node="logits"' in found("one key for each head", top=0).to_html(tmp_path / "empty.html").read_text()
-    with pytest.raises(PlotError, match=r"^cannot write '.*missing/circuit.html': No such file or directory\.$"):
+    with pytest.raises(
+        FileMissing, match=r"^cannot write '.*missing/circuit.html': there is no directory '.*missing'\.$"
+    ):
         found("one key for each head").to_html(tmp_path / "missing" / "circuit.html")

@@ -16,10 +16,10 @@ from torch import nn
 
 from nicehooks import ActivationCache, ablate, attention_view, describe, sites
 from nicehooks.anatomies.parts import Part, Parts
-from nicehooks.errors import NiceHooksError, NotCaptured, TreeMismatch
+from nicehooks.errors import FileMissing, NiceHooksError, NotCaptured, TreeMismatch
 from nicehooks.pictures.graphs import graph_view
 from nicehooks.pictures.grids import grid_view
-from nicehooks.pictures.pages import Page, PlotError
+from nicehooks.pictures.pages import Page
 from nicehooks.pictures.plots import plot_grid
 
 LAYERS, POSITIONS = ("layer", ["0", "1"]), ("position", ["the", "$y$", "cat"])
@@ -50,7 +50,7 @@ def test_no_text_ends_the_script_that_it_is_in() -> None:
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(PlotError, match=r"^cannot write '.*missing/page.html': No such file or directory\.$"):
+    with pytest.raises(FileMissing, match=r"^cannot write '.*missing/page.html': there is no directory '.*missing'\.$"):
         grid_view(torch.zeros(2), [LAYERS]).to_html(tmp_path / "missing" / "page.html")
     assert grid_view(torch.zeros(2), [LAYERS]).to_html(str(tmp_path / "page.html")) == tmp_path / "page.html"
 
