@@ -95,6 +95,8 @@ def attribute(
         estimates = [one.mean() for one in estimates]
         notes.append("examples are not told apart: in the values of some cells the first dimension is not the batch")
     each = torch.stack(estimates).to(torch.promote_types(baseline.dtype, torch.float32)).detach()
+    if each.isnan().any() and not baseline.isnan().any():
+        notes.append(NOTE_ON_NAN.format(count=int(each.isnan().reshape(len(each), -1).any(1).sum())))
     effects = experiment.replacements.effects(each, experiment.grid, baseline, notes)
     found = Attribution(effects.values, effects.axes, effects.baseline, effects.sites, effects.examples, effects.notes)
     found.experiment = experiment
@@ -115,6 +117,11 @@ ESTIMATES: dict[str, Callable[[Experiment, int, Tell], list[Tensor]]] = {
     "integrated": along_the_line,
     "atp*": lambda experiment, points, tell: corrected(experiment, tell),
 }
+
+NOTE_ON_NAN = (
+    "{count} effects are NaN: what stands there, or what replaces it, is infinite, as masked scores are, and no "
+    "gradient says what a finite change would do"
+)
 
 NOTES_ON_ESTIMATES = {
     "gradient": "estimated from one gradient: the change of the value times the slope of the metric",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nicehooks.errors import NiceHooksError, TreeMismatch
 from nicehooks.experiments.edge_effects import Edges
-from nicehooks.experiments.given import count_given, number_given
+from nicehooks.experiments.given import count_given, threshold_given
 from nicehooks.experiments.nodes import Nodes
 from nicehooks.pictures.graphs import graph_view
 from nicehooks.pictures.pages import Page
@@ -139,7 +139,7 @@ def circuit(edges: Edges, top: int | None = None, threshold: float | None = None
     if not isinstance(edges, Edges):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"circuit(edges, …) takes what edges(model, …) returns, not {type(edges).__name__}")
     top = None if top is None else count_given(top, "circuit(edges, top")
-    threshold = None if threshold is None else number_given(threshold, "circuit(edges, threshold")
+    threshold = None if threshold is None else threshold_given(threshold, "circuit(edges, threshold")
     wiring = edges.wiring
     if tuple(edges.values.shape) != tuple(wiring.there.shape):
         raise NiceHooksError("circuit takes the effects of all edges; leave senders= and receivers= of edges(…) out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ def values_for(wiring: Wiring, values: Any, base: ActivationCache) -> dict[str, 
 
     Raises:
         NotCaptured: `values` lack a part.
+        TypeError: they are a text, or a function.
     """
     parts = written_parts(wiring)
+    if isinstance(values, str) or callable(values):
+        raise TypeError(NO_RUN_OR_NUMBER.format(values=values if callable(values) else repr(values)))
+    values = float(values) if isinstance(values, Real) else values
     if not isinstance(values, Mapping):
         return {str(part): trees.assign(base[part], values) for part in parts}
     given = values if isinstance(values, ActivationCache) else ActivationCache({str(at): values[at] for at in values})
@@ -50,6 +55,11 @@ def values_for(wiring: Wiring, values: Any, base: ActivationCache) -> dict[str, 
         raise NotCaptured(NOT_WRITTEN.format(missing=", ".join(missing[:3]), mlp=mlp))
     return {str(part): trees.assign(base[part], given[part]) for part in parts}
 
+
+NO_RUN_OR_NUMBER = (
+    "edges(model, values, …) takes a cache from another run or of means, or a number, as values, not {values}. "
+    "'resample' and functions are of sweep and attribute."
+)
 
 NOT_WRITTEN = (
     "the values of edges are to have what every part writes, but lack {missing}, …. Capture it in the other run:\n"

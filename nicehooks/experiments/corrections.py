@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nicehooks.anatomies.anatomy import Anatomy, Part, anatomy
+from nicehooks.anatomies.anatomy import Anatomy, EncoderDecoder, Part, anatomy
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.changes import edit
 from nicehooks.contexts.patching import patch
+from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.estimates import Experiment, first_orders, sum_per_example
 from nicehooks.experiments.grids import Cell
 from nicehooks.experiments.telling import Tell
@@ -37,22 +38,60 @@ from nicehooks.values import trees
 
 def corrected(experiment: Experiment, tell: Tell) -> list[Tensor]:
     """The effect at each cell by AtP*; tells how many layers were left out."""
-    body = anatomy(experiment.model)
-    moved = moved_attention(body, experiment)
+    bodies = bodies_of(experiment)
+    moved = moved_attention(bodies[0], experiment)
     sites = list(
         dict.fromkeys([str(cell.stem) for cell in experiment.grid.cells] + [one.pattern for one in moved if one])
     )
     whole = _estimates(experiment, moved, _slopes_at_cells(experiment, sites))
     sizes, passes = [torch.zeros_like(one) for one in whole], [0] * len(whole)
-    for layer in range(body.n_layers):
-        outputs = [getattr(body, what)[layer] for what in ("attn_out", "mlp_out") if not body.lacks(what)]
+    layers = [(body, layer) for body in bodies for layer in range(body.n_layers)]
+    for done, (body, layer) in enumerate(layers, 1):
+        outputs = [getattr(body, what)[layer] for what in ADDED if _has_part(body, what)]
         with edit(experiment.model, outputs, as_constant):
             gradients = _slopes_at_cells(experiment, sites)
         for at, estimate in enumerate(_estimates(experiment, moved, gradients)):
             sizes[at] += estimate.abs()
             passes[at] += _has_gradient(experiment.grid.cells[at], moved[at], gradients)
-        tell(layer + 1, body.n_layers)
+        tell(done, len(layers))
     return [one.sign() * size / max(count, 1) for one, size, count in zip(whole, sizes, passes, strict=True)]
+
+
+ADDED = ("attn_out", "cross_attn_out", "mlp_out")
+"""What a layer adds to the stream."""
+
+
+def _has_part(body: Anatomy, what: str) -> bool:
+    return hasattr(body, what) and not body.lacks(what)
+
+
+def bodies_of(experiment: Experiment) -> list[Anatomy]:
+    """The anatomy of the layers that the cells are in, and of those behind them.
+
+    Raises:
+        UnsupportedModule: the cells are in the encoder and in the decoder, or in none of them.
+    """
+    found = anatomy(experiment.model)
+    if not isinstance(found, EncoderDecoder):
+        return [found]
+    sides = {"encoder": found.encoder, "decoder": found.decoder}
+    names = [cell.path.plain_name for cell in experiment.grid.cells]
+    own = [side for side, body in sides.items() if all([_is_in_layers(name, body) for name in names])]
+    if not own:
+        raise UnsupportedModule(NO_SIDE.format(kind=found.kind))
+    return [found.decoder] if own == ["decoder"] else [found.encoder, found.decoder]
+
+
+def _is_in_layers(name: str, body: Anatomy) -> bool:
+    blocks = [body.name("block", layer) for layer in range(body.n_layers)]
+    return any([f"{name}.".startswith(f"{block}.") for block in blocks])
+
+
+NO_SIDE = (
+    "attribute(…, method='atp*'): {kind} has an encoder and a decoder, and not all of these places are in the "
+    "layers of one of them. Ask for those of one:\n"
+    "    attribute(model, anatomy(model).decoder.z, …, method='atp*')"
+)
 
 
 def as_constant(value: Tensor) -> Tensor:

@@ -161,7 +161,9 @@ def edges(
         SiteNotFound: there is no such sender or receiver, or no edge between those that were chosen.
         SweepMismatch: the model draws random numbers.
         TreeMismatch: the metric is no number, or one per example, or NaN; a value does not fit.
-        UnsupportedModule: the model has no anatomy, or its norms are on the stream; `method` is none of these.
+        TypeError: `values` is a text.
+        UnsupportedModule: the model has no anatomy, or one of an encoder and a decoder, or its norms are on the stream;
+            `method` is none of these.
     """
     if method not in METHODS_OF_EDGES:
         known = ", ".join(map(repr, METHODS_OF_EDGES))

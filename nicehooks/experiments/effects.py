@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.errors import FileFault, NiceHooksError, TreeMismatch
-from nicehooks.experiments.given import count_given
+from nicehooks.experiments.given import count_given, number_given
 from nicehooks.extras import needs
 from nicehooks.pictures.grids import grid_view
 from nicehooks.pictures.pages import Page
@@ -131,11 +131,13 @@ class Effects:
             corrupted: the metric of the corrupted run.
 
         Raises:
-            NiceHooksError: both are the same, or not numbers.
+            TypeError: one is no number.
+            NiceHooksError: both are the same, or one is NaN.
         """
-        low = torch.as_tensor(corrupted, dtype=self.values.dtype).mean()
-        span = torch.as_tensor(clean, dtype=self.values.dtype).mean() - low
-        if not span.abs() > 0:  # NaN too
+        ends = {"clean": clean, "corrupted": corrupted}
+        high, low = [_mean_of(value, f"normalized(…, {name}", self.values.dtype) for name, value in ends.items()]
+        span = high - low
+        if not span.abs() > 0:
             raise NiceHooksError(
                 f"the metric is {low.item():.4g} clean and corrupted: there is no way between to measure on."
             )
@@ -262,6 +264,15 @@ _KINDS: dict[str, type[Effects]] = {"Effects": Effects}
 """All kinds of effects, by their names."""
 
 OTHER_KIND = "{file!r} holds {kind}, and not {wanted}: {kind}.load reads it."
+
+
+def _mean_of(metric: Any, what: str, dtype: torch.dtype) -> Tensor:
+    """The mean of the metric of a run; `what` is the call as it is written, up to the argument."""
+    given = metric if isinstance(metric, Tensor) else torch.tensor(number_given(metric, what))
+    mean = given.to(dtype).mean()
+    if mean.isnan():
+        raise NiceHooksError(f"{what}={metric!r}): the metric of this run is NaN, so there is no way to measure on.")
+    return mean
 
 
 def is_grid(labels: Sequence[Sequence[str]]) -> bool:

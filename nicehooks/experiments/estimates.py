@@ -117,10 +117,24 @@ def experiment_of(
     if not baseline:  # the forward did not come by
         raise unreached or AssertionError
     grid, seen = grid_of(model, where, base, verb), Stems(base)
+    _refuse_whole_numbers(grid, seen, verb)
     regions = (trees.get(seen[str(cell.stem)], cell.chain) for cell in grid.cells)
     replacements = replacements_of(values, regions, subspace, run.batch, verb)
     experiment = Experiment(run, replacements, grid, seen, baseline[0], gradients)
     return replace(experiment, gradients={**gradients, **_of_calls(experiment)})
+
+
+def _refuse_whole_numbers(grid: Grid, seen: Stems, verb: str) -> None:
+    for stem in dict.fromkeys([str(cell.stem) for cell in grid.cells]):
+        tensors = [leaf for leaf in trees.leaves(seen[stem]) if isinstance(leaf, Tensor)]
+        if tensors and not any([tensor.is_floating_point() or tensor.is_complex() for tensor in tensors]):
+            raise TreeMismatch(NO_FRACTIONS.format(verb=verb, stem=stem, value=trees.structure_of(seen[stem])))
+
+
+NO_FRACTIONS = (
+    "{verb} at {stem!r}: {value} is of whole numbers, which have no gradient.\n"
+    "    sweep(model, where, …)  # has the exact effects"
+)
 
 
 def _of_calls(experiment: Experiment) -> Mapping[str, Any]:

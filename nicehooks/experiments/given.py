@@ -46,11 +46,10 @@ def count_given(value: Any, what: str, least: int = 0) -> int:
 
 
 def number_given(value: Any, what: str) -> float:
-    """`value`, if it is a number, and not NaN; `what` is the call as it is written, up to the argument.
+    """`value`, if it is a number; `what` is the call as it is written, up to the argument.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is NaN.
     """
     try:
         number = float(value)
@@ -58,6 +57,17 @@ def number_given(value: Any, what: str) -> float:
         number = None
     if number is None or isinstance(value, str):
         raise TypeError(f"{what}={value!r}): it is a number, not {type(value).__name__}")
+    return number
+
+
+def threshold_given(value: Any, what: str) -> float:
+    """`value`, if it is a number that others can be compared with; `what` is the call, up to the argument.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN.
+    """
+    number = number_given(value, what)
     if math.isnan(number):
-        raise ValueError(f"{what}={value!r}): NaN says nothing")
+        raise ValueError(f"{what}={value!r}): nothing is larger than NaN, or smaller")
     return number

@@ -11,7 +11,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.experiments.circuits import Circuit, check_circuit_of, connected, edge_at, edges_in
 from nicehooks.experiments.edge_effects import TwoRuns
 from nicehooks.experiments.estimates import Metric
-from nicehooks.experiments.given import check_model_and_metric, number_given
+from nicehooks.experiments.given import check_model_and_metric, threshold_given
 from nicehooks.experiments.wiring import Wiring
 
 
@@ -57,7 +57,7 @@ def acdc(
         TreeMismatch: `start` is of a model with other parts; the metric is no number, or NaN.
     """
     check_model_and_metric(model, metric, "acdc")
-    threshold = number_given(threshold, "acdc(…, threshold")
+    threshold = threshold_given(threshold, "acdc(…, threshold")
     wiring = Wiring(model)
     if start is not None:
         check_circuit_of(wiring, start, "acdc")

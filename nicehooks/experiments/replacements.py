@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -98,6 +99,7 @@ def replacements_of(
     Of the inputs, the first dimension has `batch` examples.
 
     Raises:
+        TypeError: it is another text than `"resample"`.
         TreeMismatch: it is a tensor that does not fit there, or the basis of the subspace is none.
     """
     each, axis = _alternatives(values, regions, verb)
@@ -109,9 +111,7 @@ def replacements_of(
 
 def _alternatives(values: Any, regions: Iterable[Any], verb: str) -> tuple[list[Any], Axis | None]:
     if isinstance(values, list):
-        return values, _axis_of(
-            [str(one) if isinstance(one, int | float) else str(at) for at, one in enumerate(values)]
-        )
+        return values, _axis_of([str(one) if isinstance(one, Real) else str(at) for at, one in enumerate(values)])
     if not isinstance(values, Tensor):
         return [values], None
     shapes = {region.shape: region for region in regions if isinstance(region, Tensor)}
@@ -148,8 +148,10 @@ def _source(value: Any, verb: str, batch: int) -> Source:
         return _FromCache(cast(Any, value), verb)
     if _is_user_function(value):
         return _ByFunction(value)
-    if isinstance(value, int | float):
-        return _Number(value)
+    if isinstance(value, str | bytes):
+        raise TypeError(NO_TEXT.format(verb=verb, value=value))
+    if isinstance(value, Real):
+        return _Number(float(value) if not isinstance(value, int) else value)
     return lambda cell, region, base: value
 
 
@@ -250,6 +252,8 @@ class _FromCache(_OfStem):
         except NotCaptured as error:
             raise NotCaptured(NO_VALUE.format(verb=self.verb, path=str(cell.path), error=error)) from None
 
+
+NO_TEXT = "{verb}(model, where, values, …) takes a number, a tensor, a cache, a function or 'resample', not {value!r}."
 
 NO_NEXT = "{verb} at {path!r}: 'resample' takes the value of the next example, and there is {count} in the batch."
 

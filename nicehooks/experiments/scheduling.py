@@ -27,8 +27,8 @@ SHARE = 0.01
 
 CHANGES = (
     "{verb}: runs of the model that should be equal are not, so there is no effect to measure: {what}.\n"
-    "  It may draw random numbers, or change something in itself when it runs (running statistics, a cache). Is it in "
-    "training mode?\n"
+    "  The model, or a function that was given, may draw random numbers, or change something in itself when it runs "
+    "(running statistics, a cache). Is the model in training mode?\n"
     "    model.eval()"
 )
 
@@ -172,7 +172,12 @@ class Schedule:
         """What to raise where no way is left."""
         if isinstance(error, Differs) and isinstance(way, OneByOne) and not way.answers:
             return SweepMismatch(CHANGES.format(verb="sweep", what=error))
-        return Unfit(ENGINE.format(name=name, what=error)) if isinstance(error, Unfit) else error
+        if isinstance(way, OneByOne) and not isinstance(error, Unfit):
+            return error
+        ours = isinstance(error, NiceHooksError)
+        return (
+            error if ours and not isinstance(error, Unfit) else Unfit(ENGINE.format(name=name, what=_first_line(error)))
+        )
 
     def _compare(self, plain: OneByOne, chunk: Sequence[GridItem], metrics: Tensor) -> None:
         """Compares one of a chunk with the plain loop, as long as that is little beside all that was done."""

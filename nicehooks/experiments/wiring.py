@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nicehooks.anatomies.anatomy import Anatomy, anatomy
+from nicehooks.anatomies.anatomy import Anatomy, EncoderDecoder, anatomy
 from nicehooks.core.census import Census
 from nicehooks.errors import UnsupportedModule
 from nicehooks.experiments.nodes import Nodes, SizesOfNodes
@@ -18,12 +18,16 @@ class Wiring(Nodes):
         modules: by their names.
 
     Raises:
-        UnsupportedModule: the model has no anatomy, its norms stand on the stream, or its attention is latent.
+        UnsupportedModule: the model has no anatomy, or one of an encoder and a decoder; its norms stand on the stream;
+            its attention is latent.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.body: Anatomy = anatomy(model)
+        found = anatomy(model)
+        if isinstance(found, EncoderDecoder):
+            raise UnsupportedModule(TWO_STREAMS.format(kind=found.kind))
+        self.body: Anatomy = found
         self.modules = dict(Census(model).unwrapped())
         if self.body.family.post_norm:
             raise UnsupportedModule(POST_NORM_EDGES.format(kind=self.body.kind))
@@ -39,6 +43,11 @@ class Wiring(Nodes):
 LATENT_EDGES = (
     "{kind} makes {parts} of something else than the residual stream or a norm of it, as latent attention does: what a "
     "part writes is no term of what they read. attribute(model, …) and sweep(model, …) work."
+)
+
+TWO_STREAMS = (
+    "{kind} has an encoder and a decoder, each with a residual stream of its own, and edges are between parts of one "
+    "stream.\n    attribute(model, anatomy(model).decoder.z, …)  # works"
 )
 
 POST_NORM_EDGES = (

@@ -69,9 +69,14 @@ def test_normalized_is_in_parts_of_the_way_from_corrupted_to_clean() -> None:
     assert (grid.axes, grid.sites, grid.notes) == (tuple(AXES), tuple(SITES), ("By the loop.",))
 
 
-@pytest.mark.parametrize("clean", [2.0, float("nan")])
-def test_no_way_to_measure_on(clean: float) -> None:
-    message = "the metric is 2 clean and corrupted: there is no way between to measure on."
+@pytest.mark.parametrize(
+    ("clean", "message"),
+    [
+        (2.0, "the metric is 2 clean and corrupted: there is no way between to measure on."),
+        (float("nan"), "normalized(…, clean=nan): the metric of this run is NaN, so there is no way to measure on."),
+    ],
+)
+def test_no_way_to_measure_on(clean: float, message: str) -> None:
     with pytest.raises(NiceHooksError, match=f"^{re.escape(message)}$"):
         effects().normalized(clean, 2.0)
 

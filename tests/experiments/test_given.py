@@ -126,7 +126,7 @@ def test_a_metric_that_is_nan(verb: str) -> None:
         (lambda: run("sweep", chunk_size="x"), TypeError, "sweep(…, chunk_size='x'): it is a whole number, not str"),
         (lambda: circuit(found(), top=-1), ValueError, "circuit(edges, top=-1): it is 0 or more"),
         (lambda: circuit(found(), top=1.5), TypeError, "circuit(edges, top=1.5): it is a whole number, not float"),
-        (lambda: circuit(found(), threshold=float("nan")), ValueError, "circuit(edges, threshold=nan): NaN says"),
+        (lambda: circuit(found(), threshold=float("nan")), ValueError, "circuit(edges, threshold=nan): nothing is"),
         (lambda: circuit(estimated(), top=1), TypeError, "circuit(edges, …) takes what edges(model, …) returns, not A"),
         (lambda: run("acdc", threshold="1"), TypeError, "acdc(…, threshold='1'): it is a number, not str"),
         (lambda: run("faithfulness", sizes=[]), ValueError, "faithfulness(…, sizes=[]): no size is asked for"),

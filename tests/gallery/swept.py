@@ -135,3 +135,14 @@ class CountsRuns(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.runs += 1
         return self.a(x) * self.runs
+
+
+class Mixing(nn.Module):
+    """Mixes its rows by a mask that has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.b(mask @ self.a(x))
