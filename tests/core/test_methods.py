@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo
-from gallery.methods import Attention, OtherScale, Overriding
+from gallery.methods import Attention, OtherScale, Overriding, Underscored
 from torch import nn
 from worlds import WORLDS, inputs, same, state
 
@@ -257,6 +257,13 @@ def test_it_takes_a_class_of_modules(case):
     with pytest.raises(TypeError) as caught:
         patch_method_to_module(what, "mix")
     assert str(caught.value) == f"patch_method_to_module(cls, name) takes a class of modules, {said}"
+
+
+def test_underscores_at_one_end_of_a_name_make_no_method_of_python():
+    model = nn.Sequential(Underscored())
+    with patch_method_to_module(Underscored, "_mix__"), capture(model, "0._mix__") as acts:
+        model(inputs())
+    assert torch.equal(acts["0._mix__"], inputs() + 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -75,3 +75,13 @@ class AsksItself(nn.Module):
 
     def forward(self, x):
         return self.scaled(x)
+
+
+class Underscored(nn.Module):
+    """Has a method with two underscores at the end of its name."""
+
+    def _mix__(self, x):
+        return x + 1
+
+    def forward(self, x):
+        return self._mix__(x)
