@@ -188,12 +188,15 @@ class CallWatcher(AbstractContextManager[None]):
         self.rules: list[CallRule] = []
         self.counts: dict[Any, int] = {}
         self.computed: dict[Any, list[Any]] = {}
+        self.methods: list[str] = []  # those in the stand-in for the module, which lead back to it
 
     def __enter__(self) -> None:
         frame = self.frame
         methods = dict.fromkeys([name for rule in self.rules for name in rule.methods(frame.module)])
+        self.methods = list(methods)
         if methods:
             frame.module = frame.enter(StandIn(frame.module, methods, tuple(methods)))
+            self.stand_in = frame.module
             for name in methods:
                 frame.module.__dict__[name] = self._watching(name, _bound(frame.module, name))
         frame.enter(_RunOf(frame))
@@ -205,6 +208,9 @@ class CallWatcher(AbstractContextManager[None]):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.mode.__exit__(kind, error, trace)
         self.mode = None
+        if not torch.compiler.is_dynamo_compiling():
+            for name in self.methods:  # else what came by lives until the garbage collector comes
+                self.stand_in.__dict__.pop(name, None)
         if isinstance(error, _Carried):
             raise error.error from error.error.__cause__
 

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from gallery.methods import Attention
 from gallery.plain import Adds, AddsTenfold, Mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from nicehooks import (
     capture,
     edit,
     patch,
+    sites,
     steer,
     suspend,
 )
@@ -429,3 +431,16 @@ def test_an_instance_that_becomes_one_of_another_class_runs_the_forward_of_that(
         model[0].__class__ = AddsTenfold
         assert model(torch.zeros(1)) == model(torch.zeros(1)) == 10
     assert model(torch.zeros(1)) == 10
+
+
+@pytest.mark.usefixtures("no_gc")
+@pytest.mark.parametrize("way", ["a call of a method is edited", "all calls are listed"])
+def test_no_cycle_leads_through_a_method_of_the_model(way):
+    model, seen = Attention(), []
+    model.proj.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    if way == "all calls are listed":
+        sites(model, inputs(), calls=True)
+    else:
+        with edit(model, "@mix()", lambda value: value + 1):
+            seen.append(weakref.ref(model(inputs())))
+    assert len(seen) > 0 and all(reference() is None for reference in seen)
