@@ -61,7 +61,8 @@ def _reason(rule: SiteRule, session: Session) -> str:
         return "it was called inside suspend(model) only."
     return (
         "nothing called this module. Its parent may use the weights without calling it, may call it only in another "
-        "mode or for other inputs, or may hold another module under this name by now."
+        "mode or for other inputs, or may hold another module under this name by now; or somebody has given this one "
+        "another forward since the context was entered."
     )
 
 
