@@ -103,10 +103,10 @@ def _strided_as(old: Tensor, value: Tensor) -> Tensor:
 
     A model may rely on them (`view`), and a product of matrices is rounded in another way with others.
     """
-    if old.layout is not torch.strided or value.layout is not torch.strided:
-        return value
     if torch.compiler.is_compiling():  # which sorts no sizes that it does not know
         return value.contiguous() if old.is_contiguous() else value
+    if old.layout is not torch.strided or value.layout is not torch.strided:
+        return value
     if not (type(old) in _PLAIN and type(value) in _PLAIN) or value.stride() == old.stride():
         return value
     order = sorted(range(old.ndim), key=old.stride, reverse=True)
