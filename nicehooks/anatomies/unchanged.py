@@ -4,9 +4,9 @@ NOTE [What is put back]
 A module may keep what it has computed: a state, a table that has grown, a flag beside hooks that it has registered.
 Around the forwards of ours the attributes, buffers and hooks of each module are remembered as they are bound. Of small
 tensors among them there is a copy; a large one that is written into is copied just before that, which takes a look at
-every function that runs. A model that has made itself anew
-(its lazy modules, or other modules in the place of its own) stays as it has become: the parts are those that it has
-now. So does a module to which an object has been bound that is no plain value: nothing tells what else belongs to it.
+every function that runs. A model that has made itself anew (its lazy modules, or other modules in the place of its own)
+stays as it has become: the parts are those that it has now. So does a module to which an object has been bound that is
+no plain value: nothing tells what else belongs to it.
 """
 
 from __future__ import annotations

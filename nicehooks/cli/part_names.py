@@ -34,7 +34,7 @@ def parts_called(model: nn.Module, name: str) -> list[Part]:
         if _selects(model, name):
             return []
         raise
-    return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
+    return _as_list(parts)
 
 
 def parts_by_name(model: nn.Module) -> dict[str, list[Part]]:
@@ -51,6 +51,11 @@ def _parts_named(found: Anatomy, name: str) -> list[Part]:
         parts = getattr(found, name)
     except NiceHooksError:
         return []
+    return _as_list(parts)
+
+
+def _as_list(parts: object) -> list[Part]:
+    """A part of every layer, or a single part; none where it is something else."""
     return list(parts) if isinstance(parts, Parts) else [parts] if isinstance(parts, Part) else []
 
 

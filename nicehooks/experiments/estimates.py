@@ -114,8 +114,8 @@ def experiment_of(
     args, kwargs = run.given()
     with capture(model, *stems, keep="all", detach=True, clone=True) as base, repeatable(model, verb, check):
         gradients, unreached = _as_far_as_reached(lambda: grad_at(model, stems, once)(*args, **kwargs)[1])
-    if not baseline:  # the forward did not come by
-        raise unreached or AssertionError
+    if unreached is not None and not baseline:  # the forward itself has raised it
+        raise unreached
     grid, seen = grid_of(model, where, base, verb), Stems(base)
     _refuse_whole_numbers(grid, seen, verb)
     regions = (trees.get(seen[str(cell.stem)], cell.chain) for cell in grid.cells)

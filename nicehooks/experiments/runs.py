@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nicehooks.core.children import unwrap
-from nicehooks.core.sessions import is_acting
+from nicehooks.core.sessions import Session, is_acting
 from nicehooks.core.tap import tap_of
 from nicehooks.errors import NiceHooksError, SweepMismatch, TreeMismatch
 from nicehooks.values import trees
@@ -121,7 +121,7 @@ def repeatable(model: nn.Module, verb: str, check: bool = True) -> Iterator[None
     Raises:
         SweepMismatch: it did.
     """
-    before = _random_states(model)
+    before = _random_states(model) if check else []
     yield
     if check and any([not torch.equal(old, new) for old, new in zip(before, _random_states(model), strict=True)]):
         raise SweepMismatch(RANDOM.format(verb=verb))
@@ -147,10 +147,15 @@ def refuse_steps(model: nn.Module, verb: str) -> None:
     Raises:
         SweepMismatch: there is one; the message names it.
     """
-    taps = [tap for module in unwrap(model).modules() if (tap := tap_of(module)) is not None]
-    for session in [rule.session for tap in taps for rule in tap.rules]:
-        if session.no_step is not None and is_acting(session):
+    for session in sessions_acting_on(model):
+        if session.no_step is not None:
             raise SweepMismatch(STEPS_AROUND.format(verb=verb, label=session.label))
+
+
+def sessions_acting_on(model: nn.Module) -> list[Session]:
+    """The sessions of the interventions that act here on a module of `model`, once for each of their rules."""
+    taps = [tap for module in unwrap(model).modules() if (tap := tap_of(module)) is not None]
+    return [rule.session for tap in taps for rule in tap.rules if is_acting(rule.session)]
 
 
 STEPS_AROUND = (

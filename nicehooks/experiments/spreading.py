@@ -15,12 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nicehooks.core.children import unwrap
-from nicehooks.core.sessions import is_acting
-from nicehooks.core.tap import tap_of
 from nicehooks.errors import NiceHooksError
 from nicehooks.experiments.effects import Effects
 from nicehooks.experiments.items import GridItem
+from nicehooks.experiments.runs import sessions_acting_on
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.extras import needs
 
@@ -115,11 +113,8 @@ def refuse_interventions(schedule: Schedule) -> None:
     Raises:
         NiceHooksError: there is one; the message names it.
     """
-    model = schedule.base.run.model
-    taps = [tap for module in unwrap(model).modules() if (tap := tap_of(module)) is not None]
-    for session in [rule.session for tap in taps for rule in tap.rules]:
-        if is_acting(session):
-            raise NiceHooksError(NOT_CARRIED.format(label=session.label))
+    for session in sessions_acting_on(schedule.base.run.model):
+        raise NiceHooksError(NOT_CARRIED.format(label=session.label))
 
 
 NO_WORKER = (

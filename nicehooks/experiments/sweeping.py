@@ -125,9 +125,12 @@ def sweep(
             schedule.later = _from_positions(base, replacements, items)
         schedule.resume(resume)
         if engine == "ray":
-            here = partial(sweep, model, where, values, metric, *args, subspace=subspace, chunk_size=chunk_size)
-            job = partial(here, check=check, **kwargs)
-            as_effects = lambda each: replacements.effects(each - base.metric.cpu(), grid, base.metric.cpu(), [])  # noqa: E731
+            baseline, options = base.metric.cpu(), {"subspace": subspace, "chunk_size": chunk_size, "check": check}
+
+            def as_effects(each: Tensor) -> Effects:
+                return replacements.effects(each - baseline, grid, baseline, [])
+
+            job = partial(sweep, model, where, values, metric, *args, **options, **kwargs)
             metrics = spread(schedule, job, as_effects, workers, worker_options or {})
         else:
             metrics = schedule.run(OneByOne(base, replacements, answers=False))

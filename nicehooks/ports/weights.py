@@ -87,16 +87,16 @@ class ParameterRule(SiteRule):
         """The tensor as the forward will read it."""
         module, name = self.site.module, self.path.port.name
         value = getattr(module, name)
+        is_overwritten = not self.action.changes and module.training and name in module._buffers
         if torch.compiler.is_compiling():
-            kept = not self.action.changes and module.training and name in module._buffers
-            return value.clone() if kept else value
+            return value.clone() if is_overwritten else value
         if not any([is_held(holder, name_there) for holder, name_there in self._held_as()]):
             raise UnsupportedModule(GONE_FROM_TABLES.format(site=self.key, kind=type(module).__name__))
         if value.is_meta and any([hasattr(holder, "_hf_hook") for holder in self.modules()]):
             raise UnsupportedModule(OFFLOADED.format(site=self.key, kind=type(module).__name__))
         if not self.action.changes:
             lent = torch_private_tensors.is_lent_weights(module) and not trees.is_distributed(value)
-            return value.clone() if lent or (module.training and name in module._buffers) else value
+            return value.clone() if lent or is_overwritten else value
         return value if type(value) in (nn.Parameter, Tensor) else numbers_of_parameter(value, self.key)
 
     def _comes_later(self, frame: Frame) -> bool:
