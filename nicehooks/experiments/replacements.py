@@ -29,12 +29,14 @@ class Replacements(NamedTuple):
 
     Attributes:
         verb: whose they are, for messages.
-        sources: one for each alternative.
+        values: one for each alternative, as it was given.
+        sources: what makes of each what is put into a cell.
         axis: of the alternatives; None where there is one value.
         subspace: a basis, `[d, k]`: only the component within it is replaced; None for all of it.
     """
 
     verb: str
+    values: list[Any]
     sources: tuple[Source, ...]
     axis: Axis | None
     subspace: Tensor | None
@@ -106,7 +108,7 @@ def replacements_of(
     if not each:
         raise TreeMismatch(f"{verb}(model, where, values, …): values has no alternative in it.")
     sources = tuple([_source(one, verb, batch) for one in each])
-    return Replacements(verb, sources, axis, checked_basis(subspace))
+    return Replacements(verb, each, sources, axis, checked_basis(subspace))
 
 
 def _alternatives(values: Any, regions: Iterable[Any], verb: str) -> tuple[list[Any], Axis | None]:

@@ -100,13 +100,18 @@ class Schedule:
         Args:
             plain: the plain loop, which a sample is compared with.
         """
-        self.todo = list(self.asked)
+        self.begin()
         try:
             while self.todo:
                 self._next_chunk(plain)
         except KeyboardInterrupt:
             self.note_interrupt()
         return self.metrics
+
+    def begin(self) -> None:
+        """Nothing of what is asked is done: what another way has made of it, which did not fit, is forgotten."""
+        self.todo = list(self.asked)
+        self.metrics[[item.at for item in self.asked]] = torch.nan
 
     def note_interrupt(self) -> None:
         """Says how far it came."""

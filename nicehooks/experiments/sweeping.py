@@ -20,12 +20,13 @@ from nicehooks.experiments.grids import Cell, Grid, grid_of, stems_of
 from nicehooks.experiments.items import Base, GridItem, Stems
 from nicehooks.experiments.lanes import Growing
 from nicehooks.experiments.positions import FromPosition, fits_positions
+from nicehooks.experiments.prompts import Prompts, refuse_dependent
 from nicehooks.experiments.recording import RecordedCall, Recording
 from nicehooks.experiments.replacements import Replacements, replacements_of
 from nicehooks.experiments.runs import Run, refuse_steps, repeatable
 from nicehooks.experiments.scheduling import Schedule
 from nicehooks.experiments.singly import Mapped, OneByOne
-from nicehooks.experiments.spreading import spread
+from nicehooks.experiments.spreading import SpreadSweep, spread
 from nicehooks.experiments.telling import Telling
 from nicehooks.paths.ports import EVERY_CALL
 from nicehooks.values import trees
@@ -88,7 +89,10 @@ def sweep(
             cache; `"batch"`, all side by side in one batch; `"vmap"`, those of one module together, for any module;
             `"loop"`, one after the other. In all but `"batch"` what runs before an intervention begins is not run
             again. By itself the first one that works, and where a part of the grid says so, the positions. `"ray"`
-            spreads the cells over `workers` of a Ray cluster, each of which takes a way by itself.
+            spreads the cells and the examples over `workers` of a Ray cluster, each of which takes a way by itself.
+            Every worker has all examples where these depend on each other, which a note says: with one number for all
+            as the metric, with `"resample"`, where a function, the model or the metric makes something else of some of
+            them than of all. A metric that knows an answer for each of them takes it from a `functools.partial`.
         chunk_size: how many interventions run at once, at most; by itself as many as fit into some memory.
         check: compares a random sample with the plain loop.
         progress: shows how far it is; or a function of what is done and of how much there is.
@@ -125,16 +129,38 @@ def sweep(
             schedule.later = _from_positions(base, replacements, items)
         schedule.resume(resume)
         if engine == "ray":
-            baseline, options = base.metric.cpu(), {"subspace": subspace, "chunk_size": chunk_size, "check": check}
-
-            def as_effects(each: Tensor) -> Effects:
-                return replacements.effects(each - baseline, grid, baseline, [])
-
-            job = partial(sweep, model, where, values, metric, *args, **options, **kwargs)
-            metrics = spread(schedule, job, as_effects, workers, worker_options or {})
+            # Of a view all that it is a view of would go to the workers.
+            each = [one.clone() if isinstance(one, Tensor) else one for one in replacements.values]
+            in_one = partial(sweep, subspace=subspace, chunk_size=chunk_size, check=check)
+            metrics = spread(
+                schedule,
+                SpreadSweep(
+                    partial(_over_rows, in_one, model, where, each, metric, args, kwargs),
+                    lambda found, baseline: replacements.effects(found - baseline, grid, baseline, []),
+                    partial(refuse_dependent, base, replacements, schedule.asked),
+                ),
+                workers,
+                worker_options or {},
+            )
         else:
             metrics = schedule.run(OneByOne(base, replacements, answers=False))
     return replacements.effects(metrics - base.metric, grid, base.metric, schedule.notes)
+
+
+def _over_rows(
+    in_one: Callable[..., Effects],
+    model: nn.Module,
+    where: Where,
+    values: list[Any],
+    metric: Callable[[Any], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: Prompts,
+    resume: Effects,
+) -> Effects:
+    """The sweep over some examples of the batch: `in_one` is `sweep` in one process, with its settings."""
+    of_rows = rows.of_function(metric)
+    return in_one(model, where, rows.of(values), of_rows, *rows.of(args), resume=resume, **rows.of(kwargs))
 
 
 def _recorded(run: Run, where: Where, check: bool) -> tuple[Base, ActivationCache]:

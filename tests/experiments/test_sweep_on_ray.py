@@ -13,7 +13,7 @@ import ray
 import torch
 from bodies import body
 from gallery.architectures import VOCABULARY
-from gallery.swept import CountsRuns, Looped
+from gallery.swept import CountsRuns, Looped, MeanOfBatch
 from torch import Tensor, nn
 
 import nicehooks
@@ -49,13 +49,14 @@ def first(output: Tensor) -> Tensor:
     return output[:, 0]
 
 
-def prompts(seed: int) -> Tensor:
-    return torch.randint(3, VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(seed))
+def prompts(seed: int, count: int = 3) -> Tensor:
+    """So many that they are cut is four and more."""
+    return torch.randint(3, VOCABULARY, (count, 5), generator=torch.Generator().manual_seed(seed))
 
 
-def clean(model: nn.Module) -> Any:
+def clean(model: nn.Module, count: int = 3) -> Any:
     with torch.no_grad(), capture(model, "transformer.h.*") as acts:
-        model(prompts(1))
+        model(prompts(1, count))
     return acts
 
 
@@ -118,6 +119,50 @@ def test_after_an_interrupt_it_goes_on_from_what_is_done() -> None:
     assert 0 < missing < part.values.numel() and "interrupted" in part.notes[-1]
     rest = sweep(model, WHERE, values, metric, prompts(0), engine="ray", resume=part)
     alike(rest, sweep(model, WHERE, values, metric, prompts(0)))
+
+
+def noting(folder: Path) -> Callable[[Any], Tensor]:
+    """A metric that leaves a file for each process, named after it and after how many prompts there were at least."""
+    name, here = str(folder), os.getpid()
+
+    def metric_of(output: Any) -> Tensor:
+        if os.getpid() != here:
+            open(os.path.join(name, f"{os.getpid()}-{len(output.logits)}"), "w").close()
+        return output.logits[:, -1, 5]
+
+    return metric_of
+
+
+def test_one_cell_over_many_prompts_keeps_all_workers_busy(tmp_path: Path) -> None:
+    model, where = body("gpt2"), "transformer.h.1[:, 2]"
+    found = sweep(
+        model, where, clean(model, 41), noting(tmp_path), prompts(0, 41), engine="ray", check=False, chunk_size=1
+    )
+    alike(found, sweep(model, where, clean(model, 41), metric, prompts(0, 41)))
+    processes, counts = zip(*[path.name.split("-") for path in tmp_path.iterdir()], strict=True)
+    assert len(set(processes)) == 2 and set(counts) == {"10", "11"} and not found.notes
+
+
+def test_a_worker_that_dies_and_an_interrupt_amid_parts_of_the_prompts(tmp_path: Path) -> None:
+    model, values, ids = body("gpt2"), clean(body("gpt2"), 9), prompts(0, 9)
+    expected = sweep(model, WHERE, values, metric, ids)
+
+    def interrupt(done: int, count: int) -> None:
+        raise KeyboardInterrupt
+
+    lethal = killing(tmp_path / "killed")
+    part = sweep(model, WHERE, values, lethal, ids, engine="ray", chunk_size=1, progress=interrupt)
+    assert (tmp_path / "killed").exists() and "interrupted" in part.notes[-1]
+    assert part.examples is not None and int(part.examples.isnan().sum()) in (7 * 9, 8 * 9)  # every other cell is there
+    alike(sweep(model, WHERE, values, metric, ids, engine="ray", resume=part), expected)
+    alike(sweep(model, WHERE, values, metric, ids, engine="ray", resume=expected), expected)
+
+
+def test_prompts_that_depend_on_each_other_go_to_every_worker() -> None:
+    model, x = MeanOfBatch().eval(), torch.randn(8, 4)
+    found = sweep(model, "a[:, *]", 0.0, first, x, engine="ray")
+    alike(found, sweep(model, "a[:, *]", 0.0, first, x))
+    assert found.notes[0].startswith("every worker had all prompts: resume=…")
 
 
 def test_what_goes_wrong_in_a_worker_is_the_error_of_one_process() -> None:
