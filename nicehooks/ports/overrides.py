@@ -2,11 +2,12 @@
 
 NOTE [A table that two threads read differently]
 While a parameter port of a module is in use, the module's `_parameters` (or `_buffers`) is replaced by a dict with the
-same entries, of which single look-ups, and they alone, see the overrides that are open in the thread or task that
-reads. `nn.Module` finds a parameter by such a look-up; `parameters()`, `state_dict()`, `to()` and optimizers go through
-the entries, and see and change the real tensors. Nothing is swapped in the model, so nothing can be left behind or be
-seen by another thread. What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`,
-the weight that `torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
+same entries, which shows the overrides that are open in the thread or task that reads: those of a forward that runs
+there. So whatever a forward reads of its parameters, `self.weight`, `self.parameters()` or `self.state_dict()`, it
+reads the other value; who asks outside of it, as optimizers and `to()` do, sees and changes the real tensors, and so do
+copies (`dict(table)`). Nothing is swapped in the model, so nothing can be left behind or be seen by another thread.
+What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`, the weight that
+`torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.sessions import Session
 
+TABLES = ("_parameters", "_buffers")
 _MISSING: Any = object()
 _overrides: ContextVar[dict[tuple[int, str], tuple[Session, Any]]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
 _open_owners: ContextVar[frozenset[Any]] = ContextVar("nicehooks.open_overrides", default=frozenset())
@@ -42,6 +44,14 @@ class Table(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
 
+    def items(self) -> Any:
+        if torch.compiler.is_compiling() or not _overrides.get():
+            return super().items()
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return dict(self.items()).values()
+
     def __setitem__(self, name: str, value: Any) -> None:
         """What a forward assigns where another value stands goes with that: the model's own is not touched."""
         overrides = {} if torch.compiler.is_compiling() else _overrides.get()
@@ -52,13 +62,13 @@ class Table(dict[str, Any]):
             _overrides.set({**overrides, (id(self), name): (found[0], value)})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return (type(self.original), (), None, None, iter(list(self.items())))
+        return (type(self.original), (), None, None, iter(list(super().items())))
 
 
 def stand_in(module: nn.Module, session: Session) -> None:
     """Puts tables in the place of the module's own, while `session` or another one uses them."""
     with Exclusive():
-        for kind in ("_parameters", "_buffers"):
+        for kind in TABLES:
             own = module.__dict__[kind]
             if not isinstance(own, Table):
                 table = Table(own)
@@ -70,7 +80,7 @@ def stand_in(module: nn.Module, session: Session) -> None:
 def step_back(module: nn.Module, session: Session) -> None:
     """Undoes `stand_in`; the last one puts the module's own tables back, with what was changed meanwhile."""
     with Exclusive():
-        for kind in ("_parameters", "_buffers"):
+        for kind in TABLES:
             table = module.__dict__[kind]
             if not isinstance(table, Table):
                 continue
@@ -79,12 +89,12 @@ def step_back(module: nn.Module, session: Session) -> None:
                 own = table.original
                 if not _same(own, table):
                     own.clear()
-                    own.update(table.items())
+                    own.update(table)
                 module.__dict__[kind] = own
 
 
 def _same(own: dict[str, Any], table: dict[str, Any]) -> bool:
-    return list(own) == list(table) and all(a is b for a, b in zip(own.values(), table.values(), strict=True))
+    return list(own) == list(table) and all(a is b for a, b in zip(own.values(), dict(table).values(), strict=True))
 
 
 class Override(AbstractContextManager[None]):
@@ -111,39 +121,61 @@ class Override(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
             self.owner.is_swapped = True
-            self.attributes = Attributes(self.places, [self.value] * len(self.places))
+            tables = [(module, kind) for module in self._modules() for kind in TABLES]
+            self.attributes = Attributes(
+                tables, [self._changed(module.__dict__[kind], module) for module, kind in tables]
+            )
             self.attributes.__enter__()
             return
         self.before = (_overrides.get(), _open_owners.get())
         session = self.owner.session
-        entries = {key: (session, self.value) for place in self.places for key in _keys(*place)}
+        entries = {(id(table), name): (session, self.value) for place in self.places for table, name in _held(*place)}
         _overrides.set({**_overrides.get(), **entries})
         _open_owners.set(_open_owners.get() | {(session.number, self.owner.index)})
+        self.marked = any([name in module._parameters for module, name in self.places]) and _takes_marks(self.value)
+        if self.marked:
+            self.value._is_param = True
+
+    def _modules(self) -> list[nn.Module]:
+        return list({id(module): module for module, _ in self.places}.values())
+
+    def _changed(self, table: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+        """The entries of one of the tables of `module`, with the value."""
+        names = [name for holder, name in self.places if holder is module and name in table]
+        return {**dict(table.items()), **dict.fromkeys(names, self.value)}
 
     def __exit__(self, *_: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             self.owner.is_swapped = False
             self.attributes.__exit__()
             return
+        if self.marked:
+            del self.value._is_param
         overrides, owners = self.before
         _overrides.set(overrides)
         _open_owners.set(owners)
 
 
+def _takes_marks(value: Any) -> bool:
+    """Whether `isinstance` can be told to take it for an `nn.Parameter`, as who replaces one in torch does."""
+    return type(value) is Tensor and not hasattr(value, "_is_param")
+
+
 def is_held(module: nn.Module, name: str) -> bool:
     """Whether `module` has a parameter or buffer called `name` now."""
-    return bool(_keys(module, name))
+    return bool(_held(module, name))
 
 
-def _keys(module: nn.Module, name: str) -> list[tuple[int, str]]:
-    return [(id(table), name) for kind in ("_parameters", "_buffers") if name in (table := module.__dict__[kind])]
+def _held(module: nn.Module, name: str) -> list[tuple[Any, str]]:
+    """The tables of `module` that have `name`, with it."""
+    return [(table, name) for kind in TABLES if name in (table := module.__dict__[kind])]
 
 
 class Attributes(AbstractContextManager[None]):
     """While traced code has it entered, each module in `places` has a value as a plain attribute of that name.
 
-    An attribute stands before a parameter and before a method. What traced code does to attributes, and undoes, is its
-    own: nothing of it is done when the code that was traced runs.
+    What traced code does to attributes, and undoes, is its own: nothing of it is done when the code that was traced
+    runs. Of a dict that it changes, and changes back, all entries would be written anew.
     """
 
     def __init__(self, places: list[tuple[nn.Module, str]], values: list[Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class Autoencoder(nn.Module):
@@ -76,3 +79,26 @@ class NormsByFunction(nn.Module):
 
     def forward(self, x):
         return nn.functional.batch_norm(x, self.mean, self.var, training=True)
+
+
+class Reads(nn.Module):
+    """Multiplies by its weight, which it gets at by a function of itself."""
+
+    def __init__(self, read: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.read(self)
+
+
+class CallsItsChild(nn.Module):
+    """Calls its child as a function of the child's parameters."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.child, dict(self.child.named_parameters()), (x,))

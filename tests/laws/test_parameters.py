@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.utils.prune
-from gallery.parameters import NormsByFunction
+from gallery.parameters import CallsItsChild, NormsByFunction, Reads
 from gallery.shared import Tied
 from torch import nn
 from worlds import inputs, make, same, state
@@ -174,16 +176,66 @@ def test_what_a_forward_assigns_is_kept():
 
 def test_outside_readers_see_the_real_parameters():
     model = make("Mlp")
-    seen = {}
-
-    def look(value):
-        seen.update(state=model.state_dict()["head.bias"].clone(), listed=[p.clone() for p in model.parameters()][-1])
-
     real = model.head.bias.detach().clone()
-    with patch(model, "head@bias", 9.0), edit(model, "head", look):
+    with patch(model, "head@bias", 9.0):
         assert torch.equal(model.state_dict()["head.bias"], real)
         model(inputs())
-    assert torch.equal(seen["state"], real) and torch.equal(seen["listed"], real)
+        assert torch.equal(list(model.parameters())[-1], real)
+
+
+READINGS = {
+    "by name": lambda module: module.weight,
+    "parameters": lambda module: next(module.parameters()),
+    "named_parameters": lambda module: dict(module.named_parameters())["weight"],
+    "get_parameter": lambda module: module.get_parameter("weight"),
+    "state_dict": lambda module: module.state_dict(keep_vars=True)["weight"],
+    "the table": lambda module: list(module._parameters.values())[0],
+}
+"""How a forward may get at a weight of its own."""
+
+
+WHERE_READ = [
+    (how, where)
+    for how in READINGS
+    for where in ("eager", "compiled", "inside compiled")
+    if how != "get_parameter" or where == "eager"  # which asks for an nn.Parameter, that compiled code has not
+]
+
+
+@pytest.mark.parametrize(("how", "where"), WHERE_READ)
+def test_however_a_forward_reads_its_parameter_it_reads_the_other_value(how, where):
+    torch.compiler.reset()
+    model = nn.Sequential(Reads(READINGS[how]))
+    value = torch.full((3,), 3.0, requires_grad=True)
+
+    def run(x):
+        if where != "inside compiled":
+            return model(x)
+        with patch(model, {"0@weight": value}):
+            return model(x)
+
+    called = run if where == "eager" else torch.compile(run, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3)
+    with contextlib.nullcontext() if where == "inside compiled" else patch(model, {"0@weight": value}):
+        out = called(x)
+    (gradient,) = torch.autograd.grad(out.sum(), value)
+    assert torch.equal(out, x * 3) and torch.allclose(gradient, x.sum(0))
+    assert torch.equal(model(x), x)
+
+
+def test_a_functional_call_inside_a_forward_takes_the_other_value_along():
+    model = CallsItsChild(Reads(READINGS["by name"]))
+    with ablate(model, "child@weight"):
+        assert not model(torch.ones(2, 3)).any()
+
+
+def test_the_other_value_is_a_parameter_to_isinstance_while_it_stands_there():
+    seen = []
+    model = nn.Sequential(Reads(lambda module: seen.append(isinstance(module.weight, nn.Parameter)) or module.weight))
+    value = torch.zeros(3)
+    with patch(model, {"0@weight": value}):
+        model(torch.ones(2, 3))
+    assert seen == [True] and not isinstance(value, nn.Parameter)
 
 
 def test_parameters_in_a_parameter_list():
