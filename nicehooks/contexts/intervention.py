@@ -167,6 +167,9 @@ class Intervention:
         try:
             if check is not None:
                 check(session, plan)
+                if session.displaced is not None:
+                    self._plan = None
+                    explained("displaced.tell", self, session)
         finally:
             self._left(session)
             self._leave_plan(plan)

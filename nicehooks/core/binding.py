@@ -73,8 +73,7 @@ def _put_in(module: nn.Module, tap: Tap) -> None:
             tap.parameters = parameters_of(inspect.signature(forward))
     tap.simple = tap.previous is None
     for copying in tap.copying:
-        found = names.get(copying.name)
-        copying.previous = None if found is copying else found
+        copying.come(names)
     names.update(tap.entries)
 
 
@@ -89,12 +88,15 @@ def unbind(taps: list[Bound], broken_off: bool = False) -> None:
             if module is None:
                 continue
             names = module.__dict__
-            if tap.rules is alone and names.get("forward") is tap.forward:  # bound where nothing was
+            ours = names.get("forward") is tap.forward
+            if rule in tap.rules and not ours:
+                rule.session.displaced = tap
+            if tap.rules is alone and ours:  # bound where nothing was
                 for name in reversed(tap.entries):
                     names.pop(name, None)
                 tap.only = tap.bound = None
                 tap.rules = tap.attached = ()
-            elif rule in tap.rules or (not tap.rules and (broken_off or names.get("forward") is tap.forward)):
+            elif rule in tap.rules or (not tap.rules and (broken_off or ours)):
                 _unbind_slowly(tap, module, rule)
 
 
@@ -117,23 +119,19 @@ def _unbind_slowly(tap: Tap, module: Any, rule: Rule) -> None:
 def _put_back(module: nn.Module, tap: Tap) -> None:
     """Restores `forward`, unless somebody else has rebound it meanwhile: a context undoes only its own work.
 
-    Then the tap may be called from inside theirs for ever, so it is left as it is, and the module gets another one.
+    Then the tap may be called from inside theirs for ever, or be put back; so it is left as it is, and the module gets
+    another one.
     """
     names = module.__dict__
     tap.bound = None
-    if names.get("forward") is not tap.forward:
-        drop_tap(module, tap)
-    elif tap.previous is None:
+    if names.get("forward") is tap.forward and tap.previous is None:
         del names["forward"]
-    else:
+    elif names.get("forward") is tap.forward:
         names["forward"] = tap.previous
+    elif names.get("forward") is not tap.previous:
+        drop_tap(module, tap)
+    for copying in tap.copying:
+        copying.leave(names)
+    if tap.previous is not None:
         tap.previous = None
         tap.parameters = parameters_of(signature_of(tap.function))
-    for copying in tap.copying:
-        if names.get(copying.name) is not copying:
-            continue
-        if copying.previous is None:
-            del names[copying.name]
-        else:
-            names[copying.name] = copying.previous
-            copying.previous = None

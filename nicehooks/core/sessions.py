@@ -90,6 +90,7 @@ class Session:
         exporting: whether it was entered inside of code that is being exported.
         ended: whether the context was left.
         called: whether the root model was called here.
+        displaced: a tap in whose place somebody else has put another forward.
         elsewhere: whether a selected module was called where this session does not act.
         suspended: whether a selected module was called under `suspend`.
         stopped: whether something has ended a forward of the root model early.
@@ -102,9 +103,9 @@ class Session:
     """
 
     __slots__ = (
-        "__weakref__", "_progresses", "acts_in", "attached", "called", "checkpointed", "counting", "elsewhere",
-        "ended", "exporting", "label", "level", "mine", "no_step", "number", "order", "reached", "recomputed",
-        "round", "rules", "stopped", "suspended", "tapped", "ticket"
+        "__weakref__", "_progresses", "acts_in", "attached", "called", "checkpointed", "counting", "displaced",
+        "elsewhere", "ended", "exporting", "label", "level", "mine", "no_step", "number", "order", "reached",
+        "recomputed", "round", "rules", "stopped", "suspended", "tapped", "ticket"
     )  # fmt: skip
 
     def __init__(self, label: str, attached: bool = False) -> None:
@@ -121,6 +122,7 @@ class Session:
         self.tapped: Mapping[int, tuple[Any, ...]] = NOTHING
         self.no_step: Any = None
         self.ticket: torch.Tensor | None = None
+        self.displaced: Any = None
         self.rules: dict[int, Any] = {}
         self._progresses: dict[int, Progress] = {}
         self.mine: Progress | None = None

@@ -63,9 +63,8 @@ def _places_of(model: nn.Module, item: Where, verb: str) -> tuple[list[_Place], 
     names |= {id(m): joined(names[id(owner)], key) for owner in model.modules() for key, m in further_children(owner)}
     (group,) = select_groups(model, [item], verb)
     ways = [tuple(filter(None, names[id(site.module)].split("."))) for site in group.sites]
-    return [
-        _Place(site.name, way, _unshared(site.path)) for way, site in zip(ways, group.sites, strict=True)
-    ], group.wild
+    places = [_Place(site.name, way, _unshared(site.path)) for way, site in zip(ways, group.sites, strict=True)]
+    return places, group.wild
 
 
 def _unshared(path: ModulePath) -> ModulePath:

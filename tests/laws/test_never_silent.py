@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from gallery.calling import Half
 from gallery.checkpointed import Checkpointed
 from gallery.overwriting import Overwriting
@@ -18,6 +22,7 @@ from nicehooks import (
     CheckpointWarning,
     NiceHooksWarning,
     NotCalledWarning,
+    NotReachedWarning,
     PathError,
     SiteNotFound,
     SiteNotReached,
@@ -497,3 +502,66 @@ def test_a_context_that_is_a_part_of_the_checkpointed_region_does_not_warn(reent
 
     with pytest.warns(CheckpointWarning):  # the inner region is run again without it
         checkpoint(around_another, x, use_reentrant=False)
+
+
+# --- another forward in the place of ours -----------------------------------------------------------------------------
+
+
+def _anew(module):
+    module.forward = lambda x: x
+
+
+def _anew_as_a_method(module):
+    module.forward = MethodType(lambda self, x: x, module)
+
+
+def _wrapped(module):
+    inner = module.forward
+    module.forward = lambda x: inner(x) * 2
+
+
+def _wrapped_by_an_object(module):
+    class Twice:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(x) * 2
+
+    module.forward = partial(Twice(module.forward))
+
+
+def _taken_away(module):
+    del module.forward
+
+
+def _hooked_by_accelerate(module):
+    add_hook_to_module(module, ModelHook())
+
+
+@pytest.mark.parametrize(("replace", "how"), [
+    (_anew, "replaced by _anew.<locals>.<lambda>"),
+    (_anew_as_a_method, "replaced by _anew_as_a_method.<locals>.<lambda>"),
+    (_taken_away, "taken away"),
+])  # fmt: skip
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_forward_that_takes_the_place_of_ours_is_told_of(replace, how, attached):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    x = torch.ones(2, 3)
+    text = f"inside the context the forward of '0' (Linear) was {how}. From then on nothing acted there."
+    handle = ablate(model, "0")
+    handle.attach() if attached else handle.__enter__()
+    model(x)
+    replace(model[0])
+    assert model[0](x).any()
+    with pytest.warns(NotReachedWarning, match=re.escape(text)):
+        handle.remove()
+
+
+@pytest.mark.parametrize("replace", [_wrapped, _wrapped_by_an_object, _hooked_by_accelerate])
+def test_a_forward_that_calls_ours_is_not(replace):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with ablate(model, "0"):
+        replace(model[0])
+        assert not model[0](torch.ones(2, 3)).any()
+        model(torch.ones(2, 3))

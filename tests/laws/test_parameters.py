@@ -189,7 +189,7 @@ READINGS = {
     "named_parameters": lambda module: dict(module.named_parameters())["weight"],
     "get_parameter": lambda module: module.get_parameter("weight"),
     "state_dict": lambda module: module.state_dict(keep_vars=True)["weight"],
-    "the table": lambda module: list(module._parameters.values())[0],
+    "the table": lambda module: next(iter(module._parameters.values())),
 }
 """How a forward may get at a weight of its own."""
 

@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from worlds import MODELS, inputs, make, same, state
 from nicehooks import (
     ContextMisuse,
     NiceHooksError,
+    NotReachedWarning,
     SiteNotFound,
     UnsupportedModule,
     ablate,
@@ -30,7 +32,6 @@ from nicehooks import (
     steer,
     suspend,
 )
-from nicehooks.errors import NotReachedWarning
 
 
 @pytest.fixture(params=MODELS)
@@ -297,6 +298,38 @@ def test_a_forward_rebound_by_somebody_else_inside_stays():
     assert torch.equal(acts["embed"], model.embed(inputs()))
     model.embed.forward = inner
     assert same(model(inputs()), clean)
+
+
+def test_a_forward_of_ours_that_somebody_puts_back_later_is_in_no_copy():
+    model = make("Mlp")
+    before, clean = state(model), model(inputs())
+    with steer(model, "embed", torch.ones(6)):
+        model.embed.forward = partial(lambda inner, x: inner(x) * 2, inner := model.embed.forward)
+        model(inputs())
+    model.embed.forward = inner
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(copied(inputs()), clean) and "forward" not in vars(copied.embed)
+        with torch.no_grad():
+            copied.embed.weight.zero_(), copied.embed.bias.zero_()
+        assert not copied.embed(inputs()).any()
+    with capture(model, "embed"):
+        model(inputs())
+        assert "forward" not in vars(copy.deepcopy(model).embed)
+    del model.embed.forward, inner
+    gc.collect()
+    assert state(model) == before
+
+
+def test_a_forward_that_takes_the_place_of_ours_leaves_nothing_of_ours():
+    model = make("Mlp")
+    before = state(model)
+    handle = steer(model, "embed", torch.ones(6)).attach()
+    model.embed.forward = lambda x: x.new_zeros(*x.shape[:-1], 6)
+    model(inputs())
+    with pytest.warns(NotReachedWarning):
+        handle.remove()
+    del model.embed.forward
+    assert state(model) == before
 
 
 def test_the_users_hooks_keep_firing_after_ours():
