@@ -89,6 +89,7 @@ class capture(Intervention):
         if layout not in ("local", "full"):
             raise ValueError(f"layout={layout!r}: it is 'local' or 'full'")
         self.where = where or (True,)
+        self.stops = stop
         self._action = _Capture(keep, Keeper(detach, clone, to, layout == "full"), map, stop)
 
     def __repr__(self) -> str:
@@ -115,9 +116,6 @@ class capture(Intervention):
 
     def _step_rule(self) -> StepRule:
         return _StepOfCapture(self._action)
-
-    def _counts(self, rules: list[SiteRule]) -> bool:
-        return self._action.stop or super()._counts(rules)
 
     def _entered(self, session: Session) -> ActivationCache:
         plan: Any = self._plan

@@ -47,6 +47,8 @@ class Intervention:
     verb = ""
     first = False  # whether it acts before what is there already, not after it
     plans_anew = False
+    stops = False  # whether it ends a forward early
+    _session: Session | None = None
     keeps_plans = False  # whether its plans depend on the model, the paths, and `_depends_on` alone
 
     def __init__(self, model: nn.Module, steps: Any = None, calls: Any = None) -> None:
@@ -57,7 +59,6 @@ class Intervention:
         self.calls = calls
         self._plan: Plan | None = None
         self._has_given = False  # whether its plan waits for whoever comes first
-        self._session: Session | None = None
         self._whens: dict[Any, When] = {}  # by the call of the path: all sites have the same ones
 
     # what the interventions say
@@ -111,6 +112,11 @@ class Intervention:
         if self._session is not None:
             self._session.start_counting()
 
+    def __del__(self) -> None:
+        """What an interrupt has left entered, nobody can leave any more."""
+        if self._session is not None and not self._session.attached:
+            self._stop(broken_off=True)
+
     @property
     def active(self) -> bool:
         """Whether it is entered or attached now."""
@@ -130,6 +136,7 @@ class Intervention:
             self._start(session, plan, actions)
             return self._entered(session)
         except BaseException:
+            free_left_over()
             self._stop(broken_off=True)
             self._plan = None
             raise
@@ -161,6 +168,8 @@ class Intervention:
 
     def _end(self, check: Callable[[Session, Plan], None] | None) -> None:
         session, plan = self._session, self._plan
+        if not torch.compiler.is_dynamo_compiling():
+            free_left_over()
         self._stop()
         if session is None or plan is None:
             return
@@ -181,7 +190,6 @@ class Intervention:
                 unbind_traced(self._plan.pairs)
             self._session = None
             return
-        free_left_over()
         session, plan = self._session, self._plan
         if session is None or plan is None:
             vars(self).pop("_entered_by", None)
@@ -257,19 +265,16 @@ class Intervention:
         if not groups:
             raise SiteNotFound(explained("misuse.empty", self.verb))
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
-        pairs[1:1] = rules_around(sites, unwrap(self.model), any([rule.when.counts for rule in rules]))
+        counts = any([rule.when.counts for rule in rules])
+        pairs[1:1] = rules_around(sites, unwrap(self.model), counts)
         for index, rule in enumerate(rules):
             rule.index = index
         keys, key = frozenset([rule.key for rule in rules]), self._key_of_plan(actions)
-        return Plan.of(repr(self), pairs, selected, groups, self._counts(rules), keys, key)
+        return Plan.of(repr(self), pairs, selected, groups, counts or self.stops, keys, key)
 
     def _selected(self, where: Where) -> list[Group]:
         select = groups_of if torch.compiler.is_dynamo_compiling() else select_groups
         return select(self.model, where, self.verb)
-
-    def _counts(self, rules: list[SiteRule]) -> bool:
-        """Whether steps, calls, or the depth in the root model matter."""
-        return any([rule.when.counts for rule in rules])
 
     # never silent
 
@@ -284,9 +289,8 @@ class Intervention:
         elif missed is not None:
             self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
-        outlived = session.checkpointed and not session.recomputed
         # inside of the region itself, backward enters the context again
-        if outlived and session.checkpointed > torch_private.checkpoint_depth():
+        if session.checkpointed and not session.recomputed and session.checkpointed > torch_private.checkpoint_depth():
             warn_caller(explained("misuse.checkpointed", self), CheckpointWarning)
 
     def _warn(self, session: Session, plan: Plan) -> None:
@@ -306,9 +310,7 @@ class Intervention:
 
 def _as_key(where: Where, model: nn.Module) -> Any:
     """What tells one `where` from another, if it is paths, sites of the `model`, and lists of them."""
-    if isinstance(where, str):
-        return where
     if isinstance(where, tuple | list):
         keys = tuple([_as_key(item, model) for item in where])
         return None if None in keys else keys
-    return where if isinstance(where, Site) and where.belongs_to(model) else None
+    return where if isinstance(where, str) or (isinstance(where, Site) and where.belongs_to(model)) else None

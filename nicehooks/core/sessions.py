@@ -137,9 +137,6 @@ class Session:
             return found
         if not traced and mine is not None and len(self._progresses) == 1 and torch_private.in_backward():
             return mine  # a thread of autograd's own goes on with the forward's
-        return self._new_progress()
-
-    def _new_progress(self) -> Progress:
         found = self._progresses[HERE.number] = Progress(HERE.number if self.attached else 0, self.no_step)
         if self.mine is None:
             self.mine = found

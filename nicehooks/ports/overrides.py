@@ -109,7 +109,7 @@ class Override(AbstractContextManager[None]):
     def __init__(self, owner: Any, places: list[tuple[nn.Module, str]], value: Tensor | None) -> None:
         self.owner = owner
         self.places = [] if value is None else places
-        self.value = value
+        self.value: Any = value
 
     @staticmethod
     def is_open(owner: Any) -> bool:

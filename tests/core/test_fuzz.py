@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import fuzz
 import pytest
 from torch import nn
+from worlds import state
 
-from nicehooks import ablate, capture, patch
+from nicehooks import ablate, capture, captured, describe, grad_at, patch
 
 FUZZ = Path(fuzz.__file__)
 
@@ -60,6 +63,53 @@ def test_an_interrupt_at_any_line_of_coming_and_going_leaves_nothing(with_its_ow
             assert line > 100
             return
     pytest.fail("it never got to the end")
+
+
+def calls_captured(model: nn.Module) -> None:
+    captured(model, ["1", "2.0"])(fuzz.X)
+
+
+def stacks_contexts(model: nn.Module) -> None:
+    with ablate(model, "1"), patch(model, {"2.0": 1.0}):
+        model(fuzz.X)
+
+
+def asks_for_a_gradient(model: nn.Module) -> None:
+    grad_at(model, "1", lambda out: out.sum())(fuzz.X)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # an interrupt in `__del__` goes no further
+@pytest.mark.parametrize("job", [calls_captured, stacks_contexts, asks_for_a_gradient])
+@pytest.mark.parametrize("within", ["/contexts/intervention.py", "/core/binding.py"])
+def test_an_interrupt_where_nobody_has_a_handle_leaves_nothing(job: Callable[[nn.Module], None], within: str) -> None:
+    for line in range(1, 1000):
+        model = fuzz.chain()
+        model(fuzz.X)
+        before, tracer = state(model), sys.gettrace()
+        interrupt = fuzz.Interrupt(line, within)
+        sys.settrace(interrupt)
+        try:
+            job(model)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracer)
+        if state(model) != before:
+            gc.collect()
+        assert state(model) == before and not describe(model)
+        if interrupt.left > 0:
+            assert line > 40
+            return
+    pytest.fail("it never got to the end")
+
+
+def test_a_context_that_was_forgotten_is_over() -> None:
+    model = fuzz.chain()
+    before = state(model)
+    ablate(model, "1").__enter__()
+    assert state(model) == before and not describe(model)
 
 
 def test_who_traced_before_an_interrupt_traces_behind_it() -> None:
