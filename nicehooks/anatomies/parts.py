@@ -41,7 +41,7 @@ class Part(ModulePath):
 
     def __getitem__(self, index: Any) -> Part:
         """The part with one more subscript, as on its value: `resid_post[5][:, -1]` is its last position."""
-        step = show_step(index)
+        step = show_step(plain(index))
         return Part.at(f"{self}{step}", f"{self.what}{step}")
 
     def head(self, index: int | slice | list[int]) -> Part:
@@ -54,6 +54,7 @@ class Part(ModulePath):
         """
         if self.heads is None:
             raise SiteNotFound(NO_HEADS.format(what=self.what or self))
+        index = plain(index)
         for one in [index] if isinstance(index, int) else index if isinstance(index, list) else []:
             if not -self.heads <= one < self.heads:
                 raise SiteNotFound(f"{self.what} has {self.heads} heads, 0 … {self.heads - 1}, and no head {one}.")
@@ -188,9 +189,18 @@ class AtIndex:
         self._parts = parts
 
     def __getitem__(self, index: Any) -> Parts:
-        more = f".at{show_step(index)}"
+        more = f".at{show_step(plain(index))}"
         parts = self._parts
         return Parts((part[index] for part in parts), f"{parts.what}{more}", (parts.layers, parts.n_layers))
+
+
+def plain(index: Any) -> Any:
+    """`index` in numbers of Python's own: those that a tensor or an array holds are written in a path like others."""
+    if isinstance(index, tuple | list):
+        return type(index)([plain(each) for each in index])
+    if isinstance(index, slice):
+        return slice(plain(index.start), plain(index.stop), plain(index.step))
+    return index.tolist() if hasattr(index, "tolist") else index
 
 
 def gradient_of(port: Port) -> Port:

@@ -312,9 +312,9 @@ def error_of(module: Callable[[Tensor], Any], value: Tensor, wanted: Tensor, new
 
 
 def through(module: Callable[[Tensor], Any], value: Tensor) -> Any:
-    """What `module` makes of `value`, which goes in in the dtype of its parameters and comes back in its own."""
-    parameters = module.parameters() if isinstance(module, nn.Module) else ()
-    dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), value.dtype)
+    """What `module` makes of `value`: that goes in in the dtype of parameters or buffers, and comes back in its own."""
+    tensors = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), value.dtype)
     if dtype is value.dtype or not value.is_floating_point():
         return module(value)
     new = module(value.to(dtype))

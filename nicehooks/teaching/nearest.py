@@ -98,18 +98,24 @@ def _lines(wrong: str, right: str) -> list[str]:
 def _part_of_anatomy(path: ModulePath, verb: str) -> list[str]:
     """The lines of a message for a path that is no name in the model, but what the field calls a part of it."""
     part, layer = path.name, ""
-    hook = re.fullmatch(r"(?:blocks\.(\d+|\*)\.)?(?:attn\.|mlp\.)?hook_(\w+)", path.name)
+    hook = re.fullmatch(r"(?:blocks\.(\d+|\*)\.)?(?:\w+\.)?hook_(\w+)", path.name)
     if hook is not None:
         part = HOOK_POINTS.get(hook[2], hook[2])
         layer = f"[{hook[1]}]" if hook[1] and hook[1] != "*" else ""
     if part not in ANATOMY_PARTS:
-        return []
+        return [] if hook is None else [HOOK_POINT.format(name=path.name)]
     more = ", …" if verb in TAKES_MORE else ""
     right = f"anatomy(model).{part}{layer or path.subscripts}"
     return [
         f"  {part} is a part of a transformer, which anatomy(model) finds:",
         *_lines(f'{verb}(model, "{path}"{more})', f"{verb}(model, {right}{more})"),
     ]
+
+
+HOOK_POINT = (
+    "  it is the name of a hook point, as hooked(model) of nicehooks.hookpoints has them:\n"
+    '    hooked(model).run_with_cache(…)[1]["{name}"]'
+)
 
 
 # --- ports that were written as names ---------------------------------------------------------------------------------

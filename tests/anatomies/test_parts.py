@@ -7,6 +7,7 @@ import pickle
 import weakref
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from bodies import body, padded
@@ -27,6 +28,26 @@ def test_the_same_subscript_in_every_layer() -> None:
     assert list(last) == [f"model.layers.{layer}[:, -1]" for layer in range(3)]
     assert parts["resid_post", 1] == parts.resid_post[1] and parts["z"] == parts.z
     assert parts.resid_post[1:].at[:, -1] == last[1:]
+
+
+@pytest.mark.parametrize(("index", "shown"), [
+    ((slice(None), torch.tensor(2)), "[:, 2]"),
+    ((slice(None), torch.tensor([2, 1])), "[:, [2, 1]]"),
+    ((slice(None), [torch.tensor(2), torch.tensor(1)]), "[:, [2, 1]]"),
+    ((slice(None), numpy.int64(2)), "[:, 2]"),
+    ((slice(None), slice(numpy.int64(1), torch.tensor(3))), "[:, 1:3]"),
+])  # fmt: skip
+def test_indices_out_of_tensors_and_arrays(index: Any, shown: str) -> None:
+    parts = anatomy(body("llama"))
+    assert (
+        parts.resid_post[1][index] == f"model.layers.1{shown}"
+        and parts.resid_post.at[index][1] == parts.resid_post[1][index]
+    )
+
+
+def test_a_head_by_a_tensor() -> None:
+    parts = anatomy(body("llama"))
+    assert parts.z[1].head(torch.tensor(2)) == parts.z[1].head(2)
 
 
 def test_one_site_per_head() -> None:

@@ -149,6 +149,14 @@ def test_gradients_go_through_the_module_and_not_through_the_error(world, error)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, by_weights, strict=True))
 
 
+def test_a_module_that_has_buffers_alone_gets_the_value_in_their_dtype():
+    model, norm = make("Mlp").bfloat16(), nn.BatchNorm1d(6, affine=False).eval()
+    x = inputs().bfloat16()
+    with splice(model, "embed", norm), capture(model, "embed") as acts:
+        model(x)
+    assert torch.equal(acts["embed"], norm(model.embed(x).float()).bfloat16())
+
+
 def test_splice_says_what_does_not_fit():
     model = make("Mlp")
     with (

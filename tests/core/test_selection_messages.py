@@ -172,6 +172,14 @@ no module matches 'blocks.*.hook_resid_pre' in GPT.
     select(model, "blocks.*.hook_resid_pre")  # incorrect
     select(model, anatomy(model).resid_pre)   # correct""",
     ),
+    "a hook point that is no part": (
+        MODEL,
+        "blocks.0.ln1.hook_normalized",
+        """\
+no module matches 'blocks.0.ln1.hook_normalized' in GPT.
+  it is the name of a hook point, as hooked(model) of nicehooks.hookpoints has them:
+    hooked(model).run_with_cache(…)[1]["blocks.0.ln1.hook_normalized"]""",
+    ),
     "one of two names": (
         MODEL,
         ["lm_head", "lmhead"],
