@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from nicehooks.core.binding import Bound, bind, taps_for, unbind
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
 from nicehooks.servers.batches import BeginRule, CrowdRule, PackedBatch, lay_out
-from nicehooks.servers.engine import PRIVATE, RunningEngine, is_servable
+from nicehooks.servers.engine import PRIVATE, SHARED_PREFIX, WHOLE, RunningEngine, is_servable
+from nicehooks.servers.pieces import names_one_position
 from nicehooks.servers.requests import ENDED, Handle, Request
 
 
@@ -84,8 +87,8 @@ class Server:
         engine, contexts = self._running(), list(under)
         if "streaming" in generation or "request_id" in generation:
             raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
-        name = f"{PRIVATE if contexts else 'shared-'}{next(self._numbers)}"
-        request = Request(name, _as_tokens(ids), contexts, self.model)
+        request = Request(_as_tokens(ids), contexts, self._is_part)
+        name = request.name = f"{_kind_of(engine, request)}{next(self._numbers)}"
         _check_room(engine, request, engine.most_new_tokens(generation))
         for module in request.rules:
             if module not in self._rules:
@@ -95,6 +98,9 @@ class Server:
         request.future.add_done_callback(lambda future: self._cancelled(name) if future.cancelled() else None)
         engine.add(name, request.prompt, generation)
         return Handle(request)
+
+    def _is_part(self, module: nn.Module) -> bool:
+        return module in self._rules or any(map(partial(operator.is_, module), self.model.modules()))
 
     def _running(self) -> RunningEngine:
         if self._engine is None:
@@ -200,19 +206,29 @@ def _as_tokens(ids: Any) -> list[int]:
     return list(tokens)
 
 
+def _kind_of(engine: RunningEngine, request: Request) -> str:
+    """How the engine may treat a request, as its name begins; see NOTE [What the engine may not do]."""
+    if not request.contexts:
+        return SHARED_PREFIX
+    too_long = len(request.prompt) > engine.longest_prompt
+    return WHOLE if [rule for rule in request.over_all if not (too_long and names_one_position(rule))] else PRIVATE
+
+
 def _check_room(engine: RunningEngine, request: Request, most_new: int | None) -> None:
     prompt = len(request.prompt)
     if most_new is None:
         raise TypeError(HOW_MANY)
-    if request.contexts and prompt > engine.longest_prompt:
-        raise ContextMisuse(TOO_LONG.format(prompt=prompt, most=engine.longest_prompt))
+    if request.name.startswith(WHOLE) and prompt > engine.longest_prompt:
+        path = next(str(rule.site) for rule in request.over_all if not names_one_position(rule))
+        raise ContextMisuse(TOO_LONG.format(path=path, prompt=prompt, most=engine.longest_prompt))
     if prompt + most_new > engine.room:
         raise ContextMisuse(NO_ROOM.format(prompt=prompt, new=most_new, room=engine.room))
 
 
 HOW_MANY = "how many tokens to generate at most? submit(ids, max_new_tokens=20)"
 TOO_LONG = (
-    "a prompt under a context is run in one forward, but this one has {prompt} tokens, and {most} fit into one.\n"
+    "{path!r}: a function over several positions has to see all of the prompt at once. This one has {prompt} tokens, and "
+    "{most} are run in a forward.\n"
     "    serving(model, max_batch_tokens={prompt})"
 )
 NO_ROOM = (

@@ -126,7 +126,9 @@ def test_rows_that_come_again_are_captured_once(model):
 
     def under(number: int) -> list[Any]:
         vector = torch.full((32,), float(number))
-        return [steer(model, "model.layers.1", vector, steps=[0, 3]), capture(model, "model.layers.2", keep="all")]
+        at_head = steer(model, "lm_head", torch.arange(60) * 0.1)  # which has no row for what comes again
+        steered = steer(model, "model.layers.1", vector, steps=[0, 3])
+        return [steered, at_head, capture(model, "model.layers.2", keep="all")]
 
     with serving(model, page_size=8, num_blocks=8, max_batch_tokens=40) as server:
         process = server._engine.processor.scheduler  # type: ignore[union-attr]
@@ -203,7 +205,7 @@ def test_what_is_not_of_one_request_is_refused_by_name(model):
         with pytest.raises(TypeError, match="takes contexts"):
             server.submit([1, 2], under=[lambda value: value], max_new_tokens=1)
         with pytest.raises(ContextMisuse, match="max_batch_tokens=49"):
-            server.submit([1] * 49, under=[capture(model, "model.layers.0")], max_new_tokens=1)
+            server.submit([1] * 49, under=[edit(model, "model.layers.0", lambda value: value)], max_new_tokens=1)
         with pytest.raises(ContextMisuse, match="do not fit into the engine's memory"):
             server.submit([1, 2], max_new_tokens=1000)
         with pytest.raises(TypeError, match="how many tokens"):
