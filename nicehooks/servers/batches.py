@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from nicehooks.core.frames import Frame, Rule
@@ -55,6 +58,27 @@ class Turn(NamedTuple):
         """The rows of the stretch in `value`; see NOTE [Prompts in pieces]."""
         span = self.stretch.span
         return taken_out(value, span, sizes, head, any(map(keeps, self.rules)), spread=span.is_piece)
+
+
+class TurnRule(Rule):
+    """At the model: one call at a time, whoever calls.
+
+    A forward of the engine tells `transformers` how attention masks by writing `is_causal` into the model's config, and
+    puts back what it has found there. Of two forwards at once, one would look ahead, and leave that behind for ever.
+    """
+
+    __slots__ = ("lock",)
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self.lock = lock
+
+    def before(self, frame: Frame) -> None:
+        if not torch.compiler.is_compiling():
+            frame.enter(self.lock)
+
+
+LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""For the calls of each model that is or was served: two servers of one model share it."""
 
 
 class BeginRule(Rule):
@@ -154,7 +178,7 @@ class CrowdRule(Rule):
                     request.pieces.act(rule, turn.frame, phase, span)
                 else:
                     getattr(rule, phase)(turn.frame)
-        except Exception as error:
+        except BaseException as error:  # a `SystemExit`, too, would end the engine
             self.fail(turn.stretch.request, error)
             return False
         return True

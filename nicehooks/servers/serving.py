@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from nicehooks.core import sessions
 from nicehooks.core.binding import Bound, bind, taps_for, unbind
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
-from nicehooks.servers.batches import BeginRule, CrowdRule, PackedBatch, lay_out
+from nicehooks.servers.batches import LOCKS, BeginRule, CrowdRule, PackedBatch, TurnRule, lay_out
 from nicehooks.servers.engine import PRIVATE, SHARED_PREFIX, WHOLE, RunningEngine, is_servable
 from nicehooks.servers.pieces import names_one_position
 from nicehooks.servers.requests import ENDED, Handle, Request
@@ -47,6 +48,9 @@ class Server:
         self._session = Session(repr(self), attached=True)
         sessions.number(self._session)
         sessions.begin(self._session)
+        lock = LOCKS.setdefault(self.model, threading.RLock())
+        for module in {self.model, getattr(self.model, "base_model", self.model)}:
+            self._bind(module, TurnRule(lock))
         self._bind(self.model, BeginRule(self._begin))
         self._engine.start()
         return self
@@ -87,7 +91,7 @@ class Server:
         engine, contexts = self._running(), list(under)
         if "streaming" in generation or "request_id" in generation:
             raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
-        request = Request(_as_tokens(ids), contexts, self._is_part)
+        request = Request(_as_tokens(ids, self.model), contexts, self._is_part)
         name = request.name = f"{_kind_of(engine, request)}{next(self._numbers)}"
         _check_room(engine, request, engine.most_new_tokens(generation))
         for module in request.rules:
@@ -197,12 +201,15 @@ def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **set
 UNSERVED = ("use_async_batching", "use_cuda_graph", "varlen_compile_config", "decode_compile_config")
 
 
-def _as_tokens(ids: Any) -> list[int]:
+def _as_tokens(ids: Any, model: Any) -> list[int]:
     tokens = ids.detach().reshape(-1).tolist() if isinstance(ids, Tensor) and ids.numel() == ids.shape[-1] else ids
     if isinstance(tokens, Tensor) or not all([isinstance(token, int) for token in tokens]):
         raise TypeError("submit(ids) takes the tokens of one prompt: a list of ints, or a tensor [pos] or [1, pos]")
     if not tokens:
         raise ValueError("submit(ids) takes at least one token")
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and not 0 <= min(tokens) <= max(tokens) < known:  # it would end the forward of all requests
+        raise ValueError(f"submit(ids) takes tokens from 0 to {known - 1}, not {min(tokens)} or {max(tokens)}")
     return list(tokens)
 
 
