@@ -3,9 +3,9 @@
     python benchmarks/serving.py                  # SmolLM2-135M's sizes, random weights
     python benchmarks/serving.py --small          # a tiny model, where the work of Python shows most
 
-64 requests of which half are steered, each by another vector. Both ways run in turn, in random order; the figures are the
-medians of the ratios of neighbours: by processor time, of all threads, which other work on the machine hardly touches, and
-by the wall clock.
+64 requests of which half are steered, each by another vector. Both ways run in turn, in random order; the figures are
+the medians of the ratios of neighbours: by processor time of all threads, which other work on the machine hardly
+touches, and by the wall clock.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def main() -> None:
                 flush=True,
             )
     cpu, wall = [statistics.median(each) for each in zip(*ratios, strict=True)]
-    print(f"{given.requests} requests, half steered: {cpu:.3f} × the bare engine's rate by processor time, {wall:.3f} × by the clock")
+    print(
+        f"{given.requests} requests, half steered: {cpu:.3f} × the bare engine's rate by processor time, "
+        f"{wall:.3f} × by the clock"
+    )
 
 
 if __name__ == "__main__":

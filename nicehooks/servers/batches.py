@@ -13,8 +13,8 @@ from torch import nn
 
 from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.rules import OutputRule
-from nicehooks.servers.requests import Request, Stretch
 from nicehooks.servers.pieces import keeps
+from nicehooks.servers.requests import Request, Stretch
 from nicehooks.servers.rows import Change, Packed, is_absent, put_back, taken_out
 from nicehooks.servers.sums import all_shifted
 
@@ -147,9 +147,7 @@ class CrowdRule(Rule):
         if summed is not None:
             frame.value = summed
             return turns
-        longer = [
-            Turn(stretch, stretch.request.rules[frame.module], Frame(frame.tap, (), {})) for stretch in shifts
-        ]
+        longer = [Turn(stretch, stretch.request.rules[frame.module], Frame(frame.tap, (), {})) for stretch in shifts]
         return sorted([*turns, *longer], key=lambda turn: turn.stretch.span.start)
 
     def _arguments(self, frame: Frame, turns: list[Turn], sizes: Packed) -> None:

@@ -1,11 +1,12 @@
 """Every touch of the engine of `transformers` (5.24): how it is made, what it schedules, what it delivers.
 
 NOTE [What the engine may not do]
-A prompt under a function that may look at all positions is run in one forward, as it is alone. So it waits until there is
-room for all of it, and those behind it wait, too; see NOTE [Prompts in pieces] for the others. The keys and values of a
-request under a context are neither taken from the blocks that other requests have left, nor left to others: they may
-come of an intervention, and what is captured has to be run. Requests without a context share theirs as ever. Replayed graphs and compiled forwards do not call
-Python, and a batch that is prepared while another one runs would be laid out too early; all three are off.
+A prompt under a function that may look at several positions is run in one forward, as it is alone. So it waits until
+there is room for all of it, and those behind it wait, too; for other prompts see NOTE [Prompts in pieces]. The keys and
+values of a request under a context are neither taken from the blocks that other requests have left, nor left to others:
+they may come of an intervention, and what is captured has to be run. Requests without a context share theirs. Replayed
+graphs and compiled forwards do not call Python, and a batch that is prepared while another one runs would be laid out
+too early; all three are off.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false

@@ -1,4 +1,4 @@
-"""A prompt that the engine runs in pieces: each rule sees it as a whole, or acts where the one position is that it names.
+"""A prompt that the engine runs in pieces: each rule sees it as a whole, or acts where the position is that it names.
 
 NOTE [Prompts in pieces]
 The engine cuts a prompt where a forward is full. What acts on each position by itself (`steer`, `ablate`, `patch`) may
@@ -54,7 +54,7 @@ def names_one_position(rule: Any) -> bool:
 
 
 def may_be_cut(rule: Any) -> bool:
-    """Whether a prompt under `rule` can be run in pieces for sure; where it names a position, it may turn out that not."""
+    """Whether a prompt under `rule` can be run in pieces for sure; where it names a position, that is seen later."""
     return keeps(rule) or acts_by_row(rule)
 
 
@@ -93,12 +93,11 @@ class Pieces:
             return
         value = _value(frame, phase)
         self._calls[rule] += 1
-        rows = self._kept.setdefault((rule, self._calls[rule]), [])
+        key = rule, self._calls[rule]
+        rows = self._kept.setdefault(key, [])
         rows.append(_mapped(lambda tensor, dim: tensor.narrow(dim, span.before, span.length).clone(), value, span))
         if not span.after:
-            whole = _joined(rows, span)
-            rows.clear()
-            _act_on(whole, rule, frame, phase)
+            _act_on(_joined(self._kept.pop(key), span), rule, frame, phase)
 
 
 def _act_at(rule: Any, frame: Frame, phase: str, span: RowSpan, position: int) -> None:

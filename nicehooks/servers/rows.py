@@ -19,7 +19,7 @@ class RowSpan(NamedTuple):
     """The rows of one request: among the tokens, and among those that the head sees, if it has one there.
 
     Attributes:
-        before, after: how many positions of the prompt come before these rows and behind them, in forwards of their own.
+        before, after: how many positions of the prompt come before these rows and behind them, in other forwards.
     """
 
     start: int
@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
     dim: int
     first: int
-    count: int
+    length: int
     is_logit: bool = False
 
 
@@ -107,7 +107,7 @@ def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool, 
         place = place_of(tensor, span, sizes, head)
         if isinstance(place, Hidden):
             return place
-        own = tensor.narrow(place.dim, place.first, place.count)
+        own = tensor.narrow(place.dim, place.first, place.length)
         if spread and not place.is_logit:
             return _spread(own, place.dim, span)
         return own.clone() if copy else own
@@ -151,8 +151,8 @@ def put_back(value: Any, changes: list[Change], sizes: Packed, head: bool) -> An
             rows = new[at]
             if rows is not None:
                 place: Any = place_of(tensor, change.span, sizes, head)
-                spread = rows.shape[place.dim] > place.count
-                own = rows.narrow(place.dim, change.span.before, place.count) if spread else rows
+                spread = rows.shape[place.dim] > place.length
+                own = rows.narrow(place.dim, change.span.before, place.length) if spread else rows
                 pieces.append((place, own))
         return _written(tensor, pieces) if pieces else tensor
 

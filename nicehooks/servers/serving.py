@@ -234,7 +234,7 @@ def _check_room(engine: RunningEngine, request: Request, most_new: int | None) -
 
 HOW_MANY = "how many tokens to generate at most? submit(ids, max_new_tokens=20)"
 TOO_LONG = (
-    "{path!r}: a function over several positions has to see all of the prompt at once. This one has {prompt} tokens, and "
+    "{path!r}: a function over several positions has to see all of the prompt at once, which has {prompt} tokens; "
     "{most} are run in a forward.\n"
     "    serving(model, max_batch_tokens={prompt})"
 )

@@ -1,8 +1,8 @@
 """Steering of many requests in one sum: each row gets the vector of its own request.
 
 Most requests under an intervention are steered, and the sum of one row and one vector is next to no work, all of it
-Python. So where a `steer` is all that a request does at a module, its vector is added together with those of the others;
-with the same rounding as in `steer`. Whatever is not that plain goes the longer way, one request after the other.
+Python. So where a `steer` is all that a request does at a module, its vector is added together with those of the
+others, rounded as in `steer`. Whatever is not that plain goes the longer way, one request after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def shift_of(rules: list[Any]) -> Shift | None:
     rule = rules[0]
     if len(rules) > 1 or type(rule) is not OutputRule or rule.chain or rule.when.counts or rule.action.verb != "steer":
         return None
-    held = inspect.getclosurevars(rule.action.fn).nonlocals
+    action: Any = rule.action
+    held = inspect.getclosurevars(action.fn).nonlocals  # those of the function that `steer` has made
     vector, scale = held.get("vector"), held.get("scale")
     if type(vector) is not Tensor or vector.ndim != 1 or vector.layout is not torch.strided or vector.is_complex():
         return None

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.servers.test_serving import a_llama, alone, assert_as_alone
-
 from nicehooks import ContextMisuse, TreeMismatch, ablate, capture, edit, patch, serving, steer
+from tests.servers.test_serving import a_llama, alone, assert_as_alone
 
 LITTLE: dict[str, Any] = {"page_size": 8, "num_blocks": 64, "max_batch_tokens": 16}
 
@@ -67,7 +66,8 @@ def test_rows_that_a_module_flattens():
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 60}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-    mixtral = MixtralForCausalLM(MixtralConfig(initializer_range=0.3, experts_implementation="eager", **sizes, **heads)).eval().double()
+    config = MixtralConfig(initializer_range=0.3, experts_implementation="eager", **sizes, **heads)
+    mixtral = MixtralForCausalLM(config).eval().double()
     mixtral.generation_config.eos_token_id = None
     path = "model.layers.0.mlp.gate@input[0]"
     under = [
@@ -92,8 +92,29 @@ def test_a_function_at_one_position_is_called_once_with_what_stands_there(model)
 
 def test_what_is_kept_of_one_position_holds_no_other(model):
     with serving(model, **LITTLE) as server:
-        cache = server.submit(LONG, under=[capture(model, f"{H}[:, 20]")], max_new_tokens=1).result(60).activations
+        handle = server.submit(LONG, under=[capture(model, f"{H}[:, 20]", H)], max_new_tokens=1)
+        cache = handle.result(60).activations
     assert cache[f"{H}[:, 20]"].untyped_storage().nbytes() == 32 * 8
+    assert not handle._request.pieces._kept
+
+
+def test_a_prompt_that_is_dropped_half_way_begins_anew(model):
+    dropped: list[int] = []
+    with serving(model, **{**LITTLE, "num_blocks": 9}, scheduler_type="prefill_first") as server:
+        scheduler = server._engine.processor.scheduler  # type: ignore[union-attr]
+        add = scheduler.add_waiting_request
+
+        def counted(state: Any) -> None:
+            if state._true_initial_tokens:
+                dropped.append(server._requests[state.request_id].next_step)
+            add(state)
+
+        scheduler.add_waiting_request = counted
+        handles = [server.submit(LONG, under=[capture(model, H)], max_new_tokens=2) for _ in range(6)]
+        served = [handle.result(60) for handle in handles]
+    assert 0 in dropped, "the engine was to drop some request before its prompt was through"
+    for each in served:
+        assert_as_alone(model, each, LONG, [capture(model, H)], 2)
 
 
 WHOLE: list[Any] = [
@@ -106,7 +127,7 @@ WHOLE: list[Any] = [
 @pytest.mark.parametrize("make", WHOLE)
 def test_a_function_over_several_positions_is_refused_at_once(model, make):
     with serving(model, **LITTLE) as server:
-        with pytest.raises(ContextMisuse, match=r"several positions has to see all .* 50 tokens, and 16 .*\n.*=50\)"):
+        with pytest.raises(ContextMisuse, match=r"several positions has to see all .* 50 tokens; 16 .*\n.*=50\)"):
             server.submit(LONG, under=[make(model)], max_new_tokens=1)
         short = server.submit(LONG[:16], under=[edit(model, H, lambda value: value.flip(1), steps=0)], max_new_tokens=2)
         assert_as_alone(model, short.result(60), LONG[:16], [edit(model, H, lambda value: value.flip(1), steps=0)], 2)
@@ -121,7 +142,8 @@ def test_an_index_that_turns_out_to_be_another_fails_its_request(model):
             several.result(60)
         with pytest.raises(TreeMismatch, match=r"\[:, 50\] is out of range"):
             beyond.result(60)
-        assert_as_alone(model, server.submit(LONG[:16], under=feature, max_new_tokens=2).result(60), LONG[:16], feature, 2)
+        short = server.submit(LONG[:16], under=feature, max_new_tokens=2).result(60)
+    assert_as_alone(model, short, LONG[:16], feature, 2)
 
 
 @pytest.mark.slow

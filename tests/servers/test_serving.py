@@ -172,7 +172,8 @@ def test_an_error_fails_its_own_request_alone(model):
         good = server.submit([1, 2, 3], under=some_contexts(model, 1), max_new_tokens=5)
         with pytest.raises(ZeroDivisionError, match="of mine"):
             bad.result(60)
-        ends = server.submit([1], under=[edit(model, "model.layers.1", lambda value: sys.exit("of it"))], max_new_tokens=1)
+        leaves = edit(model, "model.layers.1", lambda value: sys.exit("of it"))
+        ends = server.submit([1], under=[leaves], max_new_tokens=1)
         with pytest.raises(SystemExit, match="of it"):
             ends.result(60)
         out_of_range = server.submit([1, 2], under=[capture(model, "model.layers.1[:, 1]")], max_new_tokens=3)
