@@ -24,7 +24,7 @@ from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse
-from nicehooks.servers.rows import RowSpan, repeated, row_dim
+from nicehooks.servers.rows import RowSpan, row_dim, times_over
 from nicehooks.values import trees
 
 BY_ROW = ("steer", "ablate", "patch")
@@ -76,16 +76,16 @@ class Pieces:
         if not isinstance(rule, SiteRule) or (phase == "after") != rule.output_only or acts_by_row(rule):
             getattr(rule, phase)(frame)
             return
-        named = _positions(rule, frame, phase, span) if names_one_position(rule) else None
+        named = _named_positions(rule, frame, phase, span) if names_one_position(rule) else None
         if named is not None and len(named) < 2:
             if named and span.before <= named[0] < span.before + span.length:
-                _act_at(rule, frame, phase, span, named[0])
+                _act_where_it_is(rule, frame, phase, span, named[0])
             else:
                 rule.number(frame)
         elif keeps(rule):
             self._keep(rule, frame, phase, span)
         else:
-            raise ContextMisuse(SEVERAL.format(path=str(rule.site)))
+            raise ContextMisuse(OVER_SEVERAL.format(path=str(rule.site)))
 
     def _keep(self, rule: Any, frame: Frame, phase: str, span: RowSpan) -> None:
         """Keeps the rows of this piece; with the last one, hands `rule` all of them."""
@@ -100,14 +100,14 @@ class Pieces:
             _act_on(_joined(self._kept.pop(key), span), rule, frame, phase)
 
 
-def _act_at(rule: Any, frame: Frame, phase: str, span: RowSpan, position: int) -> None:
+def _act_where_it_is(rule: Any, frame: Frame, phase: str, span: RowSpan, position: int) -> None:
     """Lets `rule` act in the piece that has the one position that it names."""
     if not keeps(rule):
         getattr(rule, phase)(frame)
         return
 
     def everywhere(tensor: Tensor, dim: int) -> Tensor:  # what is kept of it would hold all rows
-        return repeated(tensor.narrow(dim, position, 1).clone(), dim, span.positions)
+        return times_over(tensor.narrow(dim, position, 1).clone(), dim, span.positions)
 
     _act_on(_mapped(everywhere, _value(frame, phase), span), rule, frame, phase)
 
@@ -167,7 +167,7 @@ class _Noting(Action):
         return value
 
 
-def _positions(rule: Any, frame: Frame, phase: str, span: RowSpan) -> list[int]:
+def _named_positions(rule: Any, frame: Frame, phase: str, span: RowSpan) -> list[int]:
     """Which positions `rule` would be brought to: it is, once, where each value is its own position."""
     session, noting, marked = rule.session, _Noting(), Frame(frame.tap, (), {})
     progress = session.progress()
@@ -192,7 +192,7 @@ def _marks(tensor: Tensor, span: RowSpan) -> Tensor:
     return torch.arange(span.positions).view(along).expand(tensor.shape)
 
 
-SEVERAL = (
+OVER_SEVERAL = (
     "{path!r}: a function over several positions has to see all of the prompt, which is longer than a forward.\n"
     "    serving(model, max_batch_tokens=…)"
 )

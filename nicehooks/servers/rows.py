@@ -59,11 +59,11 @@ class Hidden:
 HIDDEN = Hidden()
 
 
-class Absent(Hidden):
+class NoRow(Hidden):
     """Stands for the row that the head has of each request that gets a token, where this one gets none."""
 
 
-ABSENT = Absent()
+NO_ROW = NoRow()
 
 
 def row_dim(tensor: Tensor, rows: int) -> int | None:
@@ -73,7 +73,7 @@ def row_dim(tensor: Tensor, rows: int) -> int | None:
     return next((dim for dim in dims if shape[dim] == rows), None)
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where the rows of a request are in a packed tensor; `is_logit` says that it is the one that the head sees."""
 
     dim: int
@@ -82,16 +82,16 @@ class Place(NamedTuple):
     is_logit: bool = False
 
 
-def place_of(tensor: Tensor, span: RowSpan, sizes: Packed, head: bool) -> Place | Hidden:
+def place_of(tensor: Tensor, span: RowSpan, sizes: Packed, head: bool) -> RowPlace | Hidden:
     """Where the rows of `span` are in `tensor`, or what stands for them.
 
     Args:
         head: whether the value is at the head, where the rows may be those of the requests that get a token.
     """
     if head and (dim := row_dim(tensor, sizes.logits)) is not None:
-        return ABSENT if span.logit is None else Place(dim, span.logit, 1, True)
+        return NO_ROW if span.logit is None else RowPlace(dim, span.logit, 1, True)
     dim = row_dim(tensor, sizes.tokens)
-    return HIDDEN if dim is None else Place(dim, span.start, span.length)
+    return HIDDEN if dim is None else RowPlace(dim, span.start, span.length)
 
 
 def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool, spread: bool = False) -> Any:
@@ -117,17 +117,17 @@ def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool, 
 
 def _spread(own: Tensor, dim: int, span: RowSpan) -> Tensor:
     first, last = own.narrow(dim, 0, 1), own.narrow(dim, own.shape[dim] - 1, 1)
-    return torch.cat([repeated(first, dim, span.before), own, repeated(last, dim, span.after)], dim)
+    return torch.cat([times_over(first, dim, span.before), own, times_over(last, dim, span.after)], dim)
 
 
-def repeated(row: Tensor, dim: int, times: int) -> Tensor:
+def times_over(row: Tensor, dim: int, times: int) -> Tensor:
     """`row`, which is the only one in `dim`, so many times; in the memory of one."""
     return row.expand(*row.shape[:dim], times, *row.shape[dim + 1 :])
 
 
 def is_absent(value: Any) -> bool:
     """Whether the request has no row in `value`, which is at the head, in this forward."""
-    return any([leaf is ABSENT for leaf in trees.leaves(value)])
+    return any([leaf is NO_ROW for leaf in trees.leaves(value)])
 
 
 class Change(NamedTuple):

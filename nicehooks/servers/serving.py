@@ -92,7 +92,7 @@ class Server:
         if "streaming" in generation or "request_id" in generation:
             raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
         request = Request(_as_tokens(ids, self.model), contexts, self._is_part)
-        name = request.name = f"{_kind_of(engine, request)}{next(self._numbers)}"
+        name = request.name = f"{_beginning_of_name(engine, request)}{next(self._numbers)}"
         _check_room(engine, request, engine.most_new_tokens(generation))
         for module in request.rules:
             if module not in self._rules:
@@ -213,7 +213,7 @@ def _as_tokens(ids: Any, model: Any) -> list[int]:
     return list(tokens)
 
 
-def _kind_of(engine: RunningEngine, request: Request) -> str:
+def _beginning_of_name(engine: RunningEngine, request: Request) -> str:
     """How the engine may treat a request, as its name begins; see NOTE [What the engine may not do]."""
     if not request.contexts:
         return SHARED_PREFIX
