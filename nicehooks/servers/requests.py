@@ -39,7 +39,7 @@ from nicehooks.core.sessions import Progress, Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
 from nicehooks.servers.pieces import Pieces, may_be_cut
 from nicehooks.servers.rows import Hidden, RowSpan
-from nicehooks.servers.sums import Shift, shift_of
+from nicehooks.servers.sums import RuleOfShift, shift_of
 from nicehooks.values import trees
 
 
@@ -140,7 +140,7 @@ class Request:
                     raise ContextMisuse(f"{context.own!r} is about another model than the one that is served.")
                 self.rules.setdefault(module, []).append(rule)
         self.over_all = [rule for of_module in self.rules.values() for rule in of_module if not may_be_cut(rule)]
-        self.shifts: dict[nn.Module, Shift] = {
+        self.shifts: dict[nn.Module, RuleOfShift] = {
             module: shift for module, of_module in self.rules.items() if (shift := shift_of(of_module)) is not None
         }
         self.pieces = Pieces()

@@ -7,39 +7,39 @@ others, rounded as in `steer`. Whatever is not that plain goes the longer way, o
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nicehooks.contexts.changes import Shift
 from nicehooks.core.rules import OutputRule
 from nicehooks.servers.rows import Packed, RowSpan, row_dim
 
 
-class Shift(NamedTuple):
-    """What a request adds to each of its rows at a module: `scale * vector`, by `rule`."""
+class RuleOfShift(NamedTuple):
+    """What the `rule` of a request adds to each of its rows at a module."""
 
     rule: OutputRule
-    vector: Tensor
-    scale: float
+    shift: Shift
 
 
-def shift_of(rules: list[Any]) -> Shift | None:
+def shift_of(rules: list[Any]) -> RuleOfShift | None:
     """What `rules` add to the whole output of a module, if that is all they do."""
     rule = rules[0]
-    if len(rules) > 1 or type(rule) is not OutputRule or rule.chain or rule.when.counts or rule.action.verb != "steer":
+    if len(rules) > 1 or type(rule) is not OutputRule or rule.chain or rule.when.counts:
         return None
-    action: Any = rule.action
-    held = inspect.getclosurevars(action.fn).nonlocals  # those of the function that `steer` has made
-    vector, scale = held.get("vector"), held.get("scale")
-    if type(vector) is not Tensor or vector.ndim != 1 or vector.layout is not torch.strided or vector.is_complex():
+    shift = getattr(getattr(rule.action, "fn", None), "__self__", None)
+    if not isinstance(shift, Shift) or not isinstance(shift.scale, int | float):
         return None
-    return Shift(rule, vector, scale) if isinstance(scale, int | float) else None
+    vector = shift.vector
+    plain = type(vector) is Tensor and vector.ndim == 1 and vector.layout is torch.strided and not vector.is_complex()
+    return RuleOfShift(rule, shift) if plain else None
 
 
-def all_shifted(value: Any, shifts: list[tuple[RowSpan, Shift]], sizes: Packed) -> Tensor | None:
+def all_shifted(value: Any, shifted: list[tuple[RowSpan, RuleOfShift]], sizes: Packed) -> Tensor | None:
     """`value` with the vector of each request added to its rows; None where that is not plain."""
+    shifts = [(span, of_rule.shift) for span, of_rule in shifted]
     first = shifts[0][1].vector
     alike = all([one.vector.shape == first.shape and one.vector.dtype is first.dtype for _, one in shifts])
     if not alike or type(value) is not Tensor or value.ndim < 2 or not value.is_floating_point():
@@ -59,6 +59,6 @@ def all_shifted(value: Any, shifts: list[tuple[RowSpan, Shift]], sizes: Packed) 
     shape[dim] = len(rows)
     index = torch.tensor(rows, device=value.device)
     summed = value.to(wide).index_add(dim, index, added.view(at).expand(shape))
-    for _, (rule, _, _) in shifts:
+    for _, (rule, _) in shifted:
         rule.session.reached[rule.key] = True
     return summed.to(value.dtype)
