@@ -196,19 +196,27 @@ def steer(
 def _shift_by(vector: Any, scale: float) -> Callable[[Any], Tensor]:
     if not isinstance(vector, Tensor):
         raise TypeError(f"steer(model, where, vector) takes a tensor as vector, not {type(vector).__name__}")
-    return lambda value: _shifted(value, vector, scale)
+    return Shift(vector, scale).added
 
 
-def _shifted(value: Any, vector: Tensor, scale: float) -> Tensor:
-    """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
-    try:
-        if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
-            raise TreeMismatch(_not_added(vector, value))
-        wide = _dtype_of_sum(value, vector, scale)
-        shift = scale * trees.beside(trees.usable(vector).to(device=value.device, dtype=wide), value)
-        return (value.to(wide) + shift).to(value.dtype)
-    except TORCH_ERRORS as error:
-        raise refused(error, _not_added(vector, value)) from None
+class Shift:
+    """What `steer` adds."""
+
+    def __init__(self, vector: Tensor, scale: float) -> None:
+        self.vector = vector
+        self.scale = scale
+
+    def added(self, value: Any) -> Tensor:
+        """`value + scale * vector`, rounded to the dtype of `value` once, at the end."""
+        vector, scale = self.vector, self.scale
+        try:
+            if not isinstance(value, Tensor) or not trees.fits(vector.shape, value.shape):
+                raise TreeMismatch(_not_added(vector, value))
+            wide = _dtype_of_sum(value, vector, scale)
+            shift = scale * trees.beside(trees.usable(vector).to(device=value.device, dtype=wide), value)
+            return (value.to(wide) + shift).to(value.dtype)
+        except TORCH_ERRORS as error:
+            raise refused(error, _not_added(vector, value)) from None
 
 
 def _not_added(vector: Tensor, value: Any) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from nicehooks.core.frames import Frame, Rule
 from nicehooks.core.rules import OutputRule
+from nicehooks.servers.pieces import keeps
 from nicehooks.servers.requests import Request, Stretch
-from nicehooks.servers.rows import Change, Packed, put_back, taken_out
+from nicehooks.servers.rows import Change, Packed, is_absent, put_back, taken_out
+from nicehooks.servers.sums import all_shifted
 
 
 class PackedBatch(NamedTuple):
@@ -48,6 +53,32 @@ class Turn(NamedTuple):
     stretch: Stretch
     rules: list[Any]
     frame: Frame
+
+    def taken_out(self, value: Any, sizes: Packed, head: bool) -> Any:
+        """The rows of the stretch in `value`; see NOTE [Prompts in pieces]."""
+        span = self.stretch.span
+        return taken_out(value, span, sizes, head, any(map(keeps, self.rules)), spread=span.is_piece)
+
+
+class TurnRule(Rule):
+    """At the model: one call at a time, whoever calls.
+
+    A forward of the engine tells `transformers` how attention masks by writing `is_causal` into the model's config, and
+    puts back what it has found there. Of two forwards at once, one would look ahead, and leave that behind for ever.
+    """
+
+    __slots__ = ("lock",)
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self.lock = lock
+
+    def before(self, frame: Frame) -> None:
+        if not torch.compiler.is_compiling():
+            frame.enter(self.lock)
+
+
+LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""For the calls of each model that is or was served: two servers of one model share it."""
 
 
 class BeginRule(Rule):
@@ -87,23 +118,37 @@ class CrowdRule(Rule):
         batch = self.batch()
         if batch is None or batch.thread != threading.get_ident():
             return
-        turns = list(_turns(batch, frame))
-        if turns:
-            frame.kept[self] = batch.sizes, turns
+        turns, shifts = _turns(batch, frame)
+        if turns or shifts:
+            frame.kept[self] = batch.sizes, turns, shifts
             self._arguments(frame, turns, batch.sizes)
 
     def after(self, frame: Frame) -> None:
-        sizes, turns = frame.kept.pop(self, (None, ()))
+        sizes, turns, shifts = frame.kept.pop(self, (None, [], []))
+        if shifts:
+            turns = self._shifted(frame, turns, shifts, sizes)
         changes: list[Change] = []
         for turn in turns:
             if turn.stretch.request.over:
                 continue
-            own = taken_out(frame.value, turn.stretch.span, sizes, self.head, _keeps(turn.rules))
+            own = turn.taken_out(frame.value, sizes, self.head)
+            if self.head and is_absent(own):
+                continue
             turn.frame.value = own
-            if self._run(turn, lambda rule, frame: rule.after(frame)) and turn.frame.value is not own:
+            if self._run(turn, "after") and turn.frame.value is not own:
                 changes.append(Change(turn.stretch.span, own, turn.frame.value))
         if changes:
             frame.value = put_back(frame.value, changes, sizes, self.head)
+
+    def _shifted(self, frame: Frame, turns: list[Turn], shifts: list[Stretch], sizes: Any) -> list[Turn]:
+        """Steers in one sum those that want no more, and returns the turns of the others: all where it cannot be."""
+        each = [(stretch.span, stretch.request.shifts[frame.module]) for stretch in shifts if not stretch.request.over]
+        summed = all_shifted(frame.value, each, sizes) if each and not self.head else None
+        if summed is not None:
+            frame.value = summed
+            return turns
+        longer = [Turn(stretch, stretch.request.rules[frame.module], Frame(frame.tap, (), {})) for stretch in shifts]
+        return sorted([*turns, *longer], key=lambda turn: turn.stretch.span.start)
 
     def _arguments(self, frame: Frame, turns: list[Turn], sizes: Packed) -> None:
         """Lets the rules act before the call; those about its arguments get the rows of their request."""
@@ -111,37 +156,46 @@ class CrowdRule(Rule):
         for turn in turns:
             plain = all([isinstance(rule, OutputRule) for rule in turn.rules])
             given: Any = (frame.args, frame.kwargs)
-            own = given if plain else taken_out(given, turn.stretch.span, sizes, self.head_in, _keeps(turn.rules))
+            own = given if plain else turn.taken_out(given, sizes, self.head_in)
+            if self.head_in and not plain and is_absent(own):
+                continue
             turn.frame.args, turn.frame.kwargs = own
-            if self._run(turn, lambda rule, frame: rule.before(frame)) and not plain:
+            if self._run(turn, "before") and not plain:
                 changes.append(Change(turn.stretch.span, own, (turn.frame.args, turn.frame.kwargs)))
         if changes:
             frame.args, frame.kwargs = put_back((frame.args, frame.kwargs), changes, sizes, self.head_in)
 
-    def _run(self, turn: Turn, act: Callable[[Any, Frame], None]) -> bool:
-        """Whether all rules of `turn` went well."""
+    def _run(self, turn: Turn, phase: str) -> bool:
+        """Whether all rules of `turn` went well, before or after the call."""
         for session, progress in turn.stretch.progresses:
             session.at = progress
         try:
+            request, span, _, _ = turn.stretch
             for rule in turn.rules:
-                act(rule, turn.frame)
-        except Exception as error:
+                if span.is_piece:
+                    request.pieces.act(rule, turn.frame, phase, span)
+                else:
+                    getattr(rule, phase)(turn.frame)
+        except BaseException as error:  # a `SystemExit`, too, would end the engine
             self.fail(turn.stretch.request, error)
             return False
         return True
 
 
-def _turns(batch: PackedBatch, frame: Frame) -> Iterator[Turn]:
+def _turns(batch: PackedBatch, frame: Frame) -> tuple[list[Turn], list[Stretch]]:
+    """The turns at the module of `frame`, and the stretches that are only steered there."""
     module: nn.Module = frame.module
+    turns: list[Turn] = []
+    shifts: list[Stretch] = []
     for stretch in batch.stretches:
-        rules = stretch.request.rules.get(module)
-        if rules is None or stretch.request.over:
+        request = stretch.request
+        rules = request.rules.get(module)
+        if rules is None or request.over:
+            continue
+        if module in request.shifts:
+            shifts.append(stretch)
             continue
         if stretch.again:  # see NOTE [Rows that come again]
-            rules = [rule for rule in rules if not _keeps([rule])]
-        yield Turn(stretch, rules, Frame(frame.tap, (), {}))
-
-
-def _keeps(rules: list[Any]) -> bool:
-    """Whether any of `rules` keeps what it sees."""
-    return any([hasattr(rule, "action") and not rule.action.changes for rule in rules])
+            rules = [rule for rule in rules if not keeps(rule)]
+        turns.append(Turn(stretch, rules, Frame(frame.tap, (), {})))
+    return turns, shifts

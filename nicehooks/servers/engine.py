@@ -1,11 +1,12 @@
 """Every touch of the engine of `transformers` (5.24): how it is made, what it schedules, what it delivers.
 
 NOTE [What the engine may not do]
-A prompt under a context is run in one forward, as it is alone: a function may look at all positions. So it waits until
-there is room for all of it, and those behind it wait, too. Its keys and values are neither taken from the blocks that
-other requests have left, nor left to others: they may come of an intervention, and what is captured has to be run. The
-prompts of requests without a context are split and shared as ever. Replayed graphs and compiled forwards do not call
-Python, and a batch that is prepared while another one runs would be laid out too early; all three are off.
+A prompt under a function that may look at several positions is run in one forward, as it is alone. So it waits until
+there is room for all of it, and those behind it wait, too; for other prompts see NOTE [Prompts in pieces]. The keys and
+values of a request under a context are neither taken from the blocks that other requests have left, nor left to others:
+they may come of an intervention, and what is captured has to be run. Requests without a context share theirs. Replayed
+graphs and compiled forwards do not call Python, and a batch that is prepared while another one runs would be laid out
+too early; all three are off.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -21,8 +22,8 @@ from torch import nn
 from nicehooks.errors import ContextMisuse, UnsupportedModule
 from nicehooks.extras import needs
 
-PRIVATE = "alone-"
-"""How the names begin of the requests that are under a context."""
+SHARED_PREFIX, PRIVATE, WHOLE = "shared-", "private-", "private-whole-"
+"""How the names of requests begin: those under no context, those under one, and those whose prompt is not cut."""
 
 OFF = {"use_async_batching": False, "use_cuda_graph": False}
 SMALL = {"page_size": 32, "num_blocks": 256, "max_batch_tokens": 512}
@@ -148,12 +149,14 @@ def _keep_prompts_whole(scheduler: Any) -> None:
 
 def _that_fit(candidates: list[Any], tokens: int) -> list[Any]:
     """Those of `candidates` whose prompt need not be split; behind one that waits, none begins."""
+    if not any([state.remaining_prefill_tokens and state.request_id.startswith(WHOLE) for state in candidates]):
+        return candidates
     kept: list[Any] = []
     waits = False
     for state in candidates:
         left = len(state.remaining_prefill_tokens)
         decodes = not left
-        if not decodes and state.request_id.startswith(PRIVATE):
+        if not decodes and state.request_id.startswith(WHOLE):
             prompt = state._true_initial_tokens or len(state.initial_tokens)
             waits = waits or tokens < prompt - state.position_offset
         if decodes or not waits:

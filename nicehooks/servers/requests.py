@@ -8,7 +8,7 @@ block around the same request alone.
 
 NOTE [Rows that come again]
 An engine that is short of memory drops what it knows of a request, and later runs its prompt and the tokens generated
-so far once more, in one piece. The interventions act on each of these rows at the step that they belonged to, because
+so far once more. The interventions act on each of these rows at the step that they belonged to, because
 what follows depends on them; what was captured there is not captured a second time.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,7 +37,9 @@ from nicehooks.core.rows import RowsRule
 from nicehooks.core.rules import SiteRule
 from nicehooks.core.sessions import Progress, Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
+from nicehooks.servers.pieces import Pieces, may_be_cut
 from nicehooks.servers.rows import Hidden, RowSpan
+from nicehooks.servers.sums import RuleOfShift, shift_of
 from nicehooks.values import trees
 
 
@@ -123,8 +125,8 @@ class Handle:
 class Request:
     """One request: its prompt, the rules of its contexts by module, and how far it is."""
 
-    def __init__(self, name: str, prompt: list[int], under: Iterable[Any], model: nn.Module) -> None:
-        self.name = name
+    def __init__(self, prompt: list[int], under: Iterable[Any], is_part: Callable[[nn.Module], bool]) -> None:
+        self.name = ""
         self.prompt = prompt
         self.contexts = [_Context(one) for one in under]
         self.future: Future[Served] = Future()
@@ -132,27 +134,37 @@ class Request:
         self.lock = threading.Lock()
         self.over = False
         self.rules: dict[nn.Module, list[Any]] = {}
-        own = set(map(id, model.modules()))
         for context in self.contexts:
             for module, rule in context.rules:
-                if id(module) not in own:
+                if not is_part(module):
                     raise ContextMisuse(f"{context.own!r} is about another model than the one that is served.")
                 self.rules.setdefault(module, []).append(rule)
+        self.over_all = [rule for of_module in self.rules.values() for rule in of_module if not may_be_cut(rule)]
+        self.shifts: dict[nn.Module, RuleOfShift] = {
+            module: shift for module, of_module in self.rules.items() if (shift := shift_of(of_module)) is not None
+        }
+        self.pieces = Pieces()
         self._counting = [context for context in self.contexts if context.session.counting]
         self._steps = {context: context.new_progress() for context in self._counting}
 
     def stretches(self, start: int, count: int, first_row: int, logit: int | None) -> list[Stretch]:
         """The rows of one forward, which are those of `count` positions from `start` on, by the step they belong to.
 
-        The prompt is step 0 and never split; each token behind it is a step of its own.
+        The prompt is step 0, or a piece of it; each token behind it is a step of its own.
         """
-        end, found, position = start + count, [], start
+        end, found, position, prompt = start + count, [], start, len(self.prompt)
         while position < end:
-            stop = len(self.prompt) if position < len(self.prompt) else position + 1
-            step = max(0, position - len(self.prompt) + 1)
-            span = RowSpan(first_row + position - start, first_row + stop - start, logit if stop == end else None)
+            in_prompt = position < prompt
+            stop = min(prompt, end) if in_prompt else position + 1
+            step = 0 if in_prompt else position - prompt + 1
+            first, logit_there = first_row - start, logit if stop == end else None
+            around = (position, prompt - stop) if in_prompt else (0, 0)
+            span = RowSpan(first + position, first + stop, logit_there, *around)
             found.append(Stretch(self, span, step < self.next_step, self._progresses(step)))
-            self.next_step = max(self.next_step, step + 1)
+            if span.is_piece:
+                self.pieces.begin(is_first=position == 0)
+            if not span.after:  # a prompt has been run once its last piece has
+                self.next_step = max(self.next_step, step + 1)
             position = stop
         return found
 

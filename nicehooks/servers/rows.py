@@ -16,11 +16,30 @@ from nicehooks.values import trees
 
 
 class RowSpan(NamedTuple):
-    """The rows of one request: among the tokens, and among those that the head sees, if it has one there."""
+    """The rows of one request: among the tokens, and among those that the head sees, if it has one there.
+
+    Attributes:
+        before, after: how many positions of the prompt come before these rows and behind them, in other forwards.
+    """
 
     start: int
     stop: int
     logit: int | None
+    before: int = 0
+    after: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def positions(self) -> int:
+        """How many there are with those before and behind."""
+        return self.before + self.length + self.after
+
+    @property
+    def is_piece(self) -> bool:
+        return self.positions > self.length
 
 
 class Packed(NamedTuple):
@@ -40,33 +59,75 @@ class Hidden:
 HIDDEN = Hidden()
 
 
-def place_of(tensor: Tensor, span: RowSpan, sizes: Packed, head: bool) -> tuple[int, int, int] | None:
-    """The dimension of the rows, the first row of `span` in it, and how many it has; None where it has none.
+class NoRow(Hidden):
+    """Stands for the row that the head has of each request that gets a token, where this one gets none."""
+
+
+NO_ROW = NoRow()
+
+
+def row_dim(tensor: Tensor, rows: int) -> int | None:
+    """The dimension of `tensor` that its `rows` rows are in; None where there is none of that size."""
+    shape = tensor.shape
+    dims = (1, 0) if len(shape) > 1 and shape[0] == 1 else range(min(1, len(shape)))
+    return next((dim for dim in dims if shape[dim] == rows), None)
+
+
+class RowPlace(NamedTuple):
+    """Where the rows of a request are in a packed tensor; `is_logit` says that it is the one that the head sees."""
+
+    dim: int
+    first: int
+    length: int
+    is_logit: bool = False
+
+
+def place_of(tensor: Tensor, span: RowSpan, sizes: Packed, head: bool) -> RowPlace | Hidden:
+    """Where the rows of `span` are in `tensor`, or what stands for them.
 
     Args:
         head: whether the value is at the head, where the rows may be those of the requests that get a token.
     """
-    shape = tensor.shape
-    for dim in (1, 0) if len(shape) > 1 and shape[0] == 1 else range(min(1, len(shape))):
-        rows = shape[dim]
-        if head and rows == sizes.logits:
-            return None if span.logit is None else (dim, span.logit, 1)
-        if rows == sizes.tokens:
-            return dim, span.start, span.stop - span.start
-    return None
+    if head and (dim := row_dim(tensor, sizes.logits)) is not None:
+        return NO_ROW if span.logit is None else RowPlace(dim, span.logit, 1, True)
+    dim = row_dim(tensor, sizes.tokens)
+    return HIDDEN if dim is None else RowPlace(dim, span.start, span.length)
 
 
-def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool) -> Any:
-    """`value` with the rows of `span` alone; as a copy if it is kept: a view would hold all."""
+def taken_out(value: Any, span: RowSpan, sizes: Packed, head: bool, copy: bool, spread: bool = False) -> Any:
+    """`value` with the rows of `span` alone.
+
+    Args:
+        copy: whether it is kept: a view would hold all.
+        spread: whether to put them in their place among all positions of the prompt; the others are filled with the
+            rows next to them.
+    """
 
     def rows(tensor: Tensor) -> Any:
         place = place_of(tensor, span, sizes, head)
-        if place is None:
-            return HIDDEN
-        own = tensor.narrow(*place)
+        if isinstance(place, Hidden):
+            return place
+        own = tensor.narrow(place.dim, place.first, place.length)
+        if spread and not place.is_logit:
+            return _spread(own, place.dim, span)
         return own.clone() if copy else own
 
     return trees.map_tensors(rows, value)
+
+
+def _spread(own: Tensor, dim: int, span: RowSpan) -> Tensor:
+    first, last = own.narrow(dim, 0, 1), own.narrow(dim, own.shape[dim] - 1, 1)
+    return torch.cat([times_over(first, dim, span.before), own, times_over(last, dim, span.after)], dim)
+
+
+def times_over(row: Tensor, dim: int, times: int) -> Tensor:
+    """`row`, which is the only one in `dim`, so many times; in the memory of one."""
+    return row.expand(*row.shape[:dim], times, *row.shape[dim + 1 :])
+
+
+def is_absent(value: Any) -> bool:
+    """Whether the request has no row in `value`, which is at the head, in this forward."""
+    return any([leaf is NO_ROW for leaf in trees.leaves(value)])
 
 
 class Change(NamedTuple):
@@ -85,11 +146,14 @@ def put_back(value: Any, changes: list[Change], sizes: Packed, head: bool) -> An
     def merged(tensor: Tensor) -> Tensor:
         nonlocal at
         at += 1
-        pieces = [
-            (place_of(tensor, change.span, sizes, head), new[at])
-            for change, new in zip(changes, news, strict=True)
-            if new[at] is not None
-        ]
+        pieces: list[Any] = []
+        for change, new in zip(changes, news, strict=True):
+            rows = new[at]
+            if rows is not None:
+                place: Any = place_of(tensor, change.span, sizes, head)
+                spread = rows.shape[place.dim] > place.length
+                own = rows.narrow(place.dim, change.span.before, place.length) if spread else rows
+                pieces.append((place, own))
         return _written(tensor, pieces) if pieces else tensor
 
     return trees.map_tensors(merged, value)
@@ -110,8 +174,8 @@ def _tensors_at(new: Any, old: Any) -> list[Tensor | None]:
 
 def _written(tensor: Tensor, pieces: list[Any]) -> Tensor:
     """`tensor` with the rows of each of `pieces`, as (place, rows)."""
-    dim, done, parts = pieces[0][0][0], 0, []
-    for (_, first, count), rows in pieces:
+    dim, done, parts = pieces[0][0].dim, 0, []
+    for (_, first, count, _), rows in pieces:
         parts += [tensor.narrow(dim, done, first - done), rows] if first > done else [rows]
         done = first + count
     left = tensor.shape[dim] - done

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
+import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +15,9 @@ from nicehooks.core import sessions
 from nicehooks.core.binding import Bound, bind, taps_for, unbind
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
-from nicehooks.servers.batches import BeginRule, CrowdRule, PackedBatch, lay_out
-from nicehooks.servers.engine import PRIVATE, RunningEngine, is_servable
+from nicehooks.servers.batches import LOCKS, BeginRule, CrowdRule, PackedBatch, TurnRule, lay_out
+from nicehooks.servers.engine import PRIVATE, SHARED_PREFIX, WHOLE, RunningEngine, is_servable
+from nicehooks.servers.pieces import names_one_position
 from nicehooks.servers.requests import ENDED, Handle, Request
 
 
@@ -44,6 +48,9 @@ class Server:
         self._session = Session(repr(self), attached=True)
         sessions.number(self._session)
         sessions.begin(self._session)
+        lock = LOCKS.setdefault(self.model, threading.RLock())
+        for module in {self.model, getattr(self.model, "base_model", self.model)}:
+            self._bind(module, TurnRule(lock))
         self._bind(self.model, BeginRule(self._begin))
         self._engine.start()
         return self
@@ -84,8 +91,8 @@ class Server:
         engine, contexts = self._running(), list(under)
         if "streaming" in generation or "request_id" in generation:
             raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
-        name = f"{PRIVATE if contexts else 'shared-'}{next(self._numbers)}"
-        request = Request(name, _as_tokens(ids), contexts, self.model)
+        request = Request(_as_tokens(ids, self.model), contexts, self._is_part)
+        name = request.name = f"{_beginning_of_name(engine, request)}{next(self._numbers)}"
         _check_room(engine, request, engine.most_new_tokens(generation))
         for module in request.rules:
             if module not in self._rules:
@@ -95,6 +102,9 @@ class Server:
         request.future.add_done_callback(lambda future: self._cancelled(name) if future.cancelled() else None)
         engine.add(name, request.prompt, generation)
         return Handle(request)
+
+    def _is_part(self, module: nn.Module) -> bool:
+        return module in self._rules or any(map(partial(operator.is_, module), self.model.modules()))
 
     def _running(self) -> RunningEngine:
         if self._engine is None:
@@ -191,28 +201,41 @@ def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **set
 UNSERVED = ("use_async_batching", "use_cuda_graph", "varlen_compile_config", "decode_compile_config")
 
 
-def _as_tokens(ids: Any) -> list[int]:
+def _as_tokens(ids: Any, model: Any) -> list[int]:
     tokens = ids.detach().reshape(-1).tolist() if isinstance(ids, Tensor) and ids.numel() == ids.shape[-1] else ids
     if isinstance(tokens, Tensor) or not all([isinstance(token, int) for token in tokens]):
         raise TypeError("submit(ids) takes the tokens of one prompt: a list of ints, or a tensor [pos] or [1, pos]")
     if not tokens:
         raise ValueError("submit(ids) takes at least one token")
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and not 0 <= min(tokens) <= max(tokens) < known:  # it would end the forward of all requests
+        raise ValueError(f"submit(ids) takes tokens from 0 to {known - 1}, not {min(tokens)} or {max(tokens)}")
     return list(tokens)
+
+
+def _beginning_of_name(engine: RunningEngine, request: Request) -> str:
+    """How the engine may treat a request, as its name begins; see NOTE [What the engine may not do]."""
+    if not request.contexts:
+        return SHARED_PREFIX
+    too_long = len(request.prompt) > engine.longest_prompt
+    return WHOLE if [rule for rule in request.over_all if not (too_long and names_one_position(rule))] else PRIVATE
 
 
 def _check_room(engine: RunningEngine, request: Request, most_new: int | None) -> None:
     prompt = len(request.prompt)
     if most_new is None:
         raise TypeError(HOW_MANY)
-    if request.contexts and prompt > engine.longest_prompt:
-        raise ContextMisuse(TOO_LONG.format(prompt=prompt, most=engine.longest_prompt))
+    if request.name.startswith(WHOLE) and prompt > engine.longest_prompt:
+        path = next(str(rule.site) for rule in request.over_all if not names_one_position(rule))
+        raise ContextMisuse(TOO_LONG.format(path=path, prompt=prompt, most=engine.longest_prompt))
     if prompt + most_new > engine.room:
         raise ContextMisuse(NO_ROOM.format(prompt=prompt, new=most_new, room=engine.room))
 
 
 HOW_MANY = "how many tokens to generate at most? submit(ids, max_new_tokens=20)"
 TOO_LONG = (
-    "a prompt under a context is run in one forward, but this one has {prompt} tokens, and {most} fit into one.\n"
+    "{path!r}: a function over several positions has to see all of the prompt at once, which has {prompt} tokens; "
+    "{most} are run in a forward.\n"
     "    serving(model, max_batch_tokens={prompt})"
 )
 NO_ROOM = (

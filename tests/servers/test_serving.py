@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 import threading
 import time
 from typing import Any
@@ -27,6 +28,7 @@ from nicehooks import (
     steer,
     suspend,
 )
+from nicehooks.servers import batches
 
 SMALL: dict[str, Any] = {"page_size": 8, "num_blocks": 64, "max_batch_tokens": 48}
 
@@ -126,7 +128,9 @@ def test_rows_that_come_again_are_captured_once(model):
 
     def under(number: int) -> list[Any]:
         vector = torch.full((32,), float(number))
-        return [steer(model, "model.layers.1", vector, steps=[0, 3]), capture(model, "model.layers.2", keep="all")]
+        at_head = steer(model, "lm_head", torch.arange(60) * 0.1)  # which has no row for what comes again
+        steered = steer(model, "model.layers.1", vector, steps=[0, 3])
+        return [steered, at_head, capture(model, "model.layers.2", keep="all")]
 
     with serving(model, page_size=8, num_blocks=8, max_batch_tokens=40) as server:
         process = server._engine.processor.scheduler  # type: ignore[union-attr]
@@ -168,6 +172,10 @@ def test_an_error_fails_its_own_request_alone(model):
         good = server.submit([1, 2, 3], under=some_contexts(model, 1), max_new_tokens=5)
         with pytest.raises(ZeroDivisionError, match="of mine"):
             bad.result(60)
+        leaves = edit(model, "model.layers.1", lambda value: sys.exit("of it"))
+        ends = server.submit([1], under=[leaves], max_new_tokens=1)
+        with pytest.raises(SystemExit, match="of it"):
+            ends.result(60)
         out_of_range = server.submit([1, 2], under=[capture(model, "model.layers.1[:, 1]")], max_new_tokens=3)
         with pytest.raises(TreeMismatch, match=r"\[:, 1\] is out of range"):
             out_of_range.result(60)
@@ -203,9 +211,12 @@ def test_what_is_not_of_one_request_is_refused_by_name(model):
         with pytest.raises(TypeError, match="takes contexts"):
             server.submit([1, 2], under=[lambda value: value], max_new_tokens=1)
         with pytest.raises(ContextMisuse, match="max_batch_tokens=49"):
-            server.submit([1] * 49, under=[capture(model, "model.layers.0")], max_new_tokens=1)
+            server.submit([1] * 49, under=[edit(model, "model.layers.0", lambda value: value)], max_new_tokens=1)
         with pytest.raises(ContextMisuse, match="do not fit into the engine's memory"):
             server.submit([1, 2], max_new_tokens=1000)
+        for tokens in ([1, 60], [-1]):
+            with pytest.raises(ValueError, match="tokens from 0 to 59"):
+                server.submit(tokens, max_new_tokens=1)
         with pytest.raises(TypeError, match="how many tokens"):
             server.submit([1, 2])
     with pytest.raises(ContextMisuse, match="inside of its `with` block"):
@@ -239,8 +250,7 @@ async def _await(handle: Any) -> Any:
     return await handle
 
 
-def test_forwards_of_others_meanwhile_are_left_alone(model):
-    """Before attention, that is: the engine itself changes how attention masks while it runs, in every thread."""
+def test_calls_of_others_in_the_midst_of_a_forward_are_left_alone(model):
     clean = model.model.embed_tokens(torch.tensor([[1, 2, 3]]))
     begun, go_on = threading.Event(), threading.Event()
 
@@ -254,10 +264,72 @@ def test_forwards_of_others_meanwhile_are_left_alone(model):
         handle = server.submit([1, 2, 3], under=under, max_new_tokens=1)
         assert begun.wait(60)
         with capture(model, "model.embed_tokens") as acts:
-            model(torch.tensor([[1, 2, 3]]))
+            model.model.embed_tokens(torch.tensor([[1, 2, 3]]))  # a call of the model itself would wait
         go_on.set()
         handle.result(60)
     assert torch.equal(acts["model.embed_tokens"], clean)
+
+
+def test_forwards_at_the_same_time_do_not_disturb_each_other(model):
+    """Two servers of one model, and calls of it in two more threads."""
+    prompt = torch.tensor([[1, 2, 3, 4, 5]])
+    expected, wrong = model(prompt).logits, []
+    done = threading.Event()
+
+    def calls(module: Any, output: torch.Tensor) -> None:
+        while not done.is_set():
+            wrong.extend([True] * (not torch.allclose(module(prompt)[0], output)))
+
+    threads = [
+        threading.Thread(target=calls, args=(model, expected)),
+        threading.Thread(target=calls, args=(model.model, model.model(prompt)[0])),
+    ]
+    with serving(model, **SMALL) as one, serving(model, **SMALL) as other:
+        for thread in threads:
+            thread.start()
+        handles = [
+            [server.submit([seed] * 9, under=some_contexts(model, seed), max_new_tokens=9) for seed in range(9)]
+            for server in (one, other)
+        ]
+        served = [[handle.result(60) for handle in of_one] for of_one in handles]
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert not hasattr(model.config, "is_causal")
+    for of_one in served:
+        for seed, each in enumerate(of_one):
+            assert_as_alone(model, each, [seed] * 9, some_contexts(model, seed), 9)
+
+
+def test_many_are_steered_in_one_sum(model, monkeypatch):
+    """Those at one place together; what does not fit is said to the one whose it is."""
+    together: list[int] = []
+    summed = batches.all_shifted
+
+    def counted(value: Any, shifts: list[Any], sizes: Any) -> Any:
+        found = summed(value, shifts, sizes)
+        together.append(0 if found is None else len(shifts))
+        return found
+
+    monkeypatch.setattr(batches, "all_shifted", counted)
+    noise = torch.Generator().manual_seed(0)
+    under = [[steer(model, "model.layers.1", torch.randn(32, generator=noise), seed)] for seed in range(8)]
+    under[5] = []
+    with serving(model, **SMALL) as server:
+        handles = [server.submit([seed, 2, 3], under=each, max_new_tokens=4) for seed, each in enumerate(under)]
+        served = [handle.result(60) for handle in handles]
+        assert max(together) > 1
+        assert min(together) > 0
+        too_wide = server.submit([1], under=[steer(model, "model.layers.1", torch.ones(31))], max_new_tokens=2)
+        wide = steer(model, "model.layers.1", torch.ones(32, dtype=torch.float64), 2)
+        fits = server.submit([1, 2], under=[wide], max_new_tokens=4)
+        with pytest.raises(TreeMismatch, match="cannot be added"):
+            too_wide.result(60)
+        fitting = fits.result(60)
+    assert_as_alone(model, fitting, [1, 2], [wide], 4)
+    for seed, each in enumerate(under):
+        assert_as_alone(model, served[seed], [seed, 2, 3], each, 4)
 
 
 def test_two_captures_of_one_site_are_told_apart(model):
