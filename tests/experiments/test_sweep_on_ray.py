@@ -67,15 +67,9 @@ def alike(found: Effects, expected: Effects) -> None:
     assert torch.allclose(found.examples, expected.examples, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["a cache", "alternatives", "resample", "a function"])
-def test_it_is_the_grid_of_one_process(kind: str) -> None:
+@pytest.mark.parametrize("values", ["resample", [0.0, lambda value: 2 * value]], ids=["resample", "alternatives"])
+def test_it_is_the_grid_of_one_process(values: Any) -> None:
     model = body("gpt2")
-    values = {
-        "a cache": clean(model),
-        "alternatives": [0.0, 1.0],
-        "resample": "resample",
-        "a function": lambda value: 2 * value,
-    }[kind]
     told: list[tuple[int, int]] = []
     found = sweep(
         model, WHERE, values, metric, prompts(0), engine="ray", progress=lambda done, count: told.append((done, count))
@@ -106,19 +100,6 @@ def test_the_part_of_a_worker_that_dies_is_done_by_another_one(tmp_path: Path) -
     found = sweep(model, WHERE, clean(model), killing(tmp_path / "killed"), prompts(0), engine="ray", chunk_size=1)
     assert (tmp_path / "killed").exists()
     alike(found, sweep(model, WHERE, clean(model), metric, prompts(0)))
-
-
-def test_after_an_interrupt_it_goes_on_from_what_is_done() -> None:
-    model, values = body("gpt2"), clean(body("gpt2"))
-
-    def interrupt(done: int, count: int) -> None:
-        raise KeyboardInterrupt
-
-    part = sweep(model, WHERE, values, metric, prompts(0), engine="ray", progress=interrupt)
-    missing = int(part.values.isnan().sum())
-    assert 0 < missing < part.values.numel() and "interrupted" in part.notes[-1]
-    rest = sweep(model, WHERE, values, metric, prompts(0), engine="ray", resume=part)
-    alike(rest, sweep(model, WHERE, values, metric, prompts(0)))
 
 
 def noting(folder: Path) -> Callable[[Any], Tensor]:
