@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,16 @@ class RunningEngine:
         if self.manager.add_request(prompt, request_id=name, **generation) is None:
             raise ContextMisuse("the engine takes no more requests: it has been stopped, or has failed.")
 
+    def refuse_unknown_options(self, generation: dict[str, Any]) -> None:
+        """Refuses what a request cannot have of its own; the engine would fail it later, or pass over it."""
+        known = self.processor.logit_processor.supported_keys
+        for name, value in generation.items():
+            if name not in OF_REQUEST and name not in known:
+                text = NOT_OF_REQUEST if hasattr(self.manager.generation_config, name) else UNKNOWN_OF_REQUEST
+                raise TypeError(text.format(name=name, value=value, known=", ".join([*OF_REQUEST, *known])))
+            if name in known and not isinstance(value, known[name]):
+                raise TypeError(f"submit({name}={value!r}): it is a {known[name].__name__}")
+
     def cancel(self, name: str) -> None:
         self.manager.cancel_request(name)
 
@@ -97,15 +108,54 @@ CACHED = (
 )
 
 
+OF_REQUEST = ("max_new_tokens", "eos_token_id", "record_timestamps")
+UNKNOWN_OF_REQUEST = "submit(ids) takes no {name}=; it takes: {known}."
+NOT_OF_REQUEST = (
+    "submit(ids) takes no {name}=: this engine has one for all requests.\n"
+    "  for all:   serving(model, generation={{{name!r}: {value!r}}})\n"
+    "  for each:  serving(model, per_request_processors=True, generation={{{name!r}: …}}), if it is temperature, top_k "
+    "or top_p"
+)
+
+
+def refuse_unknown(model: Any, generation: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuses options of `serving` that are called as nothing is.
+
+    Raises:
+        TypeError: there is one.
+    """
+    with needs("hf"):
+        from transformers import ContinuousBatchingConfig
+    for name in settings:
+        if name in UNSERVED:
+            raise TypeError(f"serving(model, …) takes no {name}: the engine has to call Python in each forward.")
+        if name not in signature(ContinuousBatchingConfig).parameters:
+            is_generation = hasattr(model.generation_config, name)
+            raise TypeError((FOR_GENERATION if is_generation else UNKNOWN_SETTING).format(name=name))
+    for name in generation:
+        if name != "generation_config" and not hasattr(model.generation_config, name):
+            raise TypeError(f"serving(model, generation={{{name!r}: …}}): a GenerationConfig has no {name}.")
+
+
+UNSERVED = ("use_async_batching", "use_cuda_graph", "varlen_compile_config", "decode_compile_config")
+UNKNOWN_SETTING = "serving(model, {name}=…): neither ContinuousBatchingConfig nor GenerationConfig has a {name}."
+FOR_GENERATION = "serving(model, {name}=…): {name} is about generation.\n    serving(model, generation={{{name!r}: …}})"
+
+
 def _generation_config(model: Any, generation: dict[str, Any]) -> Any:
     """A copy, because the engine writes into it."""
     config = copy.deepcopy(generation.pop("generation_config", None) or model.generation_config)
     config.update(**generation)
-    if (config.num_return_sequences or 1) != 1:
-        raise UnsupportedModule("serving gives one result for each request: submit it as often as you want results.")
+    if (config.num_return_sequences or 1) != 1 or (config.num_beams or 1) != 1:
+        raise UnsupportedModule(
+            "serving gives one result for each request, without beams: submit it as often as you want results."
+        )
     if config.eos_token_id is None:
         config.eos_token_id = -1  # as the engine would, with a warning
     return config
+
+
+ONE_RESULT = "serving gives one result for each request, without beams: submit it as often as you want results."
 
 
 def _router(deliver: Callable[..., None]) -> Any:

@@ -16,7 +16,7 @@ from nicehooks.core.binding import Bound, bind, taps_for, unbind
 from nicehooks.core.sessions import Session
 from nicehooks.errors import ContextMisuse, NiceHooksError, UnsupportedModule
 from nicehooks.servers.batches import LOCKS, BeginRule, CrowdRule, PackedBatch, TurnRule, lay_out
-from nicehooks.servers.engine import PRIVATE, SHARED_PREFIX, WHOLE, RunningEngine, is_servable
+from nicehooks.servers.engine import PRIVATE, SHARED_PREFIX, WHOLE, RunningEngine, is_servable, refuse_unknown
 from nicehooks.servers.pieces import names_one_position
 from nicehooks.servers.requests import ENDED, Handle, Request
 
@@ -87,10 +87,12 @@ class Server:
             SiteNotFound: a path selects nothing.
             UnsupportedModule: a context is about gradients, weights or calls, which are not the request's own.
             ContextMisuse: the server is not running, or the request is too long for it.
+            TypeError: nothing of a request is called as an option is, or the engine cannot tell requests apart in it.
         """
         engine, contexts = self._running(), list(under)
         if "streaming" in generation or "request_id" in generation:
             raise TypeError("submit gives one result and names its requests itself: no streaming=, no request_id=")
+        engine.refuse_unknown_options(generation)
         request = Request(_as_tokens(ids, self.model), contexts, self._is_part)
         name = request.name = f"{_beginning_of_name(engine, request)}{next(self._numbers)}"
         _check_room(engine, request, engine.most_new_tokens(generation))
@@ -186,19 +188,15 @@ def serving(model: nn.Module, *, generation: dict[str, Any] | None = None, **set
             `max_batch_tokens` are run in a forward.
 
     Raises:
-        UnsupportedModule: `model` has no such engine.
+        UnsupportedModule: `model` has no such engine, or it is to give several results for a request.
+        TypeError: nothing is called as an option is.
     """
     if not is_servable(model):
         raise UnsupportedModule(
             f"{type(model).__name__} is no generating model of transformers 5, which has the engine."
         )
-    for name in settings:
-        if name in UNSERVED:
-            raise TypeError(f"serving(model, …) takes no {name}: the engine has to call Python in each forward.")
+    refuse_unknown(model, generation or {}, settings)
     return Server(model, generation or {}, settings)
-
-
-UNSERVED = ("use_async_batching", "use_cuda_graph", "varlen_compile_config", "decode_compile_config")
 
 
 def _as_tokens(ids: Any, model: Any) -> list[int]:

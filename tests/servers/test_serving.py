@@ -227,6 +227,31 @@ def test_what_is_not_of_one_request_is_refused_by_name(model):
         serving(model, use_cuda_graph=True)
 
 
+def test_options_that_nothing_has_are_refused_before_anything_runs(model):
+    for settings, message in [
+        ({"max_new_tokens": 5}, r"serving\(model, generation=\{'max_new_tokens': …\}\)"),
+        ({"max_batch_token": 5}, "neither ContinuousBatchingConfig nor GenerationConfig has a max_batch_token"),
+        ({"generation": {"max_new_token": 5}}, "a GenerationConfig has no max_new_token"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            serving(model, **settings)
+    for option in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises(UnsupportedModule, match="one result for each request"), serving(model, generation=option):
+            pytest.fail("entered")
+    sampled = {"do_sample": True, "temperature": 0.7}
+    with serving(model, generation=sampled, **SMALL) as server:
+        for options, message in [
+            ({"max_new_token": 5}, "submit.ids. takes no max_new_token=; it takes: max_new_tokens, eos_token_id"),
+            ({"temperature": 2.0}, "one for all requests(.|\n)*per_request_processors=True"),
+        ]:
+            with pytest.raises(TypeError, match=message):
+                server.submit([1, 2], **{"max_new_tokens": 1, **options})
+    with serving(model, generation=sampled, per_request_processors=True, **SMALL) as server:
+        with pytest.raises(TypeError, match=r"submit\(temperature='hot'\): it is a float"):
+            server.submit([1, 2], max_new_tokens=1, temperature="hot")
+        assert len(server.submit([1, 2], max_new_tokens=3, temperature=2.0).result(timeout=60).tokens) == 3
+
+
 def test_handles_can_be_awaited_and_cancelled(model):
     async def both(server: Any) -> Any:
         contexts = some_contexts(model, 2)
