@@ -170,6 +170,8 @@ class Recipe:
         fn: Any = self.map
         if fn is None:
             return taken
+        if chosen.index is None:  # else these are copies; what `fn` does in place is no matter of another place
+            taken = trees.map_tensors(torch.clone, taken)
         parts = [taken] if self.per == "token" else chosen.each_example(taken)
         done = [fn(part) if site is None else call_user(fn, True, part, key, site) for part in parts]
         return done[0] if len(done) == 1 else concatenated(done, 0, key)

@@ -197,6 +197,16 @@ def test_the_tokens_say_how_many_examples_there_are(tmp_path: Path) -> None:
     assert store.sample[:].unique().tolist() == list(range(len(SAMPLES)))
 
 
+@BOTH
+@pytest.mark.parametrize("per", ["token", "example"])
+def test_a_map_in_place_changes_nothing_else(write: Any, per: Any, tmp_path: Path) -> None:
+    """Neither what another place has, which may be the same tensor, nor what the user has given."""
+    model, x = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()), torch.ones(2, 5, 3)
+    found = write(tmp_path, model, ["@input[0]", "0", "1@input[0]"], [x], map=lambda value: value.mul_(2), per=per)
+    rows = found.rows(slice(None)) if write is to_a_store else found[0]
+    assert all((rows[site] == 2).all() for site in rows) and (x == 1).all()
+
+
 def test_tokens_to_skip_where_there_are_none(tmp_path: Path) -> None:
     with pytest.raises(BatchFault, match="batch 0 has no tokens"):
         harvest(torch.nn.Linear(3, 2), "", [torch.ones(2, 4, 3)], tmp_path, skip_tokens=[0])
