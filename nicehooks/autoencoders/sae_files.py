@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nicehooks.autoencoders.autoencoder import Autoencoder, Encoder, GatedEncoder
 from nicehooks.caches import files
+from nicehooks.caches.arguments import BadArgument
 from nicehooks.errors import FileFault, FileMissing, UnsupportedModule
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -26,6 +27,15 @@ NEEDED = {
     "jumprelu_skip_transcoder": ["b_enc", "threshold", "W_skip"],
 }
 """The architectures, and what each has besides `W_enc`, `W_dec` and `b_dec`."""
+
+WEIGHT_SHAPES = {
+    "W_enc": ("d_in", "d_sae"),
+    "W_dec": ("d_sae", "d_out"),
+    "b_dec": ("d_out",),
+    "W_skip": ("d_out", "d_in"),
+    **dict.fromkeys(["b_enc", "threshold", "b_gate", "b_mag", "r_mag"], ("d_sae",)),
+}
+"""What the dimensions of each are."""
 
 KNOWN_NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in", "covariance_whitening")
 """The last two are in the weights already: the module itself does nothing."""
@@ -63,20 +73,56 @@ def load_sae(directory: Any, device: str | torch.device = "cpu", dtype: torch.dt
     Raises:
         FileMissing: one of the two files is not there.
         FileFault: one of them is damaged, or they do not belong together.
-        UnsupportedModule: an architecture that this library does not know.
+        UnsupportedModule: an architecture that this library does not know, or an activation function, or a scaling.
+        BadArgument: there is no such device, or `dtype` is not one of floating numbers.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise BadArgument(f"load_sae(…, dtype={dtype!r}): it is one of floating numbers, torch.bfloat16, say")
     folder = Path(str(directory))
     config = _config(folder)
     kind = config.get("architecture", "standard")
-    if kind not in NEEDED:
+    if not isinstance(kind, str) or kind not in NEEDED:
         raise UnsupportedModule(UNKNOWN.format(file=str(folder / CONFIG), kind=kind, known=", ".join(NEEDED)))
     weights = files.read(folder / WEIGHTS)
     missing = [name for name in ("W_enc", "W_dec", "b_dec", *NEEDED[kind]) if name not in weights]
     if missing:
         raise FileFault(f"{str(folder / WEIGHTS)!r} is none of a {kind} autoencoder: it has no {', '.join(missing)}.")
+    _check_config(kind, config, folder)
+    _check_weights(kind, config, weights, folder)
     sae = _built(kind, config, weights, folder)
     vars(sae)["config"] = config
-    return sae.to(device=device, dtype=dtype or next(sae.parameters()).dtype).eval()
+    try:
+        return sae.to(device=device, dtype=dtype or next(sae.parameters()).dtype).eval()
+    except (RuntimeError, AssertionError) as error:  # torch's own, where there is no such device
+        raise BadArgument(f"load_sae(…, device={device!r}): {error}") from None
+
+
+def _check_config(kind: str, config: dict[str, Any], folder: Path) -> None:
+    """Raises where `cfg.json` asks for something that would be done otherwise here."""
+    file, chosen = str(folder / CONFIG), config.get("activation_fn", config.get("activation_fn_str"))
+    if kind in ("standard", "transcoder", "skip_transcoder") and chosen not in (None, "relu"):
+        raise UnsupportedModule(f"{file!r} has the activation function {chosen!r}, which load_sae does not know.")
+    if kind == "topk" and not (type(config.get("k")) is int and config["k"] > 0):
+        raise FileFault(f"{file!r} is damaged: a topk autoencoder has a whole number k, and not {config.get('k')!r}.")
+    if not isinstance(config.get("apply_b_dec_to_input", True), bool):
+        raise FileFault(f"{file!r} is damaged: apply_b_dec_to_input is {config['apply_b_dec_to_input']!r}.")
+
+
+def _check_weights(kind: str, config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
+    """Raises where the weights do not fit each other, or the sizes that `cfg.json` says."""
+    file = str(folder / WEIGHTS)
+    if bool((weights.get("scaling_factor", torch.ones(1)) != 1).any()):
+        raise UnsupportedModule(f"{file!r} has a scaling_factor, which load_sae does not know.")
+    sizes = {name: config[name] for name in ("d_in", "d_sae", "d_out") if config.get(name) is not None}
+    if not kind.endswith("transcoder"):
+        sizes["d_out"] = sizes.get("d_in", weights["W_enc"].shape[0] if weights["W_enc"].ndim else None)
+    for name in ("W_enc", "W_dec", "b_dec", *NEEDED[kind]):
+        found = tuple(weights[name].shape)
+        wanted = tuple(sizes.setdefault(dim, size) for dim, size in zip(WEIGHT_SHAPES[name], found, strict=False))
+        if found != wanted or len(found) != len(WEIGHT_SHAPES[name]) or not weights[name].is_floating_point():
+            shown = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in WEIGHT_SHAPES[name])
+            kind_of = str(weights[name].dtype)[6:]
+            raise FileFault(f"{file!r} does not fit: {name} is {list(found)} {kind_of}, and should be [{shown}].")
 
 
 def _built(kind: str, config: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> Autoencoder:
@@ -132,7 +178,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileFault(f"{str(folder / CONFIG)!r} is no description of an autoencoder.")
     chosen = found.get("activation_fn", found.get("activation_fn_str"))
     if chosen == "topk":  # before version 6 the architecture was "standard" then
-        found = {**found, "architecture": "topk", "k": found.get("activation_fn_kwargs", {}).get("k")}
+        found = {**found, "architecture": "topk", "k": (found.get("activation_fn_kwargs") or {}).get("k")}
     if "reshape_activations" not in found and "hook_z" in str(found.get("hook_name", found.get("hook_point", ""))):
         found = {**found, "reshape_activations": "hook_z"}
     return found

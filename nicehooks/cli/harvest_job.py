@@ -37,9 +37,10 @@ def harvest_job(options: argparse.Namespace) -> None:
     blocks = decoder_blocks(model)
     where = options.where or [blocks[len(blocks) // 2]]
     dtype = getattr(torch, options.dtype)
-    batches = pieces(ids, options.length, options.batch)
-    row = format_of_first(Recipe(model, where, dtype=dtype), {"input_ids": batches[0]["input_ids"][:1, :2]}).row_bytes
-    _announce(options, where, len(ids), row)
+    batches = pieces(ids, min(options.length, len(ids)), options.batch)
+    found = format_of_first(Recipe(model, where, dtype=dtype), {"input_ids": batches[0]["input_ids"][:1, :2]})
+    assert found is not None
+    _announce(options, where, len(ids), found.row_bytes)
     started = time.perf_counter()
     with _bar(len(ids)) as progress:
         store = harvest(model, where, batches, options.out, dtype=dtype, resume=options.resume, progress=progress)
@@ -62,7 +63,7 @@ def pieces(ids: list[int], length: int, batch: int) -> list[dict[str, Tensor]]:
 
 def _text_of(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")  # a mark at the beginning is no text
     except (OSError, UnicodeDecodeError) as error:
         raise HarvestError(f"{file!r} cannot be read: {error}") from None
 

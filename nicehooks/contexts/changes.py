@@ -276,7 +276,7 @@ def splice(
 
 def _sent_through(module: Any, error: bool) -> Callable[[Any], Tensor]:
     if not callable(module):
-        raise TypeError(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
+        raise TreeMismatch(f"splice(model, where, module) takes a module or a function, not {type(module).__name__}")
     return lambda value: _spliced(value, module, error)
 
 
@@ -284,9 +284,13 @@ def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor
     if not isinstance(value, Tensor):
         raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
     new = _taken(module, value)
-    if not isinstance(new, Tensor) or new.shape != value.shape:
+    if not isinstance(new, Tensor) or new.shape != value.shape or _holds_reals(new) != _holds_reals(value):
         raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + error_of(module, value, value, new) if error else new
+
+
+def _holds_reals(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _taken(module: Callable[[Tensor], Any], value: Tensor) -> Any:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nicehooks.caches.arguments import BadArgument
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
-from nicehooks.core.selection import Where
+from nicehooks.core.selection import Where, select
 from nicehooks.errors import TreeMismatch
-from nicehooks.harvesting.inputs import Batch, batches_of
+from nicehooks.harvesting.inputs import Batch, BatchFault, batches_of, check_has_rows, check_stream
 
 Method = Literal["mean", "pca"]
 TakenAt = Literal["last", "mean"]
@@ -53,18 +54,22 @@ def steering_vector(
     Raises:
         SiteNotFound: `where` selects nothing.
         TreeMismatch: a value is no tensor `[batch, d]` or `[batch, pos, d]`; with `"pca"`, there are not as many
-            positives as negatives.
+            positives as negatives, or their differences are not finite.
+        BatchFault: an input is no batch, or has an example without a token.
+        BadArgument: there is no such method, or position.
     """
     if method not in ("mean", "pca") or position not in ("last", "mean"):
-        raise ValueError(f"method={method!r}, position={position!r}: 'mean' or 'pca', and 'last' or 'mean'")
+        raise BadArgument(f"method={method!r}, position={position!r}: 'mean' or 'pca', and 'last' or 'mean'")
+    for site in select(model, where):
+        check_has_rows(site, "example")
     more, less = [_examples(model, where, inputs, position) for inputs in (positives, negatives)]
     direction = _mean if method == "mean" else _principal
-    found = {key: direction(more[key], less[key], key) for key in more}
+    found = {key: direction(more[key].double(), less[key].double(), key).to(more[key].dtype) for key in more}
     return next(iter(found.values())) if len(found) == 1 else ActivationCache(found)
 
 
 def _mean(more: Tensor, less: Tensor, key: str) -> Tensor:
-    return more.mean(0) - less.mean(0)
+    return more.mean(0) - less.mean(0)  # in float64: the two may be large, and near each other
 
 
 def _principal(more: Tensor, less: Tensor, key: str) -> Tensor:
@@ -73,15 +78,18 @@ def _principal(more: Tensor, less: Tensor, key: str) -> Tensor:
         raise TreeMismatch(
             f"{key!r}: method='pca' takes pairs, and there are {len(more)} positives for {len(less)} negatives."
         )
-    differences = (more - less).double()
+    differences = more - less
+    if not differences.isfinite().all():
+        raise TreeMismatch(f"{key!r}: method='pca' takes finite values, and there are NaN or infinite ones.")
     direction = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-    return (direction * (differences @ direction).mean()).to(more.dtype)
+    return direction * (differences @ direction).mean()
 
 
 def _examples(model: nn.Module, where: Where, inputs: Any, position: TakenAt) -> dict[str, Tensor]:
     """`[example, d]` at each place."""
     found: dict[str, list[Tensor]] = {}
     for batch in batches_of([inputs] if isinstance(inputs, Tensor | Mapping) else _listed(inputs)):
+        _check_texts(batch)
         device = next((parameter.device for parameter in model.parameters()), None)
         with torch.no_grad(), capture(model, where, stop=True) as acts:
             batch.run(model, device)
@@ -90,7 +98,18 @@ def _examples(model: nn.Module, where: Where, inputs: Any, position: TakenAt) ->
     return {key: torch.cat(values) for key, values in found.items()}
 
 
+def _check_texts(batch: Batch) -> None:
+    """Raises a `BatchFault` where an example has no token whose value could be taken."""
+    first = batch.tensors[0]
+    if batch.ids is None and first.ndim == 1 and not first.is_floating_point():
+        raise BatchFault(f"batch {batch.number} has the shape {list(first.shape)}: one text is [1, pos], ids[None].")
+    lengths = batch.mask.sum(1) if batch.mask is not None else None if batch.ids is None else batch.ids.shape[1:]
+    if not len(batch.samples) or (lengths is not None and 0 in lengths):
+        raise BatchFault(f"batch {batch.number} has an example with no token, or nothing but padding, or no example.")
+
+
 def _listed(inputs: Iterable[Any]) -> list[Any]:
+    check_stream([] if isinstance(inputs, str) else inputs)  # a text is told as a batch that is none
     batches = list(inputs)
     if not batches:
         raise TreeMismatch("steering_vector takes at least one positive and one negative input: there is none.")
@@ -104,10 +123,13 @@ def _one_each(value: Any, batch: Batch, position: TakenAt, key: str) -> Tensor:
         raise TreeMismatch(f"{key!r} has {shown}: steering_vector takes values [batch, d] or [batch, pos, d].")
     if value.ndim == 2:
         return value.detach()
-    mask = torch.ones(value.shape[:2]) if batch.mask is None else batch.mask
-    weights = mask.to(value.device, value.dtype)
-    if position == "last":
-        places = torch.arange(mask.shape[1], device=value.device)
-        last = (weights * (places + 1)).argmax(1)
+    known = batch.mask if batch.ids is None else batch.ids
+    if known is not None and value.shape[:2] != known.shape:
+        raise TreeMismatch(f"{key!r} has {list(value.shape)}: the tokens are {list(known.shape)}.")
+    mask = torch.ones(value.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
+    if position == "last":  # whole numbers: bfloat16 does not tell position 257 from 256
+        last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(1).to(value.device)
         return value.detach()[torch.arange(len(value), device=value.device), last]
-    return (value.detach() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+    weights = mask.to(value.device)
+    exact = value.detach().double() * weights[..., None]
+    return (exact.sum(1) / weights.sum(1, keepdim=True)).to(value.dtype)

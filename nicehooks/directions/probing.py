@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nicehooks.caches.arguments import BadArgument, whole_number
+from nicehooks.directions.labels import known_labels
 from nicehooks.errors import TreeMismatch
 from nicehooks.extras import needs
 from nicehooks.harvesting.activation_store import ActivationStore
@@ -79,9 +82,14 @@ def probe(
         A `Probe` by the path of each place.
 
     Raises:
-        TreeMismatch: there are not as many labels as rows, or a value is not `[example, d]`.
+        TreeMismatch: there are not as many labels as rows, all of them are the same, or a value is not `[example, d]`,
+            or not finite.
+        BadArgument: a number makes no sense.
         MissingExtra: scikit-learn is not installed.
     """
+    if not 0 < held_out < 1 or not strength > 0:
+        raise BadArgument(f"held_out={held_out}, strength={strength}: the one is between 0 and 1, the other above 0")
+    rows, seed = whole_number(rows, "rows", 2), whole_number(seed, "seed", 0)
     with needs("probe"):
         import sklearn as sklearn
     found, known, groups = _looked_at(values, labels, rows, seed)
@@ -92,28 +100,28 @@ def probe(
 def _looked_at(values: Any, labels: Any, rows: int, seed: int) -> tuple[dict[str, Tensor], Any, Tensor]:
     """What is looked at, with its labels, and what belongs together."""
     if not isinstance(values, ActivationStore):
-        tensors = {str(key): value.detach().cpu() for key, value in values.items()}
+        tensors = _tensors_of(values)
         count = len(next(iter(tensors.values()), ()))
-        return tensors, _as_many(labels, count), torch.arange(count)
+        return tensors, known_labels(labels, count), torch.arange(count)
     places = order_of(len(values), True, seed, (0, 1), rows, 0)
     chosen = values.rows(places)
     if callable(labels):
         known: Any = labels(chosen)
     elif isinstance(labels, Mapping):
-        known = [labels[int(sample)] for sample in chosen.sample]
+        missing = sorted(set(chosen.sample.tolist()) - set(labels))
+        if missing:
+            raise TreeMismatch(f"probe takes a label for each sample: there is none for sample {missing[0]}.")
+        known = [labels[sample] for sample in chosen.sample.tolist()]
     else:
-        known = _labels_at(_as_many(labels, len(values)), places)
-    return dict(chosen), _as_many(known, len(chosen.sample)), chosen.sample
+        known = known_labels(labels, len(values))[places.numpy()]
+    return dict(chosen), known_labels(known, len(chosen.sample)), chosen.sample
 
 
-def _labels_at(labels: Any, places: Tensor) -> Any:
-    return labels[places] if isinstance(labels, Tensor) else [labels[place] for place in places.tolist()]
-
-
-def _as_many(labels: Any, count: int) -> Any:
-    if len(labels) != count:
-        raise TreeMismatch(f"probe takes a label for each row: there are {len(labels)} labels for {count} rows.")
-    return labels
+def _tensors_of(values: Any) -> dict[str, Tensor]:
+    """The tensors of a cache."""
+    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise TreeMismatch('probe takes a store, or a cache of tensors: probe({"h.3": values}, labels)')
+    return {str(key): value.detach().cpu() for key, value in values.items()}
 
 
 class _Fitting:
@@ -123,13 +131,16 @@ class _Fitting:
         import numpy
         from sklearn.model_selection import GroupShuffleSplit
 
-        known = (
-            torch.as_tensor(labels).cpu() if not isinstance(labels, list) or not isinstance(labels[0], str) else None
-        )
-        self.numbers = known is not None and known.is_floating_point()
-        self.labels: Any = numpy.asarray(labels if known is None else known.numpy())
+        self.labels: Any = labels
+        self.numbers = labels.dtype.kind == "f"
+        samples = len(groups.unique())
+        if not 1 <= math.ceil(held_out * samples) < samples:
+            raise TreeMismatch(f"probe holds out {held_out} of the samples: with {samples} of them none would be left.")
         split = GroupShuffleSplit(1, test_size=held_out, random_state=seed)
         self.train, self.test = next(split.split(self.labels, self.labels, groups.numpy()))
+        kinds = numpy.unique(self.labels[self.train])
+        if len(kinds) < 2:
+            raise TreeMismatch(f"probe has nothing to tell apart: all {len(self.train)} rows it fits are {kinds[0]}.")
         self.shuffled = self.labels[self.train][numpy.random.default_rng(seed).permutation(len(self.train))]
         self.strength = strength
 
@@ -137,6 +148,8 @@ class _Fitting:
         """The probe at one place."""
         if value.ndim != 2 or len(value) != len(self.labels):
             raise TreeMismatch(f"{key!r} has the shape {list(value.shape)}: probe takes [{len(self.labels)}, d].")
+        if value.is_complex() or not value.shape[1] or not value.double().isfinite().all():
+            raise TreeMismatch(f"{key!r} has values that are no finite numbers, or none at all: probe cannot fit them.")
         x: Any = value.double().numpy()
         real, control = self._fit(x, self.labels[self.train]), self._fit(x, self.shuffled)
         score, chance = (float(one.score(x[self.test], self.labels[self.test])) for one in (real, control))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nicehooks.caches.arguments import BadArgument, whole_number
 from nicehooks.errors import NotCaptured, PathError, TreeMismatch
 from nicehooks.harvesting.addresses import Address, address
 from nicehooks.harvesting.manifest import Manifest, ShardRecord
+from nicehooks.harvesting.row_indices import rows_meant, run_meant
 from nicehooks.harvesting.shard_files import ShardFiles
 from nicehooks.harvesting.shuffling import order_of
 from nicehooks.harvesting.stored_rows import StoredRows, named
@@ -39,29 +41,31 @@ class StoredColumn:
 
     def __getitem__(self, index: Any) -> Tensor:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        rows = self._rows(first)
-        return rows[(slice(None) if rows.ndim == len(self.shape) else ..., *rest)] if rest else rows
+        if first is None or first is Ellipsis or isinstance(first, bool) or (getattr(first, "ndim", 1) > 1 and rest):
+            return self._inside(self[:], index)
+        rows, local = self._rows(first)
+        if rest:
+            return self._inside(rows, (local, *rest))
+        return rows if isinstance(local, slice) else rows.reshape((*local.shape, *self.shape[1:]))
 
-    def _rows(self, index: Any) -> Tensor:
-        if isinstance(index, slice):
-            first, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._files.part(self._name, first, max(first, stop))
-            return self._gathered(torch.arange(first, stop, step))
-        if isinstance(index, int):
-            return self._gathered(torch.tensor([index]))[0]
-        if index is Ellipsis:
-            return self[:]
-        rows = torch.as_tensor(index)
-        return self._gathered(rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows)
+    def _rows(self, index: Any) -> tuple[Tensor, Any]:
+        """The rows at `index`, one after the other; and which of these `index` means, in its own shape."""
+        run = run_meant(index, len(self)) if isinstance(index, slice) else None
+        if run is not None:
+            return self._files.part(self._name, *run), slice(None)
+        rows = rows_meant(index, len(self))
+        found = self._files.gather([self._name], rows.reshape(-1))[0]
+        return found, slice(None) if isinstance(index, slice) else torch.arange(rows.numel()).reshape(rows.shape)
 
-    def _gathered(self, rows: Tensor) -> Tensor:
-        rows = torch.where(rows < 0, rows + len(self), rows)
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise TreeMismatch(
-                f"the rows of this store go from 0 to {len(self) - 1}, and {index_shown(rows)} was asked for."
-            )
-        return self._files.gather([self._name], rows.reshape(-1))[0].reshape(*rows.shape, *self.shape[1:])
+    def _inside(self, rows: Tensor, index: Any) -> Tensor:
+        try:
+            return rows[index]
+        except (IndexError, TypeError) as error:
+            raise TreeMismatch(f"{self!r} cannot be read by {index!r}: {error}.") from None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, len(self), AT_ONCE):
+            yield from self[first : first + AT_ONCE]
 
     def __repr__(self) -> str:
         return f"StoredColumn({self._name.removeprefix(ORIGIN)!r}, {list(self.shape)}, {str(self.dtype)[6:]})"
@@ -164,13 +168,21 @@ class ActivationStore:
     # reading
 
     def rows(self, index: Any, sites: Sequence[str] | None = None) -> StoredRows:
-        """The rows at `index`, a tensor or list of their places, or a slice."""
-        if isinstance(index, slice):
-            index = torch.arange(*index.indices(len(self)))
-        keys = self.sites if sites is None else [named(path, self.sites) for path in sites]
-        origin = list(self.manifest.origin)
-        found = self.files.gather([*keys, *(ORIGIN + name for name in origin)], torch.as_tensor(index))
+        """The rows at `index`: a slice, or numbers, or a truth value for each row; one number gives one row.
+
+        Raises:
+            TreeMismatch: there are no such rows.
+        """
+        rows = rows_meant(index, len(self))
+        if rows.ndim > 1:
+            raise TreeMismatch(f"rows are read by a list of numbers, and not by numbers {list(rows.shape)}.")
+        keys, origin = self._keys(sites), list(self.manifest.origin)
+        found = self.files.gather([*keys, *(ORIGIN + name for name in origin)], rows.reshape(-1))
         return StoredRows.of(dict(zip(keys, found, strict=False)), dict(zip(origin, found[len(keys) :], strict=True)))
+
+    def _keys(self, sites: Sequence[str] | None) -> list[str]:
+        chosen = [sites] if isinstance(sites, str) else sites
+        return self.sites if chosen is None else [named(path, self.sites) for path in chosen]
 
     def batches(
         self,
@@ -195,19 +207,26 @@ class ActivationStore:
             world: how many readers there are.
             drop_last: leaves out a last batch that is smaller.
             start: the number of the batch to begin with, to go on in the middle.
+
+        Raises:
+            BadArgument: a number makes no sense; at once, and not with the first batch.
+            NotCaptured: a place is not there.
         """
-        if size < 1 or not 0 <= rank < world:
-            raise ValueError(f"batches(size={size}, rank={rank}, world={world}): size ≥ 1, 0 ≤ rank < world")
-        while True:
-            rows = order_of(len(self), shuffle, seed, (rank, world), size, start)
-            if not len(rows) or (drop_last and len(rows) < size):
-                return
-            yield self._run(int(rows[0]), len(rows), sites) if not shuffle and world == 1 else self.rows(rows, sites)
+        size, start = whole_number(size, "size", 1), whole_number(start, "start", 0)
+        if whole_number(rank, "rank", 0) >= whole_number(world, "world", 1):
+            raise BadArgument(f"rank={rank} of world={world}: they are numbered from 0")
+        order = partial(order_of, len(self), shuffle, seed, (rank, world), size)
+        return self._batches(order, size if drop_last else 1, self._keys(sites), not shuffle and world == 1, start)
+
+    def _batches(
+        self, order: Callable[[int], Tensor], least: int, keys: list[str], runs: bool, start: int
+    ) -> Iterator[StoredRows]:
+        while len(rows := order(start)) >= least:
+            yield self._run(int(rows[0]), len(rows), keys) if runs else self.rows(rows, keys)
             start += 1
 
-    def _run(self, first: int, count: int, sites: Sequence[str] | None) -> StoredRows:
+    def _run(self, first: int, count: int, keys: list[str]) -> StoredRows:
         """Rows that follow each other, copied: whoever writes into a batch changes no later one."""
-        keys = self.sites if sites is None else [named(path, self.sites) for path in sites]
         columns = {key: self.files.part(key, first, first + count).clone() for key in keys}
         origin = {name: self.files.part(ORIGIN + name, first, first + count).clone() for name in self.manifest.origin}
         return StoredRows.of(columns, origin)
@@ -242,6 +261,5 @@ class ActivationStore:
         return ActivationStore, (self.there,)  # files that are open do not travel
 
 
-def index_shown(rows: Tensor) -> str:
-    """The first few of some rows."""
-    return ", ".join(str(row) for row in rows.reshape(-1)[:3].tolist()) + (", …" if rows.numel() > 3 else "")
+AT_ONCE = 1024
+"""How many rows are read at once by whoever goes through them one by one."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+from nicehooks.caches.arguments import BadArgument
 from nicehooks.errors import FileFault, FileMissing
 from nicehooks.extras import needs
 
@@ -54,7 +55,13 @@ class Address(Protocol):
 
 
 def address(where: Any) -> Address:
-    """The directory `where`: a path, or an address such as `"s3://bucket/store"`."""
+    """The directory `where`: a path, or an address such as `"s3://bucket/store"`.
+
+    Raises:
+        BadArgument: it is neither, or nothing here knows such addresses.
+    """
+    if not isinstance(where, str | os.PathLike) or not os.fspath(where):
+        raise BadArgument(f"{where!r} is no place for a store: it is a directory, or an address such as 's3://bucket'")
     return _Remote(str(where)) if "://" in str(where) else _Local(Path(where))
 
 
@@ -82,13 +89,16 @@ class _Local:
         self.folder = folder
 
     def names(self) -> dict[str, int]:
-        if not self.folder.is_dir():
-            return {}
         found: dict[str, int] = {}
-        for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # another process has just published it, under its own name
-                if entry.is_file():
-                    found[entry.name] = entry.stat().st_size
+        try:
+            for entry in os.scandir(self.folder):
+                with suppress(FileNotFoundError):  # another process has just published it, under its own name
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise FileFault(f"{str(self.folder)!r} cannot be read: {error}") from None
         return found
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -120,7 +130,10 @@ class _Local:
         os.replace(self.folder / unfinished, self.folder / name)
 
     def remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise FileFault(f"{self.full(name)!r} cannot be removed: {error}") from None
 
     def full(self, name: str) -> str:
         return str(self.folder / name)
@@ -140,7 +153,10 @@ class _Remote:
     def __init__(self, where: str) -> None:
         with needs("harvest"):
             import fsspec
-        system, folder = fsspec.core.url_to_fs(where)
+        try:
+            system, folder = fsspec.core.url_to_fs(where)
+        except (ImportError, ValueError) as error:  # a package that is not there, a protocol that nobody knows
+            raise BadArgument(f"{where!r} is no place for a store: {error}") from None
         self.system: Any = system
         self.where = where.rstrip("/")
         self.folder = folder.rstrip("/")

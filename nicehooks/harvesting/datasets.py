@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from nicehooks.caches.arguments import BadArgument
 from nicehooks.harvesting.parts import this_part
 from nicehooks.harvesting.stored_rows import StoredRows
 
@@ -25,6 +26,11 @@ class StoreDataset(IterableDataset[StoredRows]):
         self.size = size
         self.options: dict[str, Any] = {"rank": None, "world": None, "seed": 0, **options}
         self.epoch = 0
+        if (self.options["rank"] is None) != (self.options["world"] is None):
+            raise BadArgument(
+                f"dataset(…): rank={self.options['rank']} and world={self.options['world']}: both, or none"
+            )
+        store.batches(size, **{name: value for name, value in self.options.items() if value is not None})
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass through the rows."""
@@ -33,7 +39,7 @@ class StoreDataset(IterableDataset[StoredRows]):
     def __iter__(self) -> Iterator[StoredRows]:
         options: dict[str, Any] = dict(self.options)
         rank, world = options.pop("rank"), options.pop("world")
-        rank, world = this_part() if rank is None or world is None else (rank, world)
+        rank, world = this_part() if rank is None else (rank, world)
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         options["seed"] = f"{options['seed']} {self.epoch}" if self.epoch else options["seed"]

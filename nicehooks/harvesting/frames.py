@@ -30,7 +30,7 @@ def data_frame(rows: StoredRows) -> Any:
         import pandas
     parts = [pandas.DataFrame({name: _as_numbers(value) for name, value in _origin(rows).items()})]
     for key, value in rows.items():
-        flat = _as_numbers(value.reshape(len(value), -1))
+        flat = _as_numbers(value.reshape(len(value), math.prod(value.shape[1:])))
         names: Any = [(key, number) for number in range(flat.shape[1])] if value.ndim > 1 else [key]
         parts.append(pandas.DataFrame(dict(zip(names, flat.T, strict=True))))
     return pandas.concat(parts, axis=1)

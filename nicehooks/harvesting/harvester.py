@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from nicehooks.caches.arguments import BadArgument, whole_number
 from nicehooks.core.selection import Where
-from nicehooks.errors import FileFault, NiceHooksError
+from nicehooks.errors import FileFault
 from nicehooks.harvesting.activation_store import ActivationStore
 from nicehooks.harvesting.addresses import Address, address
 from nicehooks.harvesting.inputs import BatchFault, check_stream
-from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord
-from nicehooks.harvesting.parts import done_name, finish_part, put_together, this_part
-from nicehooks.harvesting.rows import Per, Reached, Recipe
-from nicehooks.harvesting.starting import THERE, Format, format_of, manifest_for
-from nicehooks.harvesting.writing import Writer, clean, record_of, remove_shards, shards_of
+from nicehooks.harvesting.manifest import NAME, Manifest, ShardRecord, StoreMismatch
+from nicehooks.harvesting.parts import done_name, finish_part, part_of, put_together, this_part, what_was_done
+from nicehooks.harvesting.rows import OtherData, Per, Reached, Recipe
+from nicehooks.harvesting.starting import THERE, Format, format_of, format_of_first, manifest_for
+from nicehooks.harvesting.writing import Writer, clean, model_of, record_of, remove_shards, shards_of
 
 
 def harvest(
@@ -83,18 +85,26 @@ def harvest(
         TreeMismatch: a value has no row for each token, or each example.
         StoreMismatch: `store` was begun with another model, other data or other settings.
         FileFault: there is a store already, one of its files is damaged, or the disk is full.
+        BatchFault: one of the batches is none, or there is none.
+        BadArgument: an argument makes no sense.
     """
-    recipe = Recipe(model, where, per, map, dtype, tuple(skip_tokens))
+    recipe = Recipe(model, where, per, map, dtype, skip_tokens)
     there = address(store)
+    if progress is not None and not callable(progress):
+        raise BadArgument(f"progress={progress!r} is no function of a number of rows")
     if engine == "ray":
         from nicehooks.harvesting.ray_engine import harvest_with_ray
 
         return harvest_with_ray(recipe, batches, store, resume, progress, **more)
     if engine != "here" or more:
-        raise NiceHooksError(
+        raise BadArgument(
             f"harvest(…): there is no engine {engine!r} that takes {sorted(more)}; it is 'here' or 'ray'."
         )
-    job = Job(recipe, there, *(this_part() if part is None else part))
+    if shard_rows is not None:
+        shard_rows = whole_number(shard_rows, "shard_rows", 1)
+    recipe.check()
+    check_stream(batches)
+    job = Job(recipe, there, *(this_part() if part is None else part_of(part)))
     return job.run(batches, shard_rows, resume, progress)
 
 
@@ -112,15 +122,23 @@ class Job(NamedTuple):
         """Writes this part."""
         begun = self._begun(resume)
         clean(self.there, self.part)
-        if begun is not None and begun.complete:
-            return ActivationStore(self.there)
-        if begun is not None and done_name(self.part) in self.there.names():
-            put_together(self.there, begun, self.part)
-            return ActivationStore(self.there)
         if begun is not None:  # before the model runs for long
             self._manifest(Format(begun.columns, begun.origin), shard_rows, begun)
-        shards, after = self._already_there() if resume else ([], None)
-        check_stream(batches)
+        done = None if begun is None else self._done(begun)
+        shards, after = self._already_there(done[0] if done and done[0] else None) if resume else ([], None)
+        if begun is not None and done is not None:
+            if done[0] == shards or not begun.data:  # those of Ray have other names
+                self._same(batches, begun, shard_rows, done[1])
+                if not begun.complete:
+                    put_together(self.there, begun, self.part)
+                return ActivationStore(self.there)
+            begun = self._reopened(begun)
+        if begun is None and shards:  # somebody took the manifest away
+            batches, found = self._format(batches)
+            begun = None if found is None else self._manifest(found, shard_rows, None)
+            if begun is not None and model_of(self.there, shards[-1].file) not in (None, begun.fingerprint):
+                self.there.remove(NAME)
+                raise StoreMismatch(f"{self.there.full(shards[-1].file)!r} has the activations of another model.")
         writer = None if begun is None else self._writer(begun, shards, after)
         try:
             for block in self.recipe.blocks(batches, (self.part, self.parts), after):
@@ -138,12 +156,50 @@ class Job(NamedTuple):
             raise
         return self._finished(writer)
 
+    def _done(self, begun: Manifest) -> tuple[list[ShardRecord], Reached | None] | None:
+        """What this part has written and read, if it is done."""
+        if done_name(self.part) in self.there.names():
+            return what_was_done(self.there, self.part)
+        if not begun.complete:
+            return None
+        end = Reached(begun.batches, begun.rows, begun.data[0]) if begun.parts == 1 and begun.data else None
+        return [shard for shard in begun.shards if shard.file.startswith(f"{self.part:05}-")], end
+
+    def _same(self, batches: Iterable[Any], begun: Manifest, shard_rows: int | None, end: Reached | None) -> None:
+        """Raises where this would not give what is there; the data is read, and the model runs on one batch."""
+        batches, found = self._format(batches)
+        if found is not None:
+            self._manifest(found, shard_rows, begun)
+        if end is not None:
+            for block in self.recipe.blocks(batches, (self.part, self.parts), end):
+                raise OtherData(block.progress.batches, end)
+
+    def _reopened(self, begun: Manifest) -> Manifest:
+        """The manifest of a store of which a shard has gone since it was done."""
+        begun = begun.reopened()
+        begun.save(self.there, self.part)
+        self.there.remove(done_name(self.part))
+        return begun
+
+    def _format(self, batches: Iterable[Any]) -> tuple[Iterable[Any], Format | None]:
+        """What a row is, as the first batch of this part says; and all batches. None where that one has no rows."""
+        stream, first = iter(batches), []
+        for given in stream:
+            first.append(given)
+            if len(first) > self.part:
+                return chain(first, stream), format_of_first(self.recipe, given)
+        return first, None
+
     def _manifest(self, found: Format, shard_rows: int | None, begun: Manifest | None) -> Manifest:
         """The manifest of the store, which is written if nobody has begun it."""
         wanted = shard_rows if begun is None or shard_rows is not None else begun.shard_rows
         manifest = manifest_for(self.recipe, found, wanted, self.parts)
         if begun is not None:
             begun.check_same(manifest, self.there.full("").rstrip("/"))
+        elif NAME in self.there.names():  # another process has begun it meanwhile
+            if self.parts == 1:
+                raise FileFault(THERE.format(where=self.there.full("").rstrip("/"), state="was begun meanwhile"))
+            Manifest.load(self.there).check_same(manifest, self.there.full("").rstrip("/"))
         else:
             manifest.save(self.there, self.part)
         return manifest
@@ -166,6 +222,10 @@ class Job(NamedTuple):
     def _begun(self, resume: bool) -> Manifest | None:
         """The manifest that is there."""
         if NAME not in self.there.names():
+            if not resume and shards_of(self.there, self.part):
+                raise FileFault(
+                    THERE.format(where=self.there.full("").rstrip("/"), state="has no manifest.json any more")
+                )
             return None
         found = Manifest.load(self.there)
         mine = [name for name in self.there.names() if name.startswith(f"{self.part:05}")]
@@ -174,12 +234,17 @@ class Job(NamedTuple):
             raise FileFault(THERE.format(where=self.there.full("").rstrip("/"), state=state))
         return found
 
-    def _already_there(self) -> tuple[list[ShardRecord], Reached | None]:
-        """The shards that an earlier run has written, and how far it had read."""
+    def _already_there(self, said: list[ShardRecord] | None) -> tuple[list[ShardRecord], Reached | None]:
+        """The shards that an earlier run has written, and how far it had read; up to one that is not as it `said`."""
         names, found, last = self.there.names(), [], None
-        for file in shards_of(self.there, self.part):
-            record, last = record_of(self.there, file, names[file])
+        for number, file in enumerate(shards_of(self.there, self.part)):
+            record, reached = record_of(self.there, file, names[file])
+            if said is not None and said[number : number + 1] != [record]:
+                break
+            if reached.rows != record.rows + (last.rows if last else 0):
+                raise FileFault(f"{self.there.full(file)!r} is not the shard that comes after the one before it.")
             found.append(record)
+            last = reached
         return found, last
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nicehooks.core.selection import Site
 from nicehooks.errors import NiceHooksError, TreeMismatch
 
 SAMPLE = "sample"
@@ -81,9 +82,11 @@ def batches_of(stream: Iterable[Any], part: tuple[int, int] = (0, 1)) -> Iterato
 
 
 def check_stream(stream: Any) -> None:
-    """Raises a `BatchFault` where one batch was given in the place of many."""
+    """Raises a `BatchFault` where one batch was given in the place of many, or something that gives none."""
     if isinstance(stream, Tensor | Mapping | str):
         raise BatchFault(ONE_BATCH.format(kind=type(stream).__name__))
+    if not isinstance(stream, Iterable) and not hasattr(stream, "__getitem__"):
+        raise BatchFault(f"batches is a {type(stream).__name__}, and should be an iterable of batches.")
 
 
 def _batch(given: Any, number: int, first: int) -> Batch:
@@ -93,13 +96,19 @@ def _batch(given: Any, number: int, first: int) -> Batch:
     samples = kwargs.pop(SAMPLE, None)
     ids = kwargs.get("input_ids", args[0] if args else None)
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not _is_real(ids) else None
-    size = _examples_in(args, kwargs, number)
-    if samples is None:
-        samples = torch.arange(first, first + size)
-    samples = torch.as_tensor(samples).long().cpu()
-    if samples.shape != (size,):
-        raise BatchFault(f"batch {number}: {SAMPLE!r} has the shape {list(samples.shape)}, not [{size}].")
-    return Batch(number, args, kwargs, ids, _mask(kwargs, number), samples)
+    mask = _mask(kwargs, ids, number)
+    size = _examples_in([ids, mask, *args, *kwargs.values()], number)
+    return Batch(number, args, kwargs, ids, mask, _samples(samples, range(first, first + size), number))
+
+
+def _samples(given: Any, otherwise: range, number: int) -> Tensor:
+    """The numbers of the examples of a batch."""
+    samples = torch.as_tensor(list(otherwise) if given is None else given).cpu()
+    if samples.shape != (len(otherwise),):
+        raise BatchFault(f"batch {number}: {SAMPLE!r} has the shape {list(samples.shape)}, not [{len(otherwise)}].")
+    if len(samples) and (_is_real(samples) or samples.dtype == torch.bool):
+        raise BatchFault(f"batch {number}: {SAMPLE!r} has {str(samples.dtype)[6:]}s in it, and not whole numbers.")
+    return samples.long()
 
 
 def _inputs(given: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -112,20 +121,25 @@ def _inputs(given: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise BatchFault(NO_BATCH.format(number=number, kind=type(given).__name__))
 
 
-def _examples_in(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> int:
-    for value in (*args, *kwargs.values()):
+def _examples_in(values: Sequence[Any], number: int) -> int:
+    """How many examples there are: what `values` says first, of which tokens come before everything else."""
+    for value in values:
         if isinstance(value, Tensor) and value.ndim:
             return len(value)
     raise BatchFault(f"batch {number} has no tensor with a batch dimension.")
 
 
-def _mask(kwargs: dict[str, Any], number: int) -> Tensor | None:
+def _mask(kwargs: dict[str, Any], ids: Tensor | None, number: int) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise BatchFault(
             f"batch {number}: attention_mask is no tensor [batch, pos], so it does not say what is padding."
+        )
+    if ids is not None and mask.shape != ids.shape:
+        raise BatchFault(
+            f"batch {number}: attention_mask has the shape {list(mask.shape)}, and the tokens {list(ids.shape)}."
         )
     return mask.bool().cpu()
 
@@ -134,10 +148,49 @@ def _is_real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def check_shape(shape: torch.Size, wanted: tuple[int, ...], key: str, per: str) -> None:
-    """Raises a `TreeMismatch` unless a value at `key` has a row for everything that is to have one."""
-    if tuple(shape[: len(wanted)]) != wanted:
-        raise TreeMismatch(SHAPE[per].format(key=key, shape=list(shape), wanted=", ".join(map(str, wanted))))
+def check_shape(shape: torch.Size, wanted: tuple[int, ...], key: str, per: str, whole: Any) -> None:
+    """Raises a `TreeMismatch` unless a tensor of the value `whole` at `key` has a row for what is to have one."""
+    if tuple(shape[: len(wanted)]) == wanted:
+        return
+    lines = [SHAPE.format(key=key, shape=list(shape), per=per, wanted=", ".join(map(str, wanted)))]
+    if not isinstance(whole, Tensor):
+        lines.append(f'    harvest(model, "{key}[0]", …)  # one part of the value, which is a {type(whole).__name__}')
+    elif per == "token" and shape and shape[0] == wanted[0]:
+        lines.append('    harvest(…, per="example")  # a row for each example')
+    elif per == "token" and shape and shape[0] == wanted[0] * wanted[1]:
+        lines.append(f'    harvest(model, "{key}/rows", …)  # all positions of all examples are one dimension')
+    raise TreeMismatch("\n".join(lines))
+
+
+def check_has_rows(site: Site, per: str) -> None:
+    """Raises a `TreeMismatch` where the path of a site says that it has no such rows, whatever its sizes are.
+
+    Sizes tell it in most batches, but not in one of as many positions as the value happens to have of something else.
+    """
+    port = site.path.port
+    if port.name and isinstance(getattr(site.module, port.name, None), Tensor):
+        raise TreeMismatch(f"'{site}' is a parameter: it has no row for each {per}.")
+    by_head = port.part in ("pattern", "scores") or getattr(site.path, "head_dim", None) == 1
+    if per == "token" and by_head and 1 not in _dims_gone(site):
+        raise TreeMismatch(BY_HEAD.format(site=site))
+
+
+def check_keeps_positions(site: Site, value: Any) -> None:
+    """Raises a `TreeMismatch` where a subscript has made a value `[batch, d]` of one `[batch, pos, d]`.
+
+    What is left of one `[batch, head, pos, d]` is another matter: it has a row for each token.
+    """
+    if isinstance(value, Tensor) and value.ndim == 2 and _dims_gone(site) == [1]:
+        raise TreeMismatch(GONE.format(site=site))
+
+
+def _dims_gone(site: Site) -> list[int]:
+    """Which dimensions of a value a subscript has taken one entry of."""
+    for index in site.path.chain:
+        if isinstance(index, tuple):
+            ahead = index[: index.index(...)] if ... in index else index
+            return [dim for dim, entry in enumerate(ahead) if type(entry) is int]
+    return []
 
 
 ONE_BATCH = """\
@@ -149,10 +202,13 @@ NO_BATCH = """\
 batch {number} is a {kind}: a batch is a dict of what the model is called with, or the one tensor it takes.
     {{"input_ids": ids, "attention_mask": mask}}"""
 
-SHAPE = {
-    "token": """\
-{key!r} has the shape {shape}, but a row for each token takes a value [{wanted}, …].
-    harvest(…, per="example")  # a row for each example
-    harvest(model, "{key}/rows", …)  # where all positions of all examples are one dimension""",
-    "example": "{key!r} has the shape {shape}, but a row for each example takes a value [{wanted}, …].",
-}
+SHAPE = "{key!r} has the shape {shape}, but a row for each {per} takes a value [{wanted}, …]."
+
+BY_HEAD = """\
+'{site}' is [batch, head, pos, …]: it has no row for each token, but one for each head and token.
+    harvest(model, "{site}[:, 0]", …)  # of one head
+    harvest(…, per="example")  # a row for each example"""
+
+GONE = """\
+'{site}' takes one of its positions, so it has no row for each token.
+    harvest(…, per="example")  # a row for each example"""

@@ -51,6 +51,7 @@ class Manifest:
         batches: how many batches were read.
         shards: the files, in the order of the rows; all of them once the store is complete.
         complete: whether all batches were read.
+        skip_tokens: the tokens that gave no rows.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Manifest:
     data: list[str] = field(default_factory=list)
     shards: list[ShardRecord] = field(default_factory=list)
     complete: bool = False
+    skip_tokens: list[int] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -80,6 +82,10 @@ class Manifest:
     def finished(self, shards: list[ShardRecord], batches: int, data: list[str]) -> Manifest:
         """The manifest of the store once everything is written."""
         return replace(self, shards=shards, batches=batches, data=data, complete=True)
+
+    def reopened(self) -> Manifest:
+        """The manifest as it was while the store was being written."""
+        return replace(self, shards=[], batches=0, data=[], complete=False)
 
     # files
 
@@ -96,13 +102,26 @@ class Manifest:
         found = dict(said)
         if found.pop("format") != FORMAT:
             raise ValueError("another format")
-        found.pop("rows")
+        rows = found.pop("rows")
         for group in ("columns", "origin"):
             found[group] = {
                 name: ShardColumn(BY_NAME[dtype], tuple(shape)) for name, (dtype, shape) in found[group].items()
             }
         found["shards"] = [ShardRecord(**shard) for shard in found["shards"]]
-        return Manifest(**found)
+        manifest = Manifest(**found)
+        manifest.check_types(rows)
+        return manifest
+
+    def check_types(self, rows: Any) -> None:
+        """Raises a `ValueError` where somebody has written something else than `to_json` does."""
+        sizes = [size for c in (*self.columns.values(), *self.origin.values()) for size in c.shape]
+        counts = [*sizes, *[shard.rows for shard in self.shards], self.shard_rows, self.parts, self.batches]
+        if not all(type(count) is int and count >= 0 for count in counts) or not self.shard_rows or not self.parts:
+            raise ValueError("a count is none")
+        if not all(type(shard.file) is str and "/" not in shard.file for shard in self.shards):
+            raise ValueError("a file has no name")
+        if type(self.complete) is not bool or not self.columns or rows != self.rows:
+            raise ValueError("what it says of its rows cannot be")
 
     def save(self, there: Address, part: int = 0) -> None:
         """Writes it, for `part`; whoever reads meanwhile sees the old one or the new one."""
@@ -139,9 +158,10 @@ def _show(value: Any) -> str:
 
 COMPARED = {
     "model": "the model",
-    "fingerprint": "the weights of the model",
+    "fingerprint": "the modules or the weights of the model",
     "under": "the interventions that are active",
     "per": "per=",
+    "skip_tokens": "skip_tokens=",
     "map": "map=",
     "columns": "what each row has",
     "shard_rows": "shard_rows=",

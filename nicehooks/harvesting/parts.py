@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nicehooks.caches.arguments import BadArgument
+from nicehooks.errors import FileFault
 from nicehooks.harvesting.addresses import Address, put
 from nicehooks.harvesting.manifest import Manifest, ShardRecord
 from nicehooks.harvesting.rows import Reached
@@ -18,6 +20,19 @@ def this_part() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def part_of(part: Any) -> tuple[int, int]:
+    """The part that was asked for.
+
+    Raises:
+        BadArgument: there is no such part.
+    """
+    match part:
+        case (int(number), int(parts)) if 0 <= number < parts:
+            return number, parts
+        case _:
+            raise BadArgument(f"part={part!r}: it is (0, 4) to (3, 4) for four parts")
 
 
 def done_name(part: int) -> str:
@@ -39,8 +54,26 @@ def put_together(there: Address, manifest: Manifest, by: int) -> None:
     names = there.names()
     if not all(done_name(part) in names for part in range(manifest.parts)):
         return
-    parts: list[Any] = [json.loads(there.read(done_name(part))) for part in range(manifest.parts)]
-    every = [ShardRecord(**shard) for each in parts for shard in each["shards"]]
-    ends: list[Any] = [each["progress"] or {"batches": 0, "digest": ""} for each in parts]
-    data = [end["digest"] for end in ends]
-    manifest.finished(every, sum(end["batches"] for end in ends), data).save(there, by)
+    parts = [what_was_done(there, part) for part in range(manifest.parts)]
+    every = [shard for shards, _ in parts for shard in shards]
+    ends = [end or Reached(0, 0, "") for _, end in parts]
+    manifest.finished(every, sum(end.batches for end in ends), [end.digest for end in ends]).save(there, by)
+
+
+def what_was_done(there: Address, part: int) -> tuple[list[ShardRecord], Reached | None]:
+    """What a part that is done has written, and how far the stream was read for it.
+
+    Raises:
+        FileFault: the file that says so is damaged.
+    """
+    try:
+        said: Any = json.loads(there.read(done_name(part)))
+        end = said["progress"]
+        return [ShardRecord(**shard) for shard in said["shards"]], Reached(**end) if end else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFault(DONE_DAMAGED.format(file=there.full(done_name(part)), error=error)) from None
+
+
+DONE_DAMAGED = """\
+{file!r} is damaged ({error!r}).
+  Remove it: harvest(…, resume=True) then writes it again."""

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nicehooks.caches.arguments import BadArgument, whole_numbers
 from nicehooks.caches.arithmetic import concatenated
 from nicehooks.caches.cache import ActivationCache
 from nicehooks.contexts.capturing import capture
 from nicehooks.contexts.user_functions import call_user, takes_site
 from nicehooks.core.selection import Site, Where, select
 from nicehooks.errors import TreeMismatch
+from nicehooks.harvesting.alike import Alike
 from nicehooks.harvesting.fingerprints import Digest
-from nicehooks.harvesting.inputs import Batch, batches_of, check_shape
+from nicehooks.harvesting.inputs import (
+    Batch,
+    BatchFault,
+    batches_of,
+    check_has_rows,
+    check_keeps_positions,
+    check_shape,
+)
 from nicehooks.harvesting.shards import DTYPES
 from nicehooks.values import trees
 
@@ -74,18 +83,31 @@ class Recipe:
     per: Per = "token"
     map: Callable[..., Any] | None = None
     dtype: torch.dtype | None = None
-    skip_tokens: tuple[int, ...] = ()
+    skip_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.per not in ("token", "example"):
-            raise ValueError(f"per={self.per!r}: it is 'token' or 'example'")
+            raise BadArgument(f"per={self.per!r}: it is 'token' or 'example'")
         if self.map is not None and not callable(self.map):
-            raise TypeError(f"map={self.map!r} is no function of a value")
+            raise BadArgument(f"map={self.map!r} is no function of a value")
+        if self.dtype is not None and (self.dtype not in DTYPES or not self.dtype.is_floating_point):
+            known = ", ".join(str(dtype) for dtype in DTYPES if dtype.is_floating_point)
+            raise BadArgument(f"dtype={self.dtype!r}: floating values can be stored as {known}")
+        object.__setattr__(self, "skip_tokens", whole_numbers(self.skip_tokens, "skip_tokens"))
+        if self.skip_tokens and self.per == "example":
+            raise BadArgument(f"skip_tokens={list(self.skip_tokens)}: with per='example' no token has a row")
 
     @property
     def sites(self) -> list[Site]:
         """The places that are read."""
         return select(self.model, self.where)
+
+    def check(self) -> None:
+        """Raises what can be said before the model runs: that it is none, or that a place has no such rows."""
+        if not isinstance(self.model, nn.Module):
+            raise BadArgument(f"model is a {type(self.model).__name__}, and no nn.Module")
+        for site in self.sites:
+            check_has_rows(site, self.per)
 
     def blocks(
         self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Reached | None = None
@@ -94,8 +116,10 @@ class Recipe:
 
         Raises:
             OtherData: `after` is of another stream.
+            TreeMismatch: a row of one batch is not what a row of another is.
         """
-        digest, done, count = Digest(), 0, 0
+        self.check()
+        digest, done, count, alike = Digest(), 0, 0, Alike()
         for batch in batches_of(stream, part):
             digest.add(*batch.tensors, batch.samples)
             chosen = Chosen(batch, self)
@@ -105,7 +129,7 @@ class Recipe:
                 raise OtherData(done, after)
             if after is None or count > after.rows:
                 skip = 0 if after is None else max(0, after.rows - before)
-                yield self._block(chosen, skip, Reached(done, count, digest.text))
+                yield alike.checked(batch.number, self._block(chosen, skip, Reached(done, count, digest.text)))
         if after is not None and done < after.batches:
             raise OtherData(done, after)
 
@@ -120,16 +144,25 @@ class Recipe:
         device = next((parameter.device for parameter in self.model.parameters() if not parameter.is_meta), None)
         with torch.no_grad(), capture(self.model, self.where, stop=True) as acts:
             chosen.batch.run(self.model, device)
-        sites = {str(site): site for site in self.sites} if self.map is not None and takes_site(self.map) else {}
-        return {name: self._in_dtype(value) for name, value in self._leaves(acts, chosen, sites)}
+        sites = {str(site): site for site in self.sites}
+        return {name: self._in_dtype(value, name) for name, value in self._leaves(acts, chosen, sites)}
 
     def _leaves(self, acts: ActivationCache, chosen: Chosen, sites: dict[str, Site]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of each value, by their paths."""
+        told = self.map is not None and takes_site(self.map)
         for key, value in acts.items():
-            taken = trees.map_tensors(lambda tensor, key=key: chosen.rows_of(tensor, key), value)
-            for path, leaf in tensors_in(self._mapped(taken, key, chosen, sites.get(key)), key):
-                if len(leaf) != chosen.count:
-                    raise TreeMismatch(f"{path!r}: map gave {len(leaf)} rows for {chosen.count}; it has to keep them.")
+            if self.per == "token" and key in sites:
+                check_keeps_positions(sites[key], value)
+            taken = trees.map_tensors(lambda tensor, key=key, whole=value: chosen.rows_of(tensor, key, whole), value)
+            leaves = list(tensors_in(self._mapped(taken, key, chosen, sites.get(key) if told else None), key))
+            if not leaves:
+                raise TreeMismatch(
+                    f"{key!r}: {'the value' if self.map is None else 'what map gave'} has no tensor in it."
+                )
+            for path, leaf in leaves:
+                found = len(leaf) if leaf.ndim else "no"
+                if found != chosen.count:
+                    raise TreeMismatch(f"{path!r}: map gave {found} rows for {chosen.count}; it has to keep them.")
                 yield path, leaf
 
     def _mapped(self, taken: Any, key: str, chosen: Chosen, site: Site | None) -> Any:
@@ -137,13 +170,18 @@ class Recipe:
         fn: Any = self.map
         if fn is None:
             return taken
+        if chosen.index is None:  # else these are copies; what `fn` does in place is no matter of another place
+            taken = trees.map_tensors(torch.clone, taken)
         parts = [taken] if self.per == "token" else chosen.each_example(taken)
         done = [fn(part) if site is None else call_user(fn, True, part, key, site) for part in parts]
         return done[0] if len(done) == 1 else concatenated(done, 0, key)
 
-    def _in_dtype(self, value: Tensor) -> Tensor:
+    def _in_dtype(self, value: Tensor, path: str) -> Tensor:
         value = value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
-        return value if value.dtype in DTYPES else value.to(torch.float32)
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            kind = value.dtype if value.layout == torch.strided else value.layout
+            raise TreeMismatch(NOT_STORABLE.format(path=path, kind=str(kind).removeprefix("torch.")))
+        return value
 
 
 class Chosen:
@@ -156,12 +194,15 @@ class Chosen:
         self.keep = self._keep(recipe.skip_tokens) if recipe.per == "token" else None
         """Which tokens `[batch, pos]`; None where all."""
         self.index = None if self.keep is None else self.keep.flatten().nonzero().squeeze(1)
-        self._shape: tuple[int, int] | None = None if batch.ids is None else tuple(batch.ids.shape)  # pyright: ignore
+        known = batch.mask if batch.ids is None else batch.ids
+        self._shape: tuple[int, int] | None = None if known is None else tuple(known.shape)  # pyright: ignore
 
-    def _keep(self, skip: tuple[int, ...]) -> Tensor | None:
+    def _keep(self, skip: Sequence[int]) -> Tensor | None:
         keep = self.mask
+        if skip and self.batch.ids is None:
+            raise BatchFault(f"batch {self.batch.number} has no tokens [batch, pos], of which skip_tokens= names some.")
         if skip and self.batch.ids is not None:
-            kept = ~torch.isin(self.batch.ids.cpu(), torch.tensor(skip))
+            kept = ~torch.isin(self.batch.ids.cpu(), torch.tensor(list(skip)))
             keep = kept if keep is None else keep & kept
         return None if keep is None or bool(keep.all()) else keep
 
@@ -182,12 +223,12 @@ class Chosen:
             self._shape = (first.shape[0], first.shape[1])
         return self._shape
 
-    def rows_of(self, value: Tensor, key: str) -> Tensor:
+    def rows_of(self, value: Tensor, key: str, whole: Any) -> Tensor:
         """The rows of a value: `[batch, pos, …]` becomes `[row, …]`."""
         if self.per == "example":
-            check_shape(value.shape, (len(self.batch.samples),), key, self.per)
+            check_shape(value.shape, (len(self.batch.samples),), key, self.per, whole)
             return value
-        check_shape(value.shape, self.shape, key, self.per)
+        check_shape(value.shape, self.shape, key, self.per, whole)
         flat = value.detach().flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index.to(flat.device))
 
@@ -236,12 +277,19 @@ class OtherData(TreeMismatch):
     def __init__(self, done: int, after: Reached) -> None:
         ended = f"it ended after {done:,} of the {after.batches:,} batches that are in the store"
         differs = f"its first {after.batches:,} batches are not those that are in the store"
-        super().__init__(OTHER_DATA.format(why=ended if done < after.batches else differs))
+        more = f"it goes on after the {after.batches:,} batches that are in the store, which is complete"
+        super().__init__(
+            OTHER_DATA.format(why=ended if done < after.batches else more if done > after.batches else differs)
+        )
 
 
 OTHER_DATA = """\
 harvest(…, resume=True) was given other data than the store was begun with: {why}.
   Give it the same batches, from the first one on, or another store."""
+
+NOT_STORABLE = """\
+{path!r} is {kind}, which no store holds.
+    harvest(…, map=torch.view_as_real)  # of complex numbers; map=lambda value: value.float() of others"""
 
 NO_TOKENS = """\
 the batch has the shape {shape}: there are no positions in it that could have a row each.

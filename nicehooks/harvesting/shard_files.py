@@ -113,7 +113,8 @@ class ShardFiles:
             raise FileMissing(f"{self.there.full(record.file)!r}, a shard of the store, is not there any more.")
         header: Header = header_of(self.there, record.file, self._sizes[record.file])
         wanted = {name: (column, record.rows) for name, column in self.columns.items()}
-        if {name: place[:2] for name, place in header.places.items()} != wanted:
+        checksum = header.metadata.get("checksum", record.checksum)  # those of Ray say it otherwise
+        if {name: place[:2] for name, place in header.places.items()} != wanted or checksum != record.checksum:
             raise FileFault(f"{self.there.full(record.file)!r} is not the shard that the manifest of the store means.")
         return header
 
@@ -134,4 +135,4 @@ class ShardFiles:
 
 CHANGED = """\
 {file!r} is damaged: the checksum of its tensors is {found}, and was {said} when it was written.
-  Remove it, the shards after it and manifest.json: harvest(…, resume=True) then goes on where it began."""
+  Remove it and the shards after it: harvest(…, resume=True) then goes on where it began."""

@@ -208,4 +208,4 @@ NO_SHARD = "{file!r} is no shard of a store, or is damaged: {why}."
 
 TRUNCATED = """\
 {file!r} is damaged: it has {size:,} bytes, and should have {end:,}.
-  Remove it, the shards after it and manifest.json: harvest(…, resume=True) then goes on where it began."""
+  Remove it and the shards after it: harvest(…, resume=True) then goes on where it began."""

@@ -60,6 +60,6 @@ def _mixed(numbers: Tensor, key: int) -> Tensor:
 def order_of(count: int, shuffle: bool, seed: int | str, part: tuple[int, int], size: int, at: int) -> Tensor:
     """Which rows are batch `at` of one of several readers: each has its own places of the one order, next to none."""
     index, parts = part
-    places = torch.arange(at * size, (at + 1) * size) * parts + index
-    places = places[places < count]
+    mine = -(-(count - index) // parts)
+    places = torch.arange(min(at * size, mine), min((at + 1) * size, mine)) * parts + index
     return Shuffle(count, seed)(places) if shuffle else places

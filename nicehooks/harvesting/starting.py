@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,9 +31,11 @@ class Format(NamedTuple):
         return sum(column.nbytes for column in (*self.columns.values(), *self.origin.values()))
 
 
-def format_of_first(recipe: Recipe, first: Any) -> Format:
-    """Runs the model once, on the batch `first`, to see what a row is."""
+def format_of_first(recipe: Recipe, first: Any) -> Format | None:
+    """Runs the model once, on the batch `first`, to see what a row is; None where it has no rows."""
     chosen = Chosen(next(iter(batches_of([first]))), recipe)
+    if not chosen.count:
+        return None
     columns = {name: ShardColumn(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
     return Format(columns, {name: ShardColumn(PROVENANCE[name], ()) for name in chosen.origin()})
 
@@ -51,9 +54,8 @@ def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: i
     acting = dict.fromkeys([record.intervention for record in describe(recipe.model) if record.acting])
     under = [text for text in acting if not text.startswith("capture(")]
     kind = type(recipe.model).__name__
-    return Manifest(
-        kind, fingerprint(recipe.model), recipe.per, name_of(recipe.map), under, *found, shard_rows=rows, parts=parts
-    )
+    manifest = Manifest(kind, fingerprint(recipe.model), recipe.per, name_of(recipe.map), under, *found, rows, parts)
+    return replace(manifest, skip_tokens=list(recipe.skip_tokens))
 
 
 THERE = """\

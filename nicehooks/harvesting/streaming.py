@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nicehooks.caches.arguments import whole_number
 from nicehooks.core.selection import Where
+from nicehooks.harvesting.inputs import check_stream
+from nicehooks.harvesting.parts import part_of
 from nicehooks.harvesting.rows import Block, Per, Recipe
 from nicehooks.harvesting.shards import picked
 from nicehooks.harvesting.stored_rows import StoredRows
@@ -45,11 +48,20 @@ def on_the_fly(
         buffer: how many rows are in memory.
         size: how many rows a batch has; the last one may have fewer.
         seed: of the order.
+
+    Raises:
+        BadArgument, BatchFault, SiteNotFound, TreeMismatch: as `harvest`; what can be said at once is.
     """
-    random = torch.Generator().manual_seed(seed)
-    pool = _Pool(max(buffer, size), random)
-    recipe = Recipe(model, where, per, map, dtype, tuple(skip_tokens))
-    for block in recipe.blocks(batches, part):
+    size, room = whole_number(size, "size", 1), whole_number(buffer, "buffer", 1)
+    pool = _Pool(max(room, size), torch.Generator().manual_seed(whole_number(seed, "seed", -(1 << 63))))
+    recipe = Recipe(model, where, per, map, dtype, skip_tokens)
+    recipe.check()
+    check_stream(batches)
+    return _drawn(recipe.blocks(batches, part_of(part)), pool, size)
+
+
+def _drawn(blocks: Iterable[Block], pool: _Pool, size: int) -> Iterator[StoredRows]:
+    for block in blocks:
         for piece in pool.pieces(block):
             if pool.add(piece):
                 yield from pool.drained(size, keep=pool.room // 2)

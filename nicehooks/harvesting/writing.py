@@ -115,7 +115,7 @@ class Writer:
         file = shard_name(self.part, number)
         body = Body(rows)
         count = len(next(iter(rows.values())))
-        said = {"rows": str(count), "progress": json.dumps(asdict(progress))}
+        said = {"rows": str(count), "progress": json.dumps(asdict(progress)), "model": self.manifest.fingerprint}
         try:
             unfinished = self.there.write(file, body, lambda: head_of(rows, {"checksum": body.checksum, **said}))
             if before is not None and before.exception() is not None:
@@ -170,6 +170,11 @@ def record_of(there: Address, file: str, size: int) -> tuple[ShardRecord, Reache
         raise FileFault(f"{there.full(file)!r} is no shard of a store: it does not say how far it goes.") from None
 
 
+def model_of(there: Address, file: str) -> str | None:
+    """The fingerprint of the model whose activations a shard has, if it says so."""
+    return header_of(there, file, there.names()[file]).metadata.get("model")
+
+
 def header_of(there: Address, file: str, size: int) -> Any:
     """The head of a shard."""
     found = read_head(there.read(file, 0, min(size, FIRST_LOOK)), size, there.full(file))
@@ -187,7 +192,7 @@ def remove_shards(there: Address, part: int, good: int) -> None:
     """Takes away what a writer of this part left behind the shards that count."""
     kept = {shard_name(part, number) for number in range(good)}
     for name in there.names():
-        if re.match(rf"{part:05}-\d+\.safetensors", name) and name not in kept:
+        if re.fullmatch(rf"{part:05}-\d+\.safetensors", name) and name not in kept:
             there.remove(name)
 
 

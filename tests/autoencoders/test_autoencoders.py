@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from nicehooks import UnsupportedModule, capture, load_sae, patch, splice, steer, transcoder
 from nicehooks.autoencoders.autoencoder import Autoencoder, Encoder
+from nicehooks.autoencoders.sae_files import NEEDED
+from nicehooks.caches.arguments import BadArgument
 from nicehooks.errors import FileFault, FileMissing, SiteNotFound, TreeMismatch
 
 FILES = sorted((Path(__file__).parent / "sae_lens").iterdir())
@@ -35,8 +38,6 @@ def test_a_file_of_sae_lens_gives_what_sae_lens_computes(folder: Path) -> None:
 
 
 def test_there_are_files_of_every_architecture() -> None:
-    from nicehooks.autoencoders.sae_files import NEEDED
-
     found = {json.loads((folder / "cfg.json").read_text()).get("architecture") for folder in FILES}
     assert found - {None} == set(NEEDED)
 
@@ -69,6 +70,65 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
         load_sae(folder_with(tmp_path, "{", one))
     with pytest.raises(FileFault, match="is no description of an autoencoder"):
         load_sae(folder_with(tmp_path, [1], one))
+
+
+def whole(kind: str = "standard") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `cfg.json` and the weights of an autoencoder of width 4 with 6 latents are."""
+    weights = {"W_enc": torch.randn(4, 6), "W_dec": torch.randn(6, 4), "b_dec": torch.randn(4)}
+    weights |= {"W_skip": torch.randn(4, 4)} if "skip" in kind else {}
+    weights |= {"threshold": torch.rand(6)} if "jumprelu" in kind else {}
+    biases = ["b_gate", "b_mag", "r_mag"] if kind == "gated" else ["b_enc"]
+    weights |= {name: torch.randn(6) for name in biases}
+    return {"architecture": kind, "d_in": 4, "d_sae": 6, **({"k": 2} if kind == "topk" else {})}, weights
+
+
+@pytest.mark.parametrize("kind", list(NEEDED))
+def test_weights_that_do_not_fit_each_other(kind: str, tmp_path: Path) -> None:
+    """Each in every other shape: also one that torch would spread, or that only shows when it is used."""
+    config, weights = whole(kind)
+    assert load_sae(folder_with(tmp_path, config, weights))(torch.randn(3, 4)).shape == (3, 4)
+    for name, right in weights.items():
+        others = [right[:1], right[None], right[..., :-1], torch.tensor(1.0), right.long(), right.new_zeros(7)]
+        for other in [*others, *([right.T] if right.ndim == 2 and right.shape[0] != right.shape[1] else [])]:
+            folder = folder_with(tmp_path, config, {**weights, name: other.contiguous().clone()})
+            with pytest.raises(FileFault, match=r"sae_weights.safetensors' does not fit: \w+ is \["):
+                load_sae(folder)
+    for name in ("d_in", "d_sae"):
+        with pytest.raises(FileFault, match="does not fit"):
+            load_sae(folder_with(tmp_path, {**config, name: 5}, weights))
+
+
+@pytest.mark.parametrize("k", [None, "2", 0, -1, 2.5, True])
+def test_a_number_of_latents_that_is_none(k: Any, tmp_path: Path) -> None:
+    config, weights = whole("topk")
+    old = {"d_in": 4, "activation_fn_str": "topk"}
+    for said in ({**config, "k": k}, {**old, "activation_fn_kwargs": {"k": k}}, {**old, "activation_fn_kwargs": None}):
+        with pytest.raises(FileFault, match="a topk autoencoder has a whole number k"):
+            load_sae(folder_with(tmp_path, said, weights))
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "says"),
+    [
+        ({"activation_fn": "gelu"}, {}, "has the activation function 'gelu'"),
+        ({"activation_fn_str": "tanh-relu"}, {}, "has the activation function 'tanh-relu'"),
+        ({"architecture": ["standard"]}, {}, "has the architecture"),
+        ({}, {"scaling_factor": torch.full((6,), 2.0)}, "has a scaling_factor"),
+    ],
+)
+def test_what_would_be_computed_otherwise(config: Any, more: Any, says: str, tmp_path: Path) -> None:
+    said, weights = whole()
+    with pytest.raises(UnsupportedModule, match=says):
+        load_sae(folder_with(tmp_path, {**said, **config}, {**weights, **more}))
+    load_sae(folder_with(tmp_path, {**said, "activation_fn": "relu"}, {**weights, "scaling_factor": torch.ones(6)}))
+    with pytest.raises(FileFault, match="apply_b_dec_to_input is 'false'"):
+        load_sae(folder_with(tmp_path, {**said, "apply_b_dec_to_input": "false"}, weights))
+
+
+@pytest.mark.parametrize("given", [{"dtype": "float16"}, {"dtype": torch.int8}, {"device": "nope"}])
+def test_where_and_as_what_it_cannot_be(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BadArgument):
+        load_sae(folder_with(tmp_path, *whole()), **given)
 
 
 # --- spliced in -------------------------------------------------------------------------------------------------------
@@ -138,6 +198,15 @@ def test_a_transcoder_from_elsewhere_and_as_a_handle(model: nn.Module) -> None:
     handle.remove()
     before = vars(model.transformer.h[1].mlp).keys()
     assert "forward" not in before
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_whole_numbers_do_not_take_the_place_of_values(error: bool, model: nn.Module) -> None:
+    with pytest.raises(TreeMismatch, match=r"\] int64 came out of the module for"):
+        with splice(model, "transformer.h.1", lambda value: value.long(), error=error):
+            model(tokens(0))
+    with pytest.raises(TreeMismatch, match="takes a module or a function, not int"):
+        splice(model, "transformer.h.1", 3)
 
 
 def test_what_a_transcoder_refuses(model: nn.Module) -> None:

@@ -45,6 +45,16 @@ def test_places_dtype_number_of_tokens_and_resuming(tiny: str, here: Path) -> No
     assert (len(store), len(store.sites), store["transformer.h.0"].dtype) == (20, 2, torch.bfloat16)
     assert run(tiny, *words) == 2
     assert run(tiny, *words, "--resume") == 0
+    (here / "my.txt").write_text(TEXT[::-1])
+    assert run(tiny, *words, "--resume") == 2  # of another text
+
+
+def test_a_text_with_a_mark_that_is_shorter_than_a_piece(tiny: str, here: Path) -> None:
+    """The mark that some editors put first is no token, and nothing is padded."""
+    tokenizer = load(tiny)[1]
+    (here / "my.txt").write_bytes(b"\xef\xbb\xbfWhen Mary and John")
+    assert run(tiny, "--length", "100000") == 0
+    assert ActivationStore("activations").token[:].tolist() == tokenizer("When Mary and John")["input_ids"]
 
 
 def test_what_is_refused(

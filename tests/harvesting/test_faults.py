@@ -88,10 +88,12 @@ def test_a_bit_that_has_changed(folder: Path) -> None:
         ActivationStore(folder).check()
 
 
-def test_a_damaged_shard_can_be_harvested_again(folder: Path) -> None:
-    """As the message says: without it and those after it, and without the word that all is there."""
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_damaged_shard_can_be_harvested_again(manifest: bool, folder: Path) -> None:
+    """As the message says: without it and those after it; the word that all is there may go, too."""
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / NAME).unlink()
+    if not manifest:
+        (folder / NAME).unlink()
     for path in folder.iterdir():
         if path.name >= SECOND and path.name[0] == "0":
             path.unlink()

@@ -112,8 +112,12 @@ def test_a_complete_store_is_left_alone(tmp_path: Path) -> None:
     batches = stream(SAMPLES)
     harvest(PrefixModel(), WHERE, batches, tmp_path, shard_rows=8)
     before = files_in(tmp_path)
-    again = harvest(PrefixModel(), WHERE, iter(()), tmp_path, resume=True)
+    runs: list[int] = []
+    model = PrefixModel()
+    model.embed.register_forward_hook(lambda *_: runs.append(1))
+    again = harvest(model, WHERE, iter(batches), tmp_path, resume=True)
     assert files_in(tmp_path) == before and again.manifest.complete
+    assert len(runs) == 1  # to see what a row is
 
 
 def begun(store: Path) -> None:
@@ -123,7 +127,7 @@ def begun(store: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     begun(tmp_path)
-    with pytest.raises(StoreMismatch, match=r"the weights of the model differs.\n  in the store: '"):
+    with pytest.raises(StoreMismatch, match=r"the modules or the weights of the model differs.\n  in the store: '"):
         harvest(PrefixModel(seed=1), WHERE, stream(SAMPLES), tmp_path, resume=True)
 
 

@@ -339,9 +339,20 @@ def test_a_value_without_a_row_for_each_token(tmp_path: Path) -> None:
     with pytest.raises(TreeMismatch) as error:
         harvest(PrefixModel(), "layers.1[:, -1]", stream(SAMPLES)[:1], tmp_path)
     assert str(error.value) == (
-        "'layers.1[:, -1]' has the shape [4, 8], but a row for each token takes a value [4, 9, …].\n"
-        '    harvest(…, per="example")  # a row for each example\n'
-        '    harvest(model, "layers.1[:, -1]/rows", …)  # where all positions of all examples are one dimension'
+        "'layers.1[:, -1]' takes one of its positions, so it has no row for each token.\n"
+        '    harvest(…, per="example")  # a row for each example'
+    )
+    with pytest.raises(TreeMismatch) as error:
+        harvest(torch.nn.Flatten(0, 1), "", [torch.ones(4, 9, 8)], tmp_path)
+    assert str(error.value) == (
+        "'' has the shape [36, 8], but a row for each token takes a value [4, 9, …].\n"
+        '    harvest(model, "/rows", …)  # all positions of all examples are one dimension'
+    )
+    with pytest.raises(TreeMismatch) as error:
+        harvest(torch.nn.Linear(5, 3), "", [torch.ones(4, 5)], tmp_path)
+    assert str(error.value) == (
+        "'' has the shape [4, 3], but a row for each token takes a value [4, 5, …].\n"
+        '    harvest(…, per="example")  # a row for each example'
     )
 
 
