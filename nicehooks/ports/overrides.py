@@ -45,8 +45,7 @@ class Table(dict[str, Any]):
         return self[name] if name in self else default
 
     def items(self) -> Any:
-        if torch.compiler.is_compiling() or not _overrides.get():
-            return super().items()
+        # a new dict also in traced code: a view of this one would be made there by calling this method again
         return {name: self[name] for name in self}.items()
 
     def values(self) -> Any:

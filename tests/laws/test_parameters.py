@@ -223,6 +223,19 @@ def test_however_a_forward_reads_its_parameter_it_reads_the_other_value(how, whe
     assert torch.equal(model(x), x)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")  # it says so, and calls it
+def test_what_torch_does_not_compile_reads_the_tables_in_code_of_its_own():
+    """Around an LSTM Dynamo breaks off, and meets what its weights are read by as functions of their own."""
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    for _ in range(2):
+        with ablate(model, "0@weight_hh_l0"):
+            found, expected = compiled(x)[0], model(x)[0]
+        assert torch.allclose(found, expected) and not torch.allclose(found, model(x)[0])
+
+
 def test_a_functional_call_inside_a_forward_takes_the_other_value_along():
     model = CallsItsChild(Reads(READINGS["by name"]))
     with ablate(model, "child@weight"):
