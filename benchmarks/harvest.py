@@ -289,7 +289,7 @@ def saelens(rounds: int, folder: Path) -> None:
     from nicehooks import capture
     from nicehooks.cli.loading import load
 
-    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)  # of what SAELens stands on, between the rows
     model, tokenizer = load()
     batches, rows, number = ids(), BATCH * LENGTH, iter(range(10**6))
     tokens = rows * BATCHES

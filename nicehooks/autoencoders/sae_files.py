@@ -99,7 +99,7 @@ def load_sae(directory: Any, device: str | torch.device = "cpu", dtype: torch.dt
 
 def _check_config(kind: str, config: dict[str, Any], folder: Path) -> None:
     """Raises where `cfg.json` asks for something that would be done otherwise here."""
-    file, chosen = str(folder / CONFIG), config.get("activation_fn", config.get("activation_fn_str"))
+    file, chosen = str(folder / CONFIG), _activation_of(config)
     if kind in ("standard", "transcoder", "skip_transcoder") and chosen not in (None, "relu"):
         raise UnsupportedModule(f"{file!r} has the activation function {chosen!r}, which load_sae does not know.")
     if kind == "topk" and not (type(config.get("k")) is int and config["k"] > 0):
@@ -166,6 +166,11 @@ def _norm(config: dict[str, Any], folder: Path) -> str:
     return norm
 
 
+def _activation_of(config: dict[str, Any]) -> Any:
+    """The activation function, which older files have under another name."""
+    return config.get("activation_fn", config.get("activation_fn_str"))
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """What `cfg.json` says, in the words of today."""
     try:
@@ -176,8 +181,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileFault(f"{str(folder / CONFIG)!r} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise FileFault(f"{str(folder / CONFIG)!r} is no description of an autoencoder.")
-    chosen = found.get("activation_fn", found.get("activation_fn_str"))
-    if chosen == "topk":  # before version 6 the architecture was "standard" then
+    if _activation_of(found) == "topk":  # before version 6 the architecture was "standard" then
         found = {**found, "architecture": "topk", "k": (found.get("activation_fn_kwargs") or {}).get("k")}
     if "reshape_activations" not in found and "hook_z" in str(found.get("hook_name", found.get("hook_point", ""))):
         found = {**found, "reshape_activations": "hook_z"}

@@ -226,13 +226,12 @@ def _not_added(vector: Tensor, value: Any) -> str:
 def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
     """In which dtype to add up: one in which nothing is rounded before the end."""
     whole = isinstance(scale, int) and not vector.is_floating_point()
-    if not (value.is_floating_point() or value.is_complex() or whole):
+    if not (_holds_reals(value) or whole):
         raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} would be rounded in {trees.structure_of(value)}")
     if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
         there = trees.structure_of(value)
         raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} has an imaginary part, {there} has none")
-    floating = value.is_floating_point() or value.is_complex()
-    return torch.promote_types(value.dtype, torch.float32) if floating else value.dtype
+    return torch.promote_types(value.dtype, torch.float32) if _holds_reals(value) else value.dtype
 
 
 def splice(

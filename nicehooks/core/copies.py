@@ -44,6 +44,10 @@ class Copying:
         tap: Any = self.tap()
         if names.get(self.name) is not self or not (tap.alive or sys.getrefcount(tap.forward) <= HELD_BY_TAP):
             return
+        self.go(names)
+
+    def go(self, names: dict[str, Any]) -> None:
+        """Goes out of them, where it is: what stood there before stands there again."""
         if self.previous is None:
             del names[self.name]
         else:
@@ -75,8 +79,7 @@ def _take_out(module: weakref.ref[nn.Module], name: str, tap: weakref.ref[Any]) 
     names = getattr(module(), "__dict__", {})
     found = names.get(name)
     if isinstance(found, Copying) and found.tap is tap:
-        names.pop(name)
-        names |= {} if found.previous is None else {name: found.previous}
+        found.go(names)
 
 
 class Reduce(Copying):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nicehooks.errors import TreeMismatch
 from nicehooks.harvesting.shards import ShardColumn
@@ -23,10 +23,10 @@ class Alike:
         Raises:
             TreeMismatch: its rows are not what those before it are.
         """
-        groups: Any = block.columns, block.origin
-        now = tuple([{name: ShardColumn(v.dtype, tuple(v.shape[1:])) for name, v in g.items()} for g in groups])
         if not block.origin:
             return block
+        groups = (block.columns, block.origin)
+        now = tuple([{name: ShardColumn.of(rows) for name, rows in group.items()} for group in groups])
         self.first = self.first or now
         if now != self.first:
             before, here = ({**one[0], **one[1]} for one in (self.first, now))

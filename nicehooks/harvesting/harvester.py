@@ -102,7 +102,7 @@ def harvest(
         )
     if shard_rows is not None:
         shard_rows = whole_number(shard_rows, "shard_rows", 1)
-    recipe.check()
+    recipe.places()  # raises what it can before anything is there
     check_stream(batches)
     job = Job(recipe, there, *(this_part() if part is None else part_of(part)))
     return job.run(batches, shard_rows, resume, progress)

@@ -97,17 +97,17 @@ class Recipe:
         if self.skip_tokens and self.per == "example":
             raise BadArgument(f"skip_tokens={list(self.skip_tokens)}: with per='example' no token has a row")
 
-    @property
-    def sites(self) -> list[Site]:
-        """The places that are read."""
-        return select(self.model, self.where)
+    def places(self) -> dict[str, Site]:
+        """The sites that are read, by their paths.
 
-    def check(self) -> None:
-        """Raises what can be said before the model runs: that it is none, or that a place has no such rows."""
+        Raises what can be said before the model runs: that it is none, that a site is not there or has no such rows.
+        """
         if not isinstance(self.model, nn.Module):
             raise BadArgument(f"model is a {type(self.model).__name__}, and no nn.Module")
-        for site in self.sites:
+        found = {str(site): site for site in select(self.model, self.where)}
+        for site in found.values():
             check_has_rows(site, self.per)
+        return found
 
     def blocks(
         self, stream: Iterable[Any], part: tuple[int, int] = (0, 1), after: Reached | None = None
@@ -118,7 +118,7 @@ class Recipe:
             OtherData: `after` is of another stream.
             TreeMismatch: a row of one batch is not what a row of another is.
         """
-        self.check()
+        sites = self.places()
         digest, done, count, alike = Digest(), 0, 0, Alike()
         for batch in batches_of(stream, part):
             digest.add(*batch.tensors, batch.samples)
@@ -129,22 +129,22 @@ class Recipe:
                 raise OtherData(done, after)
             if after is None or count > after.rows:
                 skip = 0 if after is None else max(0, after.rows - before)
-                yield alike.checked(batch.number, self._block(chosen, skip, Reached(done, count, digest.text)))
+                reached = Reached(done, count, digest.text)
+                yield alike.checked(batch.number, self._block(chosen, sites, skip, reached))
         if after is not None and done < after.batches:
             raise OtherData(done, after)
 
-    def _block(self, chosen: Chosen, skip: int, progress: Reached) -> Block:
+    def _block(self, chosen: Chosen, sites: dict[str, Site], skip: int, progress: Reached) -> Block:
         if not chosen.count:
             return Block({}, {}, progress)
-        columns = {name: value[skip:] for name, value in self.columns(chosen).items()}
+        columns = {name: value[skip:] for name, value in self.columns(chosen, sites).items()}
         return Block(columns, {name: value[skip:] for name, value in chosen.origin().items()}, progress)
 
-    def columns(self, chosen: Chosen) -> dict[str, Tensor]:
-        """What the model computes for a batch, row by row."""
+    def columns(self, chosen: Chosen, sites: dict[str, Site]) -> dict[str, Tensor]:
+        """What the model computes for a batch at its `places`, row by row."""
         device = next((parameter.device for parameter in self.model.parameters() if not parameter.is_meta), None)
         with torch.no_grad(), capture(self.model, self.where, stop=True) as acts:
             chosen.batch.run(self.model, device)
-        sites = {str(site): site for site in self.sites}
         return {name: self._in_dtype(value, name) for name, value in self._leaves(acts, chosen, sites)}
 
     def _leaves(self, acts: ActivationCache, chosen: Chosen, sites: dict[str, Site]) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +195,7 @@ class Chosen:
         """Which tokens `[batch, pos]`; None where all."""
         self.index = None if self.keep is None else self.keep.flatten().nonzero().squeeze(1)
         known = batch.mask if batch.ids is None else batch.ids
-        self._shape: tuple[int, int] | None = None if known is None else tuple(known.shape)  # pyright: ignore
+        self._shape = None if known is None else (known.shape[0], known.shape[1])
 
     def _keep(self, skip: Sequence[int]) -> Tensor | None:
         keep = self.mask

@@ -49,6 +49,11 @@ class ShardColumn(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, rows: Tensor) -> ShardColumn:
+        """What each of `rows` is like."""
+        return cls(rows.dtype, tuple(rows.shape[1:]))
+
     @property
     def nbytes(self) -> int:
         """The bytes of one row."""

@@ -36,16 +36,13 @@ def format_of_first(recipe: Recipe, first: Any) -> Format | None:
     chosen = Chosen(next(iter(batches_of([first]))), recipe)
     if not chosen.count:
         return None
-    columns = {name: ShardColumn(value.dtype, tuple(value.shape[1:])) for name, value in recipe.columns(chosen).items()}
+    columns = {name: ShardColumn.of(rows) for name, rows in recipe.columns(chosen, recipe.places()).items()}
     return Format(columns, {name: ShardColumn(PROVENANCE[name], ()) for name in chosen.origin()})
 
 
 def format_of(columns: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> Format:
     """What a row is, of rows that are there already."""
-    found = [
-        {name: ShardColumn(v.dtype, tuple(v.shape[1:])) for name, v in group.items()} for group in (columns, origin)
-    ]
-    return Format(*found)
+    return Format(*[{name: ShardColumn.of(rows) for name, rows in group.items()} for group in (columns, origin)])
 
 
 def manifest_for(recipe: Recipe, found: Format, shard_rows: int | None, parts: int) -> Manifest:

@@ -55,7 +55,7 @@ def on_the_fly(
     size, room = whole_number(size, "size", 1), whole_number(buffer, "buffer", 1)
     pool = _Pool(max(room, size), torch.Generator().manual_seed(whole_number(seed, "seed", -(1 << 63))))
     recipe = Recipe(model, where, per, map, dtype, skip_tokens)
-    recipe.check()
+    recipe.places()  # raises at once, and not with the first batch
     check_stream(batches)
     return _drawn(recipe.blocks(batches, part_of(part)), pool, size)
 

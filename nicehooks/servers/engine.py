@@ -147,9 +147,7 @@ def _generation_config(model: Any, generation: dict[str, Any]) -> Any:
     config = copy.deepcopy(generation.pop("generation_config", None) or model.generation_config)
     config.update(**generation)
     if (config.num_return_sequences or 1) != 1 or (config.num_beams or 1) != 1:
-        raise UnsupportedModule(
-            "serving gives one result for each request, without beams: submit it as often as you want results."
-        )
+        raise UnsupportedModule(ONE_RESULT)
     if config.eos_token_id is None:
         config.eos_token_id = -1  # as the engine would, with a warning
     return config

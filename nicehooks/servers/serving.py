@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import threading
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,7 +104,7 @@ class Server:
         return Handle(request)
 
     def _is_part(self, module: nn.Module) -> bool:
-        return module in self._rules or any(map(partial(operator.is_, module), self.model.modules()))
+        return module in self._rules or any(module is inner for inner in self.model.modules())
 
     def _running(self) -> RunningEngine:
         if self._engine is None:
