@@ -319,9 +319,10 @@ CALLS_OF_MODULE = ("_call_impl", "_wrapped_call_impl", "_slow_forward")
 """What `nn.Module.__call__` goes through on the way to `forward` (torch 2.4 … 2.13)."""
 
 
-def pre_hooks(module: nn.Module) -> list[Any]:
-    """The forward pre-hooks of `module` (torch 2.4 … 2.13)."""
-    return list(module._forward_pre_hooks.values())
+def made_by_pre_hooks(module: nn.Module) -> list[str]:
+    """The names of what the pre-hooks of weight_norm, spectral_norm and pruning compute (torch 2.4 … 2.13)."""
+    names = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()]
+    return [name for name in names if isinstance(name, str)]
 
 
 def nests_alike(a: Tensor, b: Tensor) -> bool:

@@ -24,6 +24,7 @@ from nicehooks.errors import TreeMismatch
 from nicehooks.values import trees
 from nicehooks.values.refusals import TORCH_ERRORS, refused
 from nicehooks.values.regions import STAR
+from nicehooks.values.shared_memory import as_written, last_written
 
 
 class edit(Intervention):
@@ -92,8 +93,9 @@ class _Edit(Action):
         self.takes_site = takes_site(fn)
 
     def act(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        before = last_written(value)
         new = call_user(self.fn, self.takes_site, value, key, site)
-        return value if new is None else trees.assign(value, new)
+        return as_written(value, before) if new is None or new is value else trees.assign(value, new)
 
 
 def ablate(

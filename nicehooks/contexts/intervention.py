@@ -176,9 +176,8 @@ class Intervention:
         try:
             if check is not None:
                 check(session, plan)
-                if session.displaced is not None:
-                    self._plan = None
-                    explained("displaced.tell", self, session)
+                if session.displaced is not None or not plan.holds():
+                    explained("displaced.tell", self, session, plan)
         finally:
             self._left(session)
             self._leave_plan(plan)
@@ -229,7 +228,7 @@ class Intervention:
 
     def _plan_of_last_entry(self) -> Plan | None:
         """The plan that it had, unless it has to be made anew or somebody else has taken it."""
-        if self._plan is None or self.plans_anew:
+        if self._plan is None or self.plans_anew or not self._plan.holds():
             return None
         return self._plan if not self._has_given or PLANS.take_back(self.model, self._plan) else None
 
@@ -287,7 +286,6 @@ class Intervention:
         if missed is not None and not acted:
             warn_caller(explained("not_reached.not_called", self, session), NotCalledWarning)
         elif missed is not None:
-            self._plan = None  # the model may have changed since it was made
             raise SiteNotReached(self._not_reached(session, missed))
         # inside of the region itself, backward enters the context again
         if session.checkpointed and not session.recomputed and session.checkpointed > torch_private.checkpoint_depth():

@@ -66,17 +66,21 @@ class Plan(NamedTuple):
         """The plan with these rules; it keeps its `key` if all of them are good for another context."""
         rules = [rule for _, rule in pairs if isinstance(rule, SiteRule)]
         kinds = dict.fromkeys([rule.companion for rule in rules if rule.companion is not None])
-        companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds]
         traced = torch.compiler.is_dynamo_compiling()
+        companions = [kind([rule for rule in rules if rule.companion is kind]) for kind in kinds if not traced]
         taps = [] if traced else taps_for(pairs)
         tapped: dict[int, tuple[Any, ...]] = {}
         for module, rule in () if traced else pairs:
             tapped[id(module)] = (*tapped.get(id(module), ()), rule)
-        pairs = pairs if traced else []
         key = key if all([rule.reusable for rule in rules]) else None
         traces = list(dict.fromkeys([group.trace for chosen in selected or [] for group in chosen]))
-        size = len(selected or [])
-        return Plan(label, pairs, taps, tapped, size, traces, groups or [], companions, counting, keys, key)
+        kept, size = pairs if traced else [], len(selected or [])
+        return Plan(label, kept, taps, tapped, size, traces, groups or [], companions, counting, keys, key)
+
+    def holds(self) -> bool:
+        """Whether the same would be made again."""
+        same = all([trace.holds() for trace in self.traces]) and all([tap.alive for tap, _, _ in self.taps])
+        return same and not any([companion.moved() for companion in self.companions])
 
 
 class Plans:
@@ -99,8 +103,7 @@ class Plans:
         """A plan whose sites would be selected again, if there is one."""
         kept = self.of_model.get(model, {}).get(key)
         while kept:
-            plan = kept.pop()
-            if all([trace.holds() for trace in plan.traces]) and all([tap.alive for tap, _, _ in plan.taps]):
+            if (plan := kept.pop()).holds():
                 return plan
         return None
 

@@ -89,9 +89,8 @@ def parameter_names(module: nn.Module) -> list[str]:
         return []
     own = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
     parametrized = list(getattr(module, "parametrizations", {}))
-    hooks = torch_private_tensors.pre_hooks(module)  # of weight_norm, and of pruning
-    named = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
-    return [*own, *parametrized, *(name for name in named if name in vars(module))]
+    made = torch_private_tensors.made_by_pre_hooks(module)
+    return [*own, *parametrized, *(name for name in made if name in vars(module))]
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -68,6 +68,10 @@ class Companion:
     def end(self, session: Session) -> None:
         """After they acted last."""
 
+    def moved(self) -> list[Any]:
+        """Those of its rules whose place in the model is another one than when they were made."""
+        return []
+
 
 Around = Callable[[list[Any], nn.Module, bool], Pairs]
 """From the sites of an intervention, its root model, and whether steps or calls matter, to rules around the sites."""

@@ -174,7 +174,7 @@ class SiteRule(Rule):
     def act_at(self, value: Any, chain: Chain, key: str, call: Any) -> Any:
         """As `act`, where the chain has no `*`."""
         try:
-            return rewrite(value, chain, partial(self._at_site, key=key, call=call))
+            return rewrite(value, chain, partial(self._at_site, key=key, call=call), self.action.may_write)
         except TreeMismatch as error:
             raise self.at_edge(error, value, key) from None
 

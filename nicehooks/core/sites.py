@@ -45,7 +45,7 @@ class Site:
         """The module; a site does not keep it alive."""
         module = self._module()
         if module is None:
-            raise SiteNotFound(f"the module of site {self._text!r} no longer exists")
+            raise SiteNotFound(f"the module of site {self._text!r} no longer exists: select, or enter, again")
         return module
 
     @property

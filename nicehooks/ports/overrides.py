@@ -1,13 +1,8 @@
-"""Parameters that have another value, in one thread or task, while the model runs.
+"""What stands in the place of parameters, and of what a module keeps beside them, while it runs.
 
-NOTE [A table that two threads read differently]
-While a parameter port of a module is in use, the module's `_parameters` (or `_buffers`) is replaced by a dict with the
-same entries, which shows the overrides that are open in the thread or task that reads: those of a forward that runs
-there. So whatever a forward reads of its parameters, `self.weight`, `self.parameters()` or `self.state_dict()`, it
-reads the other value; who asks outside of it, as optimizers and `to()` do, sees and changes the real tensors, and so do
-copies (`dict(table)`). Nothing is swapped in the model, so nothing can be left behind or be seen by another thread.
-What a module keeps beside its tables, in its `__dict__` (the list of weights of an `nn.LSTM`, the weight that
-`torch.nn.utils.weight_norm` computes), is handed to its own forward on a stand-in for the module.
+For parameters see NOTE [A table that two threads read differently]. What a module keeps beside its tables, in its
+`__dict__` (the list of weights of an `nn.LSTM`, the weight that `torch.nn.utils.weight_norm` computes), is handed to
+its own forward on a stand-in for the module.
 """
 
 from __future__ import annotations
@@ -19,81 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.core.exclusive import Exclusive
-from nicehooks.core.sessions import Session
+from nicehooks.ports.tables import NO_ENTRY, NONE_OPEN, TABLES, held_in, overrides_here
 
-TABLES = ("_parameters", "_buffers")
-_MISSING: Any = object()
-_overrides: ContextVar[dict[tuple[int, str], tuple[Session, Any]]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
 _open_owners: ContextVar[frozenset[Any]] = ContextVar("nicehooks.open_overrides", default=frozenset())
-
-
-class Table(dict[str, Any]):
-    """A module's `_parameters` or `_buffers`; see NOTE [A table that two threads read differently]."""
-
-    users: set[int]
-    original: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        if torch.compiler.is_compiling():
-            return super().__getitem__(name)
-        found = _overrides.get().get((id(self), name))
-        # what an interrupt left open ends with its session
-        return super().__getitem__(name) if found is None or found[0].ended else found[1]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
-
-    def items(self) -> Any:
-        # a new dict also in traced code: a view of this one would be made there by calling this method again
-        return {name: self[name] for name in self}.items()
-
-    def values(self) -> Any:
-        return dict(self.items()).values()
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        """What a forward assigns where another value stands goes with that: the model's own is not touched."""
-        overrides = {} if torch.compiler.is_compiling() else _overrides.get()
-        found = overrides.get((id(self), name))
-        if found is None or found[0].ended:
-            super().__setitem__(name, value)
-        else:
-            _overrides.set({**overrides, (id(self), name): (found[0], value)})
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return (type(self.original), (), None, None, iter(list(super().items())))
-
-
-def stand_in(module: nn.Module, session: Session) -> None:
-    """Puts tables in the place of the module's own, while `session` or another one uses them."""
-    with Exclusive():
-        for kind in TABLES:
-            own = module.__dict__[kind]
-            if not isinstance(own, Table):
-                table = Table(own)
-                table.users, table.original = set(), own
-                module.__dict__[kind] = own = table
-            own.users.add(session.number)
-
-
-def step_back(module: nn.Module, session: Session) -> None:
-    """Undoes `stand_in`; the last one puts the module's own tables back, with what was changed meanwhile."""
-    with Exclusive():
-        for kind in TABLES:
-            table = module.__dict__[kind]
-            if not isinstance(table, Table):
-                continue
-            table.users.discard(session.number)
-            if not table.users:
-                own = table.original
-                if not _same(own, table):
-                    own.clear()
-                    own.update(table)
-                module.__dict__[kind] = own
-
-
-def _same(own: dict[str, Any], table: dict[str, Any]) -> bool:
-    return list(own) == list(table) and all(a is b for a, b in zip(own.values(), dict(table).values(), strict=True))
 
 
 class Override(AbstractContextManager[None]):
@@ -118,56 +41,65 @@ class Override(AbstractContextManager[None]):
         return (owner.session.number, owner.index) in _open_owners.get()
 
     def __enter__(self) -> None:
+        self.free = [(module, name) for module, name in self.places if name not in module.__dict__]
         if torch.compiler.is_dynamo_compiling():
             self.owner.is_swapped = True
-            tables = [(module, kind) for module in self._modules() for kind in TABLES]
-            self.attributes = Attributes(
-                tables, [self._changed(module.__dict__[kind], module) for module, kind in tables]
-            )
+            self.tables = self._tables()
+            places = [(module, kind) for module, kind, _ in self.tables]
+            self.attributes = Attributes(places, [other for _, _, other in self.tables])
             self.attributes.__enter__()
             return
-        self.before = (_overrides.get(), _open_owners.get())
+        self.before = (overrides_here.get(), _open_owners.get())
         session = self.owner.session
-        entries = {(id(table), name): (session, self.value) for place in self.places for table, name in _held(*place)}
-        _overrides.set({**_overrides.get(), **entries})
+        opened = dict(overrides_here.get())
+        for table, name in [held for place in self.places for held in held_in(*place)]:
+            opened[id(table)] = {**opened.get(id(table), NONE_OPEN), name: (session, self.value)}
+        overrides_here.set(opened)
         _open_owners.set(_open_owners.get() | {(session.number, self.owner.index)})
         self.marked = any([name in module._parameters for module, name in self.places]) and _takes_marks(self.value)
         if self.marked:
             self.value._is_param = True
 
-    def _modules(self) -> list[nn.Module]:
-        return list({id(module): module for module, _ in self.places}.values())
+    def _tables(self) -> list[tuple[nn.Module, str, dict[str, Any]]]:
+        """In traced code: the modules that hold it, in which of their tables, and its entries with the value."""
+        found: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        for module in {id(module): module for module, _ in self.places}.values():
+            for kind in TABLES:
+                table = module.__dict__[kind]
+                names = [name for holder, name in self.places if holder is module and name in table]
+                if names:
+                    found.append((module, kind, {**table.copy(), **dict.fromkeys(names, self.value)}))
+        return found
 
-    def _changed(self, table: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-        """The entries of one of the tables of `module`, with the value."""
-        names = [name for holder, name in self.places if holder is module and name in table]
-        return {**dict(table.items()), **dict.fromkeys(names, self.value)}
+    def _keep_the_rest(self, module: nn.Module, own: dict[str, Any], other: dict[str, Any]) -> None:
+        """What traced code has done to the other entries of `other`, which stood for the table `own`, is done there."""
+        names = [name for holder, name in self.places if holder is module]
+        for name in [name for name in own if name not in other and name not in names]:
+            del own[name]
+        for name, value in other.items():
+            if name not in names and own.get(name, NO_ENTRY) is not value:
+                own[name] = value
 
     def __exit__(self, *_: object) -> None:
+        for module, name in self.free:  # where it was no parameter to `isinstance`, and the forward assigned it
+            if name in module.__dict__:
+                del module.__dict__[name]
         if torch.compiler.is_dynamo_compiling():
             self.owner.is_swapped = False
             self.attributes.__exit__()
+            for module, kind, other in self.tables:
+                self._keep_the_rest(module, module.__dict__[kind], other)
             return
         if self.marked:
             del self.value._is_param
         overrides, owners = self.before
-        _overrides.set(overrides)
+        overrides_here.set(overrides)
         _open_owners.set(owners)
 
 
 def _takes_marks(value: Any) -> bool:
     """Whether `isinstance` can be told to take it for an `nn.Parameter`, as who replaces one in torch does."""
     return type(value) is Tensor and not hasattr(value, "_is_param")
-
-
-def is_held(module: nn.Module, name: str) -> bool:
-    """Whether `module` has a parameter or buffer called `name` now."""
-    return bool(_held(module, name))
-
-
-def _held(module: nn.Module, name: str) -> list[tuple[Any, str]]:
-    """The tables of `module` that have `name`, with it."""
-    return [(table, name) for kind in TABLES if name in (table := module.__dict__[kind])]
 
 
 class Attributes(AbstractContextManager[None]):
@@ -182,13 +114,13 @@ class Attributes(AbstractContextManager[None]):
         self.values = values
 
     def __enter__(self) -> None:
-        self.old = [module.__dict__.get(name, _MISSING) for module, name in self.places]
+        self.old = [module.__dict__.get(name, NO_ENTRY) for module, name in self.places]
         for (module, name), value in zip(self.places, self.values, strict=True):
             module.__dict__[name] = value
 
     def __exit__(self, *_: object) -> None:
         for (module, name), old in zip(self.places, self.old, strict=True):
-            if old is _MISSING:
+            if old is NO_ENTRY:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = old
@@ -221,5 +153,5 @@ class StandIn(AbstractContextManager[nn.Module]):
             self.attributes.__exit__()
             return
         for name, value in self.other.__dict__.items():
-            if value is not self.standing.get(name, _MISSING) and name not in self.private:
+            if value is not self.standing.get(name, NO_ENTRY) and name not in self.private:
                 self.module.__dict__[name] = value

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nicehooks import torch_private_tensors
-from nicehooks.core.calling import has_forward
-from nicehooks.core.census import Census, has_parameter, parameter_names
-from nicehooks.core.frames import Frame, Rule
+from nicehooks.core.census import has_parameter, parameter_names
+from nicehooks.core.frames import Frame
 from nicehooks.core.register import Companion, Pairs, PortKind, register_port
-from nicehooks.core.rules import Action, OutputRule, SiteRule
+from nicehooks.core.rules import Action, SiteRule
 from nicehooks.core.selection import Site
 from nicehooks.core.sessions import Session
 from nicehooks.core.when import When
 from nicehooks.errors import UnsupportedModule
 from nicehooks.paths.names import unescape
 from nicehooks.paths.ports import Port, Words
-from nicehooks.ports.overrides import Override, StandIn, is_held, stand_in, step_back
+from nicehooks.ports.computed_weights import AttributeRule, ParametrizedRule, refuse_what_hooks_read
+from nicehooks.ports.holders import Holders, Holding, as_ids
+from nicehooks.ports.overrides import Override, StandIn
+from nicehooks.ports.tables import is_held, stand_in, step_back
 from nicehooks.values import trees
 
 FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
@@ -42,6 +44,11 @@ class Tables(Companion):
         for module in self._holders():
             step_back(module, session)
 
+    def moved(self) -> list[ParameterRule]:
+        root = self.rules[0].root()
+        holders = None if root is None else Holders(root)
+        return [] if holders is None else [rule for rule in self.rules if rule.has_moved(holders)]
+
     def _holders(self) -> list[nn.Module]:
         return list({id(module): module for rule in self.rules for module in rule.modules()}.values())
 
@@ -50,12 +57,13 @@ class ParameterRule(SiteRule):
     """A parameter or buffer, while the model or a module that holds it runs."""
 
     companion = Tables
-    __slots__ = ("is_swapped", "places", "was_missed", "was_read")
+    __slots__ = ("is_swapped", "places", "root", "was_missed", "was_read")
 
-    def __init__(self, site: Site, action: Action, when: When, places: list[tuple[nn.Module, str]]) -> None:
+    def __init__(self, site: Site, action: Action, when: When, root: nn.Module, places: list[Holding]) -> None:
         super().__init__(site, action, when)
         self.is_swapped = False
         self.was_read = self.was_missed = False  # whether a module that holds it has run here, or only elsewhere
+        self.root = weakref.ref(root)
         self.places = [(weakref.ref(module), name) for module, name in places]
 
     def modules(self) -> list[nn.Module]:
@@ -68,6 +76,8 @@ class ParameterRule(SiteRule):
 
     def before(self, frame: Frame) -> None:
         if not Override.is_open(self) and (torch.compiler.is_compiling() or not self._comes_later(frame)):
+            if self.action.changes and frame.tap.module() is self.site.module:
+                refuse_what_hooks_read(self.site)
             self.number(frame)
             old = self._value()
             new = self._changed(frame, old)
@@ -111,9 +121,18 @@ class ParameterRule(SiteRule):
         lent = [(holder, name) for holder, name in self._held_as() if torch_private_tensors.is_lent_weights(holder)]
         return any([trees.is_distributed(getattr(holder, name)) for holder, name in lent])
 
-    def _held_as(self) -> list[tuple[Any, str]]:
-        """The modules that hold the tensor, which hold each other, and its name in each."""
-        return [(reference(), name) for reference, name in self.places]
+    def _held_as(self) -> list[Holding]:
+        """The modules that hold the tensor and are still there, and its name in each."""
+        found = [(reference(), name) for reference, name in self.places]
+        return [(module, name) for module, name in found if module is not None]
+
+    def has_moved(self, holders: Holders) -> bool:
+        """Whether other modules hold the tensor by now than when the rule was made."""
+        places = self._held_as()
+        if len(places) < len(self.places):
+            return True
+        now = holders.of(*places[0])
+        return not now or (self.action.changes and as_ids(now) != as_ids(places))
 
     def _changed(self, frame: Frame, old: torch.Tensor) -> Any:
         """`old` after the action; a function that writes in place must not reach the model's own parameter."""
@@ -156,64 +175,6 @@ def numbers_of_parameter(value: Tensor, site: str) -> Tensor:
     return value
 
 
-class WhileRunning(Rule):
-    """Says whether the model, or a module that holds a computed parameter, runs here; see `ParametrizedRule`."""
-
-    __slots__ = ("index", "is_swapped")
-
-    def __init__(self, site: Site) -> None:
-        self.index = (id(site.module), site.path.port.name)  # of what is computed, as torch's own cache has it
-        self.is_swapped = False
-
-    def before(self, frame: Frame) -> None:
-        if not Override.is_open(self):
-            frame.enter(Override(self, [], None))
-            frame.enter(torch_private_tensors.ComputedAnew(self.index))
-
-    def after(self, frame: Frame) -> None:
-        pass
-
-
-class ParametrizedRule(OutputRule):
-    """A parametrized tensor: what its parametrization computes while the model runs, or a module that holds it.
-
-    Who reads it at other times, to make it a plain parameter again, say, gets the model's own.
-    """
-
-    __slots__ = ("running",)
-    reusable = False
-    output_only = False
-
-    def __init__(self, site: Site, action: Action, when: When) -> None:
-        super().__init__(site, action, when)
-        self.running = WhileRunning(site)
-
-    def after(self, frame: Frame) -> None:
-        if Override.is_open(self.running):
-            super().after(frame)
-
-
-class AttributeRule(SiteRule):
-    """A tensor that a pre-hook of the module computes and keeps as a plain attribute, as `weight_norm` does."""
-
-    __slots__ = ()
-    reason = "the module that owns it was not called, and {name!r} is there only while it runs."
-
-    def why_not_reached(self) -> str:
-        return self.reason.format(name=self.path.port.name)
-
-    def before(self, frame: Frame) -> None:
-        self.number(frame)
-        name = self.path.port.name
-        old = getattr(frame.module, name)
-        new = self.through(frame, old)
-        if new is not old:
-            frame.module = frame.enter(StandIn(frame.module, {name: new}))
-
-    def after(self, frame: Frame) -> None:
-        pass
-
-
 class OfParameter(PortKind):
     """A port with the name of a parameter in it."""
 
@@ -247,22 +208,18 @@ class ParameterPort(OfParameter):
         owner, name = site.module, site.path.port.name
         if when.first_call is not None:
             raise UnsupportedModule(NO_CALLS.format(site=str(site)))
-        if name in getattr(owner, "parametrizations", {}):
-            rule = ParametrizedRule(site, action, when)
-            around = [(module, rule.running) for module in _modules_around(root, [owner])]
-            return [(owner.parametrizations[name], rule), *around]  # type: ignore[index]
         if name in vars(owner):
             return [(owner, AttributeRule(site, action, when))]
-        places = _places(owner, name, root)
-        rule = ParameterRule(site, action, when, places)
-        return [(module, rule) for module in _modules_around(root, [module for module, _ in places])]
-
-
-def _modules_around(root: nn.Module, holders: list[nn.Module]) -> list[nn.Module]:
-    """The root, what is around `holders` in it, and these."""
-    around = [m for m in root.modules() if any(below is holder for below in m.modules() for holder in holders)]
-    modules = {id(module): module for module in (root, *around, *holders)}
-    return [module for module in modules.values() if has_forward(module)]
+        holders = Holders(root)
+        if name in getattr(owner, "parametrizations", {}):
+            computed = ParametrizedRule(site, action, when)
+            around = [(module, computed.running) for module in holders.around([(owner, name)])]
+            return [(owner.parametrizations[name], computed), *around]  # type: ignore[index]
+        if root is owner and action.changes:
+            refuse_what_hooks_read(site)
+        places = holders.of(owner, name)
+        rule = ParameterRule(site, action, when, root, places)
+        return [(module, rule) for module in holders.around(places)]
 
 
 NO_CALLS = "{site!r}: a parameter has no calls; choose the steps of the model with steps=."
@@ -276,17 +233,6 @@ def escaped_word(name: str) -> str:
 
 RESERVED_WORDS = ("input", "grad", "output")
 """What means another port, where a parameter has this name."""
-
-
-def _places(owner: nn.Module, name: str, root: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every module and name below `root` that holds the very tensor which `owner` holds as `name`."""
-    tensor = getattr(owner, name)
-    modules = {id(module): module for module in (*Census(root).names.values(), owner)}
-    places = [(owner, name)]
-    for module in modules.values():
-        for table in (module._parameters, module._buffers):
-            places += [(module, n) for n, t in table.items() if t is tensor and not (module is owner and n == name)]
-    return places
 
 
 register_port(ParameterPort())

@@ -1,4 +1,4 @@
-"""What is said when somebody has given a module another forward while an intervention was active on it."""
+"""What is said when somebody has changed the model while an intervention was active on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nicehooks.core.census import module_at
+from nicehooks.core.rules import SiteRule
 from nicehooks.core.sessions import Session
 from nicehooks.errors import NotReachedWarning, warn_caller
 
@@ -16,7 +18,34 @@ MOST_OBJECTS = 1000
 """Of how many objects that a forward leads to it is asked whether they are ours."""
 
 
-def tell(intervention: Any, session: Session) -> None:
+def tell(intervention: Any, session: Session, plan: Any) -> None:
+    """Warns of what is not any more what the intervention was entered on: forwards, modules, who holds a weight."""
+    if session.displaced is not None:
+        _tell_of_forward(intervention, session)
+    moved = [rule for companion in plan.companions for rule in companion.moved()]
+    rules = [rule for group in plan.groups for rule in group.rules if rule in moved or _is_gone(intervention, rule)]
+    if rules:
+        keys = [repr(key) for key in dict.fromkeys([rule.key for rule in rules])]
+        shown = ", ".join(keys[:MOST_SHOWN]) + (f" and {len(keys) - MOST_SHOWN} more" if len(keys) > MOST_SHOWN else "")
+        warn_caller(MOVED.format(label=session.label, shown=shown), NotReachedWarning)
+
+
+MOST_SHOWN = 3
+
+MOVED = (
+    "{label}: inside the context the model was changed. Other modules, or none, stand now where these sites were: "
+    "{shown}. What it did, it did to the modules and weights that were there when it was entered.\n"
+    "  Change the model before the context is entered; or leave it, and enter it again."
+)
+
+
+def _is_gone(intervention: Any, rule: SiteRule) -> bool:
+    """Whether another module, or none, has the name of the site by now."""
+    module = rule.site._module()  # pyright: ignore[reportPrivateUsage]
+    return module is None or module_at(intervention.model, rule.site.name) is not module
+
+
+def _tell_of_forward(intervention: Any, session: Session) -> None:
     """Warns that from then on nothing acted there, unless the other forward calls the one in whose place it stands."""
     tap = session.displaced
     module = tap.module()

@@ -24,17 +24,17 @@ def get(tree: Any, chain: Chain) -> Any:
     return tree
 
 
-def rewrite(tree: Any, chain: Chain, fn: Callable[[Any], Any]) -> Any:
+def rewrite(tree: Any, chain: Chain, fn: Callable[[Any], Any], may_write: bool = False) -> Any:
     """`tree` with `fn` applied to the part at the end of `chain`; `tree` itself where `fn` returns what it got.
 
     Nothing is written in place: around a changed part of a tensor, the tensor is new. So it is where it had to be made
-    `ready` first.
+    `ready` first, for `fn` to write into too, if it `may_write`.
     """
-    tree = regions.ready(tree)
+    tree = regions.ready(tree, may_write)
     if not chain:
         return fn(tree)
     part = _step(tree, chain[0])
-    new = rewrite(part, chain[1:], fn)
+    new = rewrite(part, chain[1:], fn, may_write)
     return tree if is_same(new, part) else _replace(tree, chain[0], new)
 
 

@@ -98,15 +98,14 @@ def write_unchecked(base: Tensor, step: Any, new: Tensor) -> Tensor:
     return _ways_with(base)[1](base, step, new)
 
 
-def ready(value: Any) -> Any:
-    """`value` in the form in which it can be read and written, and that takes its place from now on."""
-    return _ways_with(value)[2](value) if isinstance(value, Tensor) else value
+def ready(value: Any, may_write: bool = False) -> Any:
+    """`value` in the form in which it can be read and written, in place too, and that takes its place from now on."""
+    return _ways_with(value)[2](value, may_write) if isinstance(value, Tensor) else value
 
 
 def _ways_with(tensor: Tensor) -> Any:
     """How a tensor of this kind is read, written, and made ready for either."""
-    kinds = KINDS if type(tensor) is not Tensor or tensor.is_complex() else ()
-    return next((ways for is_of, *ways in kinds if is_of(tensor)), (read_plain, write_plain, lambda value: value))
+    return next((ways for is_of, *ways in KINDS if is_of(tensor)), (read_plain, write_plain, lambda value, _: value))
 
 
 def read_plain(tensor: Tensor, step: Any) -> Tensor:
@@ -221,6 +220,6 @@ def _with_scattered(base: Tensor, step: Any, new: Tensor) -> Tensor:
     return base.flatten().index_copy(0, positions, new.flatten()).reshape(base.shape)
 
 
-KINDS: list[tuple[Any, ...]] = [(lambda it: it.is_complex(), read_plain, _with_complex, lambda it: it)]
+KINDS: list[tuple[Any, ...]] = [(lambda it: it.is_complex(), read_plain, _with_complex, lambda value, _: value)]
 """Kinds of tensors, told by a function, each with its way to be read, to be written and to be made ready; a file that
 knows another kind puts it in front. torch 2.13 does not differentiate the writing of a part of complex ones."""

@@ -161,4 +161,4 @@ def _parts_by_dimension(tensor: Any) -> list[int]:
     return parts
 
 
-regions.KINDS.insert(0, (is_distributed, _read_spread, _write_spread, _summed))
+regions.KINDS.insert(0, (is_distributed, _read_spread, _write_spread, lambda value, may_write: _summed(value)))

@@ -182,7 +182,7 @@ def test_a_site_does_not_keep_its_model_alive() -> None:
     assert alive() is None
     with pytest.raises(SiteNotFound) as caught:
         site.module  # noqa: B018
-    assert str(caught.value) == "the module of site '0' no longer exists"
+    assert str(caught.value) == "the module of site '0' no longer exists: select, or enter, again"
 
 
 # --- one module, several names ----------------------------------------------------------------------------------------

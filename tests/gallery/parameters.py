@@ -93,6 +93,19 @@ class Reads(nn.Module):
         return x * self.read(self)
 
 
+class CountsItsCalls(nn.Module):
+    """Assigns one of its buffers anew in each forward, beside another one that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x * self.scale + self.calls
+
+
 class CallsItsChild(nn.Module):
     """Calls its child as a function of the child's parameters."""
 

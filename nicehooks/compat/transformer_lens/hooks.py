@@ -33,6 +33,7 @@ from nicehooks.core.sessions import Session, is_acting
 from nicehooks.core.tap import tap_of
 from nicehooks.paths.grammar import ModulePath
 from nicehooks.values import trees
+from nicehooks.values.shared_memory import as_written, last_written
 from nicehooks.values.trees import Chain, show_step
 
 Direction = Literal["fwd", "bwd"]
@@ -128,11 +129,15 @@ class Hook(Action):
         if self.removed and self.dir == "bwd":  # of a forward that ran before; else, this call had begun
             return value
         way: Chain = self._place(site).way_in(value) if self.dir == "fwd" else ()
-        return trees.rewrite(value, way, partial(self._act_on_part, session, key=key, site=site))
+        act = partial(self._act_on_part, session, key=key, site=site)
+        return trees.rewrite(value, way, act, self.may_write)
 
     def _act_on_part(self, session: Session, value: Any, key: str, site: Site) -> Any:
+        before = last_written(value)
         new = self.changed(value, key, site)
-        return value if new is None or not self.changes else trees.assign(value, new)
+        if new is None or new is value:
+            return as_written(value, before) if self.changes else value
+        return trees.assign(value, new) if self.changes else value
 
     def _place(self, site: Site) -> Any:
         return self.point if self.point is not None else site.module
