@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import weakref
 from typing import Any
@@ -78,6 +79,7 @@ class ParameterRule(SiteRule):
         if not Override.is_open(self) and (torch.compiler.is_compiling() or not self._comes_later(frame)):
             if self.action.changes and frame.tap.module() is self.site.module:
                 refuse_what_hooks_read(self.site)
+                _refuse_what_runs_later(self.site, self.site.module)
             self.number(frame)
             old = self._value()
             new = self._changed(frame, old)
@@ -146,6 +148,19 @@ class ParameterRule(SiteRule):
         if not torch.compiler.is_compiling() and self.session.elsewhere:
             self.was_missed = True
 
+
+def _refuse_what_runs_later(site: Site, module: nn.Module) -> None:
+    """Raises `UnsupportedModule` if nothing of the forward of `module` has run when the call of it is over."""
+    forward = type(module).forward
+    if inspect.isgeneratorfunction(forward) or inspect.iscoroutinefunction(forward):
+        raise UnsupportedModule(RUNS_LATER.format(site=str(site), kind=type(module).__name__))
+
+
+RUNS_LATER = (
+    "{site!r}: the forward of {kind} is a generator, or a coroutine. It runs when its call is over, and nothing stands "
+    "in the place of a weight any more. Enter the context on a module around it, whose forward goes through all of it, "
+    "and call that."
+)
 
 GONE_FROM_TABLES = (
     "{site!r}: {kind} no longer holds this parameter itself (a parametrization was added, or it was deleted). "
@@ -217,6 +232,8 @@ class ParameterPort(OfParameter):
             return [(owner.parametrizations[name], computed), *around]  # type: ignore[index]
         if root is owner and action.changes:
             refuse_what_hooks_read(site)
+        if action.changes:
+            _refuse_what_runs_later(site, root)
         places = holders.of(owner, name)
         rule = ParameterRule(site, action, when, root, places)
         return [(module, rule) for module in holders.around(places)]

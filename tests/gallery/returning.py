@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gallery.values import WithDefault
@@ -198,3 +199,38 @@ class Through(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(x + self.outer(x))
+
+
+class Yields(nn.Module):
+    """A forward that is a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(2):
+            yield self.child(x) * self.scale
+
+
+class Awaited(nn.Module):
+    """A forward that is a coroutine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    async def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class GoesThrough(nn.Module):
+    """Adds what its child yields."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.child(x))  # type: ignore[return-value]

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from gallery.returning import Awaited, GoesThrough, Yields
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from worlds import inputs
@@ -183,3 +184,25 @@ def test_a_parameter_whose_name_begins_like_another_one_s():
     layer.register_parameter("scale_orig", nn.Parameter(torch.ones(1)))
     with ablate(layer, "@weigh", "@scale_orig", "@bias"):
         layer(inputs())
+
+
+@pytest.mark.parametrize("kind", [Yields, Awaited])
+def test_the_weight_of_a_forward_that_runs_when_its_call_is_over(kind):
+    model = kind()
+    with pytest.raises(UnsupportedModule) as caught, ablate(model, "@scale"):
+        pass
+    assert str(caught.value) == (
+        f"'@scale': the forward of {kind.__name__} is a generator, or a coroutine. It runs when its call is over, and "
+        "nothing stands in the place of a weight any more. Enter the context on a module around it, whose forward goes "
+        "through all of it, and call that."
+    )
+
+
+def test_a_generator_that_the_model_around_it_goes_through():
+    model = GoesThrough(Yields())
+    with ablate(model, "child@scale"):
+        assert not model(inputs()).any()
+    with ablate(model, "child.child@weight", "child.child@bias"):
+        assert not model(inputs()).any()
+    with pytest.raises(UnsupportedModule, match="'child@scale': the forward of Yields"), ablate(model, "child@scale"):
+        model.child(inputs())
