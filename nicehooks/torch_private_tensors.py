@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import optree.registry
@@ -36,6 +36,7 @@ from nicehooks.torch_private import (
     wrapped_child,
 )
 
+eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
 OnTensors = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -455,6 +456,27 @@ def in_compiled_graph() -> bool:
 
 _FUNCTION_FILES = {inspect.getfile(part) for part in (torch.nn.functional, torch.functional, torch.overrides, Tensor)}
 """Where torch's own functions are written that call another one."""
+
+
+def traced_within_others_only(kind: type) -> type:
+    """Keeps Dynamo from compiling the methods of a class by themselves, where the code around them is not (2.4 … 2.13).
+
+    It may still trace them within other code. By themselves they are ordinary code, which asks what is so just then.
+    """
+    left = [function.__code__ for function in vars(kind).values() if isinstance(function, FunctionType)]
+    while left:
+        code = left.pop()
+        _run_as_it_is(code)
+        left += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return kind
+
+
+def _run_as_it_is(code: CodeType) -> None:
+    if hasattr(eval_frame, "skip_code"):  # until torch 2.6
+        eval_frame.skip_code(code)
+        return
+    action = eval_frame._FrameAction
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
 
 def is_lent_weights(module: nn.Module) -> bool:

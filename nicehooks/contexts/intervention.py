@@ -113,9 +113,10 @@ class Intervention:
             self._session.start_counting()
 
     def __del__(self) -> None:
-        """What an interrupt has left entered, nobody can leave any more."""
+        """What was entered and is kept nowhere, or what an interrupt has left entered, nobody can leave any more."""
         if self._session is not None and not self._session.attached:
             self._stop(broken_off=True)
+            warn_caller(explained("not_reached.forgotten", self), NotReachedWarning)
 
     @property
     def active(self) -> bool:
@@ -177,6 +178,7 @@ class Intervention:
             if check is not None:
                 check(session, plan)
                 if session.displaced is not None or not plan.holds():
+                    self._plan = None
                     explained("displaced.tell", self, session, plan)
         finally:
             self._left(session)

@@ -70,20 +70,16 @@ class Trace:
             for key, child in zip(keys, children, strict=True):
                 if table.get(key) is not (child and child()):
                     return False
-        return all([_has_still(reference(), port, answer) for reference, port, answer in self._ports])
+        return all([has_port(reference(), port) is answer for reference, port, answer in self._ports])
 
 
 NOTHING_LOOKED_AT = Trace()
 
 
-def _has_still(module: nn.Module | None, port: Port, answer: bool) -> bool:
-    return module is not None and has_port(module, port) is answer
-
-
-def has_port(module: nn.Module, port: Port) -> bool:
-    """Whether a site of `port` can be on `module`."""
+def has_port(module: nn.Module | None, port: Port) -> bool:
+    """Whether a site of `port` can be on `module`, if that is still there."""
     kind = kind_of(port)
-    return (has_forward(module) or not kind.needs_forward) and kind.is_on(module, port)
+    return module is not None and (has_forward(module) or not kind.needs_forward) and kind.is_on(module, port)
 
 
 class _Memory:

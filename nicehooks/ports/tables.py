@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nicehooks import torch_private_tensors
 from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.sessions import Session
 
@@ -32,6 +33,7 @@ overrides_here: ContextVar[Open] = ContextVar("nicehooks.overrides", default={})
 NONE_OPEN: dict[str, tuple[Session, Any]] = {}
 
 
+@torch_private_tensors.traced_within_others_only
 class Table(MutableMapping[str, Any], dict[str, Any]):  # pyright: ignore[reportGeneralTypeIssues]
     """A module's `_parameters` or `_buffers`; see NOTE [A table that two threads read differently].
 

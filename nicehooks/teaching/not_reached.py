@@ -28,6 +28,16 @@ def not_reached(context: Any, session: Session, rule: SiteRule) -> str:
     return f"{text}\n  while {context!r} was active"
 
 
+def forgotten(context: Any) -> str:
+    """That an entered context is over, as nothing refers to it any more."""
+    return FORGOTTEN.format(context=repr(context))
+
+
+FORGOTTEN = (
+    "{context} was entered, and is over, as nothing refers to it any more. Enter it with `with`, keep what you call "
+    "__enter__ on, or .attach() it."
+)
+
 NOT_THERE = (
     "where this context does not act: enter it there, carry it along with contextvars.copy_context(), or use .attach()."
 )

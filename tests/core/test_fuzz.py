@@ -18,6 +18,7 @@ from torch import nn
 from worlds import state
 
 from nicehooks import ablate, capture, captured, describe, grad_at, patch
+from nicehooks.errors import NotReachedWarning
 
 FUZZ = Path(fuzz.__file__)
 
@@ -108,8 +109,14 @@ def test_an_interrupt_where_nobody_has_a_handle_leaves_nothing(job: Callable[[nn
 def test_a_context_that_was_forgotten_is_over() -> None:
     model = fuzz.chain()
     before = state(model)
-    ablate(model, "1").__enter__()
+    with pytest.warns(NotReachedWarning) as caught:
+        ablate(model, "1").__enter__()
     assert state(model) == before and not describe(model)
+    assert str(caught[0].message) == (
+        "ablate(model, '1', …) was entered, and is over, as nothing refers to it any more. Enter it with `with`, keep "
+        "what you call __enter__ on, or .attach() it."
+    )
+    assert caught[0].filename == __file__
 
 
 def test_who_traced_before_an_interrupt_traces_behind_it() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from worlds import inputs, make, same, state
 
 from nicehooks import SiteNotFound, ablate, capture, edit, patch, steer
+from nicehooks.errors import NotReachedWarning
 
 TOKENS = torch.tensor([[0, 3, 6], [1, 1, 2]])
 
@@ -290,10 +291,10 @@ def test_a_weight_of_which_a_part_is_pruned():
 
 @pytest.mark.parametrize("norm", ["weight_norm", "orthogonal"])
 def test_a_computed_weight_is_another_one_only_while_the_model_runs(norm):
-    """Who makes a plain parameter of it inside of the context gets the model's own."""
+    """Who makes a plain parameter of it inside of the context gets the model's own, and is told of it."""
     model = nn.Sequential(getattr(nn.utils.parametrizations, norm)(nn.Linear(4, 3)))
     weight, bias = model[0].weight.detach().clone(), model[0].bias.expand(5, 3)
-    with ablate(model, "0@weight"):
+    with pytest.warns(NotReachedWarning, match="these sites were: '0@weight'"), ablate(model, "0@weight"):  # noqa: PT031
         assert torch.equal(model(inputs()), bias) and torch.equal(model[0](inputs()), bias)
         assert torch.equal(model[0].weight, weight)
         nn.utils.parametrize.remove_parametrizations(model[0], "weight")
