@@ -228,12 +228,12 @@ def _not_added(vector: Tensor, value: Any) -> str:
 def _dtype_of_sum(value: Tensor, vector: Tensor, scale: float) -> torch.dtype:
     """In which dtype to add up: one in which nothing is rounded before the end."""
     whole = isinstance(scale, int) and not vector.is_floating_point()
-    if not (_holds_reals(value) or whole):
+    if not (trees.has_fractions(value) or whole):
         raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} would be rounded in {trees.structure_of(value)}")
     if (trees.is_complex(vector) or trees.is_complex(scale)) and not value.is_complex():
         there = trees.structure_of(value)
         raise TreeMismatch(f"{scale} × {trees.structure_of(vector)} has an imaginary part, {there} has none")
-    return torch.promote_types(value.dtype, torch.float32) if _holds_reals(value) else value.dtype
+    return torch.promote_types(value.dtype, torch.float32) if trees.has_fractions(value) else value.dtype
 
 
 def splice(
@@ -285,13 +285,13 @@ def _spliced(value: Any, module: Callable[[Tensor], Any], error: bool) -> Tensor
     if not isinstance(value, Tensor):
         raise TreeMismatch(f"{trees.structure_of(value)} is no tensor that could go through a module")
     new = _taken(module, value)
-    if not isinstance(new, Tensor) or new.shape != value.shape or _holds_reals(new) != _holds_reals(value):
+    if (
+        not isinstance(new, Tensor)
+        or new.shape != value.shape
+        or trees.has_fractions(new) != trees.has_fractions(value)
+    ):
         raise TreeMismatch(f"{trees.structure_of(new)} came out of the module for {trees.structure_of(value)}")
     return new + error_of(module, value, value, new) if error else new
-
-
-def _holds_reals(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
 
 
 def _taken(module: Callable[[Tensor], Any], value: Tensor) -> Any:

@@ -271,8 +271,7 @@ class _Entry:
     __slots__ = ("edge", "gradient", "site", "value")
 
     def __init__(self, tensor: Tensor, level: int, site: str) -> None:
-        differentiable = tensor.is_floating_point() or tensor.is_complex()
-        self.value = torch_private_tensors.lift(tensor, level) if differentiable else None
+        self.value = torch_private_tensors.lift(tensor, level) if trees.has_fractions(tensor) else None
         self.site = site
         self.edge: Any = None
         self.gradient: Tensor | None = None

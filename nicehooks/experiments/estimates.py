@@ -127,7 +127,7 @@ def experiment_of(
 def _refuse_whole_numbers(grid: Grid, seen: Stems, verb: str) -> None:
     for stem in dict.fromkeys([str(cell.stem) for cell in grid.cells]):
         tensors = [leaf for leaf in trees.leaves(seen[stem]) if isinstance(leaf, Tensor)]
-        if tensors and not any([tensor.is_floating_point() or tensor.is_complex() for tensor in tensors]):
+        if tensors and not any(map(trees.has_fractions, tensors)):
             raise TreeMismatch(NO_FRACTIONS.format(verb=verb, stem=stem, value=trees.structure_of(seen[stem])))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nicehooks.core.selection import Site
 from nicehooks.errors import NiceHooksError, TreeMismatch
+from nicehooks.values import trees
 
 SAMPLE = "sample"
 """The entry of a batch with the numbers of its examples, which the model is not given."""
@@ -95,7 +96,7 @@ def _batch(given: Any, number: int, first: int) -> Batch:
     args, kwargs = _inputs(given, number)
     samples = kwargs.pop(SAMPLE, None)
     ids = kwargs.get("input_ids", args[0] if args else None)
-    ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not _is_real(ids) else None
+    ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not trees.has_fractions(ids) else None
     mask = _mask(kwargs, ids, number)
     size = _examples_in([ids, mask, *args, *kwargs.values()], number)
     return Batch(number, args, kwargs, ids, mask, _samples(samples, range(first, first + size), number))
@@ -106,7 +107,7 @@ def _samples(given: Any, otherwise: range, number: int) -> Tensor:
     samples = torch.as_tensor(list(otherwise) if given is None else given).cpu()
     if samples.shape != (len(otherwise),):
         raise BatchFault(f"batch {number}: {SAMPLE!r} has the shape {list(samples.shape)}, not [{len(otherwise)}].")
-    if len(samples) and (_is_real(samples) or samples.dtype == torch.bool):
+    if len(samples) and (trees.has_fractions(samples) or samples.dtype == torch.bool):
         raise BatchFault(f"batch {number}: {SAMPLE!r} has {str(samples.dtype)[6:]}s in it, and not whole numbers.")
     return samples.long()
 
@@ -142,10 +143,6 @@ def _mask(kwargs: dict[str, Any], ids: Tensor | None, number: int) -> Tensor | N
             f"batch {number}: attention_mask has the shape {list(mask.shape)}, and the tokens {list(ids.shape)}."
         )
     return mask.bool().cpu()
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def check_shape(shape: torch.Size, wanted: tuple[int, ...], key: str, per: str, whole: Any) -> None:

@@ -183,12 +183,7 @@ def with_gradient_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor]) -> Tens
 
 def may_have_gradient(value: Any) -> bool:
     """Whether `value` is a tensor that can have a gradient, here and now."""
-    return torch.is_grad_enabled() and is_differentiable(value)
-
-
-def is_differentiable(value: Any) -> bool:
-    """Whether `value` is a tensor of a kind that has gradients."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.is_grad_enabled() and trees.has_fractions(value)
 
 
 def made_differentiable(tensor: Tensor) -> Tensor:

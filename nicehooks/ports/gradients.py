@@ -35,7 +35,6 @@ from nicehooks.ports.compiled_gradients import give_token, passed, take_token
 from nicehooks.ports.gradient_lines import (
     GradientLines,
     Gradients,
-    is_differentiable,
     made_differentiable,
     may_have_gradient,
 )
@@ -205,7 +204,7 @@ class _Found(NamedTuple):
 
 
 def _watch_part(found: _Found, part: Any) -> Any:
-    if not found.rule.wild and not any(map(is_differentiable, trees.leaves(part))):
+    if not found.rule.wild and not any(map(trees.has_fractions, trees.leaves(part))):
         raise TreeMismatch(f"{trees.structure_of(part)} has no tensor in it that could have a gradient")
     return _watch_all(found, part, ())
 

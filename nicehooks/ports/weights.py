@@ -185,7 +185,7 @@ def numbers_of_parameter(value: Tensor, site: str) -> Tensor:
     kinds = type(value).__mro__[: type(value).__mro__.index(Tensor)]
     if any(["dequantize" in vars(kind) for kind in kinds]):
         return value.dequantize()
-    if not (value.is_floating_point() or value.is_complex()):
+    if not trees.has_fractions(value):
         raise UnsupportedModule(PACKED.format(site=site, kind=type(value).__name__, dtype=value.dtype))
     return value
 

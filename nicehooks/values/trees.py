@@ -5,7 +5,7 @@ from nicehooks.values.nodes import Node, is_nested, is_same, leaves, open_node, 
 from nicehooks.values.parts import each_index, get, length, rewrite
 from nicehooks.values.regions import STAR, Chain, Heads, Rows, items_of, show_step
 from nicehooks.values.sharded import beside, gathered, is_distributed
-from nicehooks.values.whole import as_it_is, bytes_of, has_spine_of, map_children, map_tensors, place_in
+from nicehooks.values.whole import as_it_is, bytes_of, has_fractions, has_spine_of, map_children, map_tensors, place_in
 
 __all__ = [
     "KEEP",
@@ -22,6 +22,7 @@ __all__ = [
     "fits",
     "gathered",
     "get",
+    "has_fractions",
     "has_spine_of",
     "is_complex",
     "is_distributed",

@@ -54,6 +54,13 @@ def has_spine_of(tree: Any, copy: Any) -> bool:
     return all(map(has_spine_of, node.children, other.children))
 
 
+def has_fractions(value: Any) -> bool:
+    """Whether `value` is a tensor of real or complex numbers, and not of whole ones or truth values: one of a kind that
+    has gradients.
+    """
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def bytes_of(tensor: Tensor) -> int:
     """The memory of the numbers of `tensor`; of a sparse one, of those that it holds."""
     if tensor.layout is not torch.strided:

@@ -128,7 +128,7 @@ class _Checks:
 
     def can_have_gradient(self, name: str) -> bool:
         """Whether a value with a floating-point tensor came by the hook point."""
-        return any(map(_is_float, trees.leaves(self.values.get(name))))
+        return any(map(trees.has_fractions, trees.leaves(self.values.get(name))))
 
     # the checks: each yields the name of a hook point, or "", and what is wrong there
 
@@ -288,7 +288,7 @@ def _disturbed(value: Any, hook: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
 
     def noisy(tensor: Tensor) -> Tensor:
-        if not _is_float(tensor):
+        if not trees.has_fractions(tensor):
             return tensor
         return tensor + torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
@@ -299,16 +299,12 @@ def _every(name: str) -> bool:
     return True
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
 def _copies_of(inputs: dict[str, Any], differentiable: bool) -> tuple[list[Tensor], dict[str, Any]]:
     """The leaves that gradients go to, and the inputs made of them, which a model may overwrite."""
     leaves: list[Tensor] = []
 
     def one(tensor: Tensor) -> Tensor:
-        if not (differentiable and _is_float(tensor)):
+        if not (differentiable and trees.has_fractions(tensor)):
             return tensor.detach().clone()
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1].clone()
@@ -317,7 +313,7 @@ def _copies_of(inputs: dict[str, Any], differentiable: bool) -> tuple[list[Tenso
 
 
 def _differentiate(output: Any) -> None:
-    floats = [leaf.abs() for leaf in trees.leaves(output) if _is_float(leaf) and leaf.requires_grad]
+    floats = [leaf.abs() for leaf in trees.leaves(output) if trees.has_fractions(leaf) and leaf.requires_grad]
     if floats:
         torch.stack([(leaf.double() + leaf.double().sin()).sum() for leaf in floats]).sum().backward()
 
