@@ -171,7 +171,7 @@ def own_entries(module: nn.Module) -> dict[str, Any]:
 
 def is_held(module: nn.Module, name: str) -> bool:
     """Whether `module` has a parameter or buffer called `name` now."""
-    return bool(held_in(module, name))
+    return any([table[name] is not None for table, name in held_in(module, name)])
 
 
 def held_in(module: nn.Module, name: str) -> list[tuple[Any, str]]:

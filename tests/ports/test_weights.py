@@ -131,6 +131,14 @@ def test_a_capture_of_a_weight_does_not_ask_who_else_holds_it():
     assert acts["0@weight"] is model[0].weight
 
 
+def test_a_weight_that_is_gone_when_the_model_runs():
+    model = three()
+    gone = "'0@bias': Linear no longer holds this parameter itself"
+    with pytest.raises(UnsupportedModule, match=gone), ablate(model, "0@bias"):
+        model[0].bias = None
+        model(inputs())
+
+
 def test_a_module_that_is_gone_when_the_model_runs():
     """A forward that runs after it says so at once; what follows is an exception, which leaving says nothing over."""
     model = three()
