@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nicehooks.ports.tables import NO_ENTRY, NONE_OPEN, TABLES, held_in, overrides_here
+from nicehooks.ports.tables import NONE_OPEN, TABLES, Standing, held_in, overrides_here
 
+_NO_ENTRY: Any = object()
 _open_owners: ContextVar[frozenset[Any]] = ContextVar("nicehooks.open_overrides", default=frozenset())
 
 
@@ -53,7 +54,7 @@ class Override(AbstractContextManager[None]):
         session = self.owner.session
         opened = dict(overrides_here.get())
         for table, name in [held for place in self.places for held in held_in(*place)]:
-            opened[id(table)] = {**opened.get(id(table), NONE_OPEN), name: (session, self.value)}
+            opened[id(table)] = {**opened.get(id(table), NONE_OPEN), name: Standing(session, self.value)}
         overrides_here.set(opened)
         _open_owners.set(_open_owners.get() | {(session.number, self.owner.index)})
         self.marked = any([name in module._parameters for module, name in self.places]) and _takes_marks(self.value)
@@ -77,7 +78,7 @@ class Override(AbstractContextManager[None]):
         for name in [name for name in own if name not in other and name not in names]:
             del own[name]
         for name, value in other.items():
-            if name not in names and own.get(name, NO_ENTRY) is not value:
+            if name not in names and own.get(name, _NO_ENTRY) is not value:
                 own[name] = value
 
     def __exit__(self, *_: object) -> None:
@@ -114,13 +115,13 @@ class Attributes(AbstractContextManager[None]):
         self.values = values
 
     def __enter__(self) -> None:
-        self.old = [module.__dict__.get(name, NO_ENTRY) for module, name in self.places]
+        self.old = [module.__dict__.get(name, _NO_ENTRY) for module, name in self.places]
         for (module, name), value in zip(self.places, self.values, strict=True):
             module.__dict__[name] = value
 
     def __exit__(self, *_: object) -> None:
         for (module, name), old in zip(self.places, self.old, strict=True):
-            if old is NO_ENTRY:
+            if old is _NO_ENTRY:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = old
@@ -153,5 +154,5 @@ class StandIn(AbstractContextManager[nn.Module]):
             self.attributes.__exit__()
             return
         for name, value in self.other.__dict__.items():
-            if value is not self.standing.get(name, NO_ENTRY) and name not in self.private:
+            if value is not self.standing.get(name, _NO_ENTRY) and name not in self.private:
                 self.module.__dict__[name] = value

@@ -22,15 +22,23 @@ from nicehooks.core.exclusive import Exclusive
 from nicehooks.core.sessions import Session
 
 TABLES = ("_parameters", "_buffers")
-NO_ENTRY: Any = object()
 _GONE: Any = object()
 """Stands for what a forward has taken out of a table."""
 
-Open = dict[int, dict[str, tuple[Session, Any]]]
-"""What stands in each table, by its `id`, in the place of the entries of these names, and for which session."""
 
-overrides_here: ContextVar[Open] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
-NONE_OPEN: dict[str, tuple[Session, Any]] = {}
+class Standing:
+    """What stands in the place of one entry of a table for a session; a forward may put something else there."""
+
+    __slots__ = ("session", "value")
+
+    def __init__(self, session: Session, value: Any) -> None:
+        self.session = session
+        self.value = value
+
+
+overrides_here: ContextVar[dict[int, dict[str, Standing]]] = ContextVar("nicehooks.overrides", default={})  # noqa: B039
+"""What stands in each table, by its `id`, in the place of the entries of these names."""
+NONE_OPEN: dict[str, Standing] = {}
 
 
 @torch_private_tensors.traced_within_others_only
@@ -44,45 +52,42 @@ class Table(MutableMapping[str, Any], dict[str, Any]):  # pyright: ignore[report
     users: set[int]
     original: dict[str, Any]
 
-    def _standing(self, name: Any) -> Any:
+    def _standing(self, name: Any) -> Standing | None:
         """What stands in the place of the entry called `name` here, if anything does."""
         overrides = NONE_OPEN if torch.compiler.is_compiling() else overrides_here.get().get(id(self), NONE_OPEN)
         found = overrides.get(name)
-        # what an interrupt left open ends with its session
-        return NO_ENTRY if found is None or found[0].ended else found[1]
-
-    def _stand(self, name: str, value: Any) -> None:
-        overrides = overrides_here.get()
-        here = overrides[id(self)]
-        overrides_here.set({**overrides, id(self): {**here, name: (here[name][0], value)}})
+        return None if found is None or found.session.ended else found  # an interrupt may have left it open
 
     def __getitem__(self, name: str) -> Any:
-        value = self._standing(name)
-        if value is _GONE:
+        found = self._standing(name)
+        if found is None:
+            return dict.__getitem__(self, name)
+        if found.value is _GONE:
             raise KeyError(name)
-        return dict.__getitem__(self, name) if value is NO_ENTRY else value
+        return found.value
 
     def __contains__(self, name: object) -> bool:
-        value = self._standing(name)
-        return dict.__contains__(self, name) if value is NO_ENTRY else value is not _GONE
+        found = self._standing(name)
+        return dict.__contains__(self, name) if found is None else found.value is not _GONE
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self._standing(name) is NO_ENTRY:
+        found = self._standing(name)
+        if found is None:
             dict.__setitem__(self, name, value)
         else:
-            self._stand(name, value)
+            found.value = value
 
     def __delitem__(self, name: str) -> None:
-        value = self._standing(name)
-        if value is NO_ENTRY:
-            dict.__delitem__(self, name)
-        elif value is _GONE:
+        if name not in self:
             raise KeyError(name)
+        found = self._standing(name)
+        if found is None:
+            dict.__delitem__(self, name)
         else:
-            self._stand(name, _GONE)
+            found.value = _GONE
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in dict.keys(self) if self._standing(name) is not _GONE])
+        return iter([name for name in dict.keys(self) if name in self])
 
     def __len__(self) -> int:
         return len(list(iter(self)))

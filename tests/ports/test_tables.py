@@ -145,6 +145,15 @@ def test_what_a_forward_assigns_beside_another_value_is_kept(where, path):
     assert model[0].calls == (3 if path == "0@scale" else 0) and torch.equal(model[0].scale, torch.ones(3))
 
 
+def test_what_a_forward_assigns_stands_there_until_the_context_of_that_value_is_over():
+    """Another value that is open for one call of a module alone, inside of the model's, does not take it along."""
+    child = CountsItsCalls()
+    model = nn.Sequential(child, nn.Identity(), child)
+    with patch(model, {"0@calls": torch.tensor(10.0)}), patch(child, {"@scale": torch.zeros(3)}):
+        assert torch.equal(model(torch.ones(2, 3)), torch.full((2, 3), 12.0))
+    assert child.calls == 0
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_forward_that_assigns_a_replaced_weight_leaves_nothing_in_the_module():
     """In compiled code what stands there is no `nn.Parameter`: it becomes a plain attribute, which hides the weight."""
