@@ -124,3 +124,23 @@ def test_what_is_only_looked_at_is_no_copy() -> None:
     with capture(model, "0", "0[0]") as acts:
         assert model(x) is x
     assert acts["0"] is x and acts["0[0]"].data_ptr() == x.data_ptr()
+
+
+APART: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x[:8].view(2, 4).t(),
+    "every other": lambda x: x.view(3, 3)[::2, ::2],
+    "columns": lambda x: x.view(3, 3)[:, 1:],
+    "one column": lambda x: x.as_strided((3, 1), (2, 0)),
+    "turned": lambda x: x[:8].view(2, 2, 2).permute(2, 0, 1),
+}
+"""Tensors of which each element is a place of its own."""
+
+
+@pytest.mark.parametrize("apart", APART)
+def test_a_function_gets_the_value_itself_where_no_memory_is_shared(apart: str) -> None:
+    """It is no copy, whole or as a part: what is captured before stays the model's own."""
+    value, seen = APART[apart](torch.arange(9.0)), []
+    model = nn.Sequential(nn.Identity())
+    with edit(model, "0", seen.append), edit(model, "0[0]", seen.append):
+        assert model(value) is value
+    assert seen[0] is value and seen[1].data_ptr() == value.data_ptr()
