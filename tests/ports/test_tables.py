@@ -173,3 +173,65 @@ def test_a_capture_leaves_a_forward_to_its_tables():
     with capture(model, "0@weight") as acts:
         model(torch.ones(2, 3))
     assert acts["0@weight"] is own and model[0].weight is not own
+
+
+def two():
+    """A module that has another parameter beside its weight, and drops it in its forward, if it is there."""
+    module = Reads(lambda module: [module._parameters.pop("other", None), module.weight][1])
+    module.register_parameter("other", nn.Parameter(torch.ones(3)))
+    return module
+
+
+def test_the_last_entry_goes_first():
+    names = []
+
+    def take(module):
+        entries = [module._parameters.popitem(), module._parameters.popitem()]
+        names.extend(name for name, _ in entries)
+        module._parameters.update(reversed(entries))
+        return module.weight
+
+    module = Reads(take)
+    module.register_parameter("other", nn.Parameter(torch.ones(3)))
+    with patch(module, {"@weight": torch.full((3,), 5.0)}):
+        assert torch.equal(module(torch.ones(2, 3)), torch.full((2, 3), 5.0))
+    assert names == ["other", "weight"]
+
+
+@pytest.mark.parametrize("where", ["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_what_a_forward_deletes_beside_another_value_is_gone(where):
+    model = nn.Sequential(two())
+    called = model if where == "eager" else torch.compile(model, backend="eager", fullgraph=True)
+    with patch(called, {"0@weight": torch.full((3,), 5.0)}):
+        assert torch.equal(called(torch.ones(2, 3)), torch.full((2, 3), 5.0))
+    assert list(model.state_dict()) == ["0.weight"]
+
+
+def test_a_parameter_that_gets_another_name_inside_a_context_keeps_it():
+    module = two()
+    other = module.other
+    with capture(module, "@weight"):
+        module(torch.ones(2, 3))
+        module._parameters["later"] = other
+    assert list(module._parameters) == ["weight", "later"] and module.later is other
+    with capture(module, "@weight"):
+        module(torch.ones(2, 3))
+        module._parameters["latest"] = module._parameters.pop("later")
+    assert list(module._parameters) == ["weight", "latest"] and module.latest is other
+
+
+def test_a_context_that_ends_inside_of_the_forward_leaves_the_model_s_own_there():
+    handles = []
+    model = nn.Sequential(Reads(lambda module: [handles.pop().remove(), module.weight][1]))
+    handles.append(patch(model, {"0@weight": torch.full((3,), 5.0)}).attach())
+    assert torch.equal(model(torch.ones(2, 3)), torch.ones(2, 3))
+
+
+def test_a_plain_attribute_of_the_name_of_a_tied_weight_stays():
+    model = nn.Sequential(Reads(lambda module: module.weight), Reads(lambda module: module.weight))
+    model[1].weight = model[0].weight
+    vars(model[1])["weight"] = torch.full((3,), 2.0)
+    with patch(model, {"0@weight": torch.full((3,), 5.0)}):
+        assert torch.equal(model(torch.ones(2, 3)), torch.full((2, 3), 10.0))
+    assert torch.equal(vars(model[1])["weight"], torch.full((3,), 2.0))
