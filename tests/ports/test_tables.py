@@ -221,11 +221,14 @@ def test_a_parameter_that_gets_another_name_inside_a_context_keeps_it():
     assert list(module._parameters) == ["weight", "latest"] and module.latest is other
 
 
-def test_a_context_that_ends_inside_of_the_forward_leaves_the_model_s_own_there():
+@pytest.mark.parametrize("paths", [[], ["0@weight"]])
+def test_a_context_that_ends_inside_of_the_forward_leaves_the_model_s_own_there(paths):
+    """Also where another context needs the table still."""
     handles = []
     model = nn.Sequential(Reads(lambda module: [handles.pop().remove(), module.weight][1]))
     handles.append(patch(model, {"0@weight": torch.full((3,), 5.0)}).attach())
-    assert torch.equal(model(torch.ones(2, 3)), torch.ones(2, 3))
+    with capture(model, "0", *paths):
+        assert torch.equal(model(torch.ones(2, 3)), torch.ones(2, 3))
 
 
 def test_a_plain_attribute_of_the_name_of_a_tied_weight_stays():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from gallery.parameters import CallsItsChild, Reads
 from gallery.returning import Awaited, GoesThrough, Yields
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -53,6 +54,11 @@ def remove_parametrization(model):
     parametrize.remove_parametrizations(model[0], "weight")
 
 
+def parametrize_anew(model):
+    remove_parametrization(model)
+    add_parametrization(model)
+
+
 CHANGES = [
     (three, "1.0@weight", replace_module),
     (three, "1.0@weight", take_out),
@@ -60,6 +66,7 @@ CHANGES = [
     (three, "0@weight", tie),
     (three, "0@weight", add_parametrization),
     (parametrized, "0@weight", remove_parametrization),
+    (parametrized, "0@weight", parametrize_anew),
     (three, "1.0", replace_module),
     (three, "1.0", take_out),
     (three, "1.0@input[0]", replace_module),
@@ -214,3 +221,19 @@ def test_a_generator_that_the_model_around_it_goes_through():
         assert not model(inputs()).any()
     with pytest.raises(UnsupportedModule, match="'child@scale': the forward of Yields"), ablate(model, "child@scale"):
         model.child(inputs())
+
+
+def test_one_weight_under_two_names_of_one_module():
+    model = nn.Sequential(Reads(lambda module: module.again))
+    model[0].again = model[0].weight
+    with ablate(model, "0@weight"):
+        assert not model(torch.ones(2, 3)).any()
+    assert model(torch.ones(2, 3)).all()
+
+
+def test_a_weight_that_a_part_of_the_model_reads_where_that_alone_is_called():
+    model = nn.Sequential(CallsItsChild(Reads(lambda module: module.weight)))
+    model[0].forward = lambda x: x * model[0].child.weight
+    with ablate(model, "0.child@weight"):
+        assert not model[0](torch.ones(2, 3)).any()
+    assert model[0](torch.ones(2, 3)).all()
