@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -99,8 +99,6 @@ def flat(where: Where) -> Iterator[Where]:
     """The items of `where`, however they are nested."""
     if isinstance(where, str | ModulePath | Site | Group):
         yield where
-    elif isinstance(where, Mapping):
-        yield from where
     elif isinstance(where, Iterable) and not isinstance(where, str | nn.Module | type):
         for item in where:
             yield from flat(item)
@@ -121,6 +119,7 @@ class _Finder:
         if isinstance(item, Group):
             return item.sites, item.wild
         if isinstance(item, Site) and item.belongs_to(self.model):
+            Walk(self.model, item.path.pattern, self.trace)  # notes whether that is still there
             return [item], False
         if isinstance(item, str | ModulePath | Site):
             path = item.path if isinstance(item, Site) else ModulePath.parse(item)

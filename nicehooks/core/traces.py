@@ -12,7 +12,7 @@ is selected while methods are modules or while code is being traced.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Trace:
     """What a selection has looked at."""
 
     def __init__(self) -> None:
-        self._looked: list[tuple[Reference, Reference, tuple[str, ...], Sequence[Reference | None], bool]] = []
+        self._looked: list[tuple[Reference, Reference, Mapping[str, Reference | None], bool]] = []
         self._ports: list[tuple[Reference, Port, bool]] = []
 
     def __len__(self) -> int:
@@ -47,9 +47,9 @@ class Trace:
         self._note(module, tuple(module._modules), whole=True)
 
     def _note(self, module: nn.Module, keys: tuple[str, ...], whole: bool) -> None:
-        found = [module._modules.get(key) for key in keys]
-        children = [child if child is None else weakref.ref(child) for child in found]
-        self._looked.append((weakref.ref(module), weakref.ref(type(module)), keys, children, whole))
+        found = [(key, module._modules.get(key)) for key in keys]
+        children = {key: child if child is None else weakref.ref(child) for key, child in found}
+        self._looked.append((weakref.ref(module), weakref.ref(type(module)), children, whole))
 
     def asked(self, module: nn.Module, port: Port, answer: bool) -> None:
         """It was asked whether `module` has `port`; what its type alone has answered stays so."""
@@ -60,14 +60,14 @@ class Trace:
 
     def holds(self) -> bool:
         """Whether all of it would be found again."""
-        for reference, kind, keys, children, whole in self._looked:
+        for reference, kind, children, whole in self._looked:
             module = reference()
-            if module is None or type(module) is not kind():
+            if type(module) is not kind():  # nor is that of None
                 return False
             table = module.__dict__["_modules"]
-            if whole and tuple(table) != keys:
+            if whole and table and list(table) != list(children):
                 return False
-            for key, child in zip(keys, children, strict=True):
+            for key, child in children.items():
                 if table.get(key) is not (child and child()):
                     return False
         return all([has_port(reference(), port) is answer for reference, port, answer in self._ports])

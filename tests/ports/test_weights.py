@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from worlds import inputs
 
-from nicehooks import ablate, capture, patch
+from nicehooks import ablate, capture, patch, select
 from nicehooks.errors import NotReachedWarning, SiteNotFound, UnsupportedModule
 
 
@@ -76,9 +76,10 @@ CHANGES = [
 
 @pytest.mark.parametrize(("build", "path", "change"), CHANGES, ids=lambda it: getattr(it, "__name__", it))
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_model_that_is_changed_inside_a_context_is_told_of(build, path, change, attached):
+@pytest.mark.parametrize("as_sites", [False, True])
+def test_a_model_that_is_changed_inside_a_context_is_told_of(build, path, change, attached, as_sites):
     model = build()
-    handle = ablate(model, path)
+    handle = ablate(model, *(select(model, path) if as_sites else [path]))
     handle.attach() if attached else handle.__enter__()
     model(inputs())
     change(model)
